@@ -1,0 +1,119 @@
+"""Where arrays live: the mesh, (regex, spec) rules for parameters, and the shardings of state and batches."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from prefalign_jax.types import Params, PreferenceBatch, TrainState, UserError
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # the axes that rows of a batch are dealt over
+
+# First match wins; a parameter that matches none is an error. Layers are stacked, so axis 0 of a layer's kernel is depth.
+RULES: tuple[tuple[str, P], ...] = (
+    (r"embed/embedding|head/kernel", P("tensor", "fsdp")),
+    (r"layers/attention/[qkv]/kernel", P(None, "fsdp", "tensor")),
+    (r"layers/attention/o/kernel", P(None, "tensor", "fsdp")),
+    (r"layers/mlp/(gate|up)/kernel", P(None, "fsdp", "tensor")),
+    (r"layers/mlp/down/kernel", P(None, "tensor", "fsdp")),
+    (r".*norm/scale", P()),
+)
+
+
+def make_mesh(sizes: Mapping[str, int]) -> Mesh:
+    """A mesh with axes data, fsdp and tensor over all devices.
+
+    Args:
+      sizes: devices along each axis; at most one -1 stands for the rest, a missing axis for 1.
+
+    Returns:
+      The mesh.
+
+    Raises:
+      UserError: an axis is unknown, or the sizes do not multiply to the number of devices.
+    """
+    for name in sizes:
+        if name not in AXES:
+            raise UserError(f"mesh.{name} is unknown; the axes are {', '.join(AXES)}")
+    shape = [sizes.get(name, 1) for name in AXES]
+    devices = jax.device_count()
+    known = math.prod(size for size in shape if size != -1)
+    if shape.count(-1) == 1 and known > 0 and devices % known == 0:
+        shape[shape.index(-1)] = devices // known
+    if any(size < 1 for size in shape) or math.prod(shape) != devices:
+        raise UserError(
+            f"mesh {dict(sizes)} does not fit {devices} device(s); the sizes must multiply to {devices}, with -1 at most once"
+        )
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def groups_of(mesh: Mesh) -> int:
+    """G, the number of data-parallel shards."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def param_shardings(mesh: Mesh, params: Params, rules: Sequence[tuple[str, P]] = RULES) -> Any:
+    """The sharding of every parameter by the first rule whose regex matches its whole path.
+
+    An axis of the mesh that does not divide its dimension is left out there: that dimension stays whole.
+
+    Args:
+      mesh: the mesh.
+      params: nested dict of arrays or shapes.
+      rules: (regex over 'a/b/c', spec).
+
+    Returns:
+      A tree of NamedSharding of the same structure.
+
+    Raises:
+      UserError: no rule matches a parameter.
+    """
+
+    def one(path, leaf) -> NamedSharding:
+        name = "/".join(str(key.key) for key in path)
+        spec = next((spec for pattern, spec in rules if re.fullmatch(pattern, name)), None)
+        if spec is None:
+            raise UserError(f"no sharding rule matches parameter {name!r} {leaf.shape}; add one to sharding.RULES")
+        fits = [axis and (axis if size % mesh.shape[axis] == 0 else None) for axis, size in zip(spec, leaf.shape, strict=False)]
+        return NamedSharding(mesh, P(*fits))
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def state_shardings(mesh: Mesh, state: TrainState, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shardings of a train state: optimizer moments lie where their parameters do, everything else is replicated.
+
+    Args:
+      mesh: the mesh.
+      state: the state, or its shapes.
+      optimizer: that made `state.opt_state`.
+
+    Returns:
+      A TrainState of NamedSharding.
+    """
+    replicated = NamedSharding(mesh, P())
+    params = param_shardings(mesh, state.params)
+    opt_state = optax.tree.map_params(
+        optimizer, lambda _, s: s, state.opt_state, params, transform_non_params=lambda _: replicated
+    )
+    return TrainState(replicated, params, opt_state, None if state.reference is None else params)
+
+
+def batch_shardings(mesh: Mesh, batch: PreferenceBatch) -> PreferenceBatch:
+    """Shardings of a batch [M, ...]: rows and their trained tokens over data and fsdp, what is per pair replicated."""
+    rows, replicated = NamedSharding(mesh, P(None, ROWS)), NamedSharding(mesh, P())
+    per_row = {"tokens", "segments", "branches", "positions", "source", "target", "slot"}
+    return PreferenceBatch(
+        **{
+            name: jax.tree.map(lambda _, name=name: rows if name in per_row else replicated, value)
+            for name, value in batch._asdict().items()
+        }
+    )
