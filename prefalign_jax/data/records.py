@@ -23,11 +23,11 @@ from prefalign_jax.types import UserError
 Messages = list[dict[str, Any]]  # [{'role': ..., 'content': ...}, ...]
 Text = str | Messages
 
-ROLES = ('system', 'developer', 'user', 'assistant', 'tool')
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
-_FILE = re.compile(r'\.(jsonl|ndjson|json)(\.gz)?$|\.parquet$')
-_LOOKS_LOCAL = re.compile(r'^[./~]|\.(jsonl?|ndjson|gz|zst|zip|parquet|arrow|csv|tsv|txt)$')
-_HUMAN, _ASSISTANT = '\n\nHuman:', '\n\nAssistant:'  # the turns of an HH-RLHF transcript
+_FILE = re.compile(r"\.(jsonl|ndjson|json)(\.gz)?$|\.parquet$")
+_LOOKS_LOCAL = re.compile(r"^[./~]|\.(jsonl?|ndjson|gz|zst|zip|parquet|arrow|csv|tsv|txt)$")
+_HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # the turns of an HH-RLHF transcript
 
 
 class Record(NamedTuple):
@@ -40,7 +40,7 @@ class Record(NamedTuple):
     chosen: Text
     rejected: Text  # '' or [] for supervised data
     weight: float = 1.0
-    where: str = ''  # 'FILE, row N', for messages
+    where: str = ""  # 'FILE, row N', for messages
 
 
 class _Malformed(ValueError):
@@ -54,8 +54,8 @@ class _Dropped(Exception):
 def read_records(
     path: str | Path,
     *,
-    split: str = 'train',
-    responses: Sequence[str] = ('chosen', 'rejected'),
+    split: str = "train",
+    responses: Sequence[str] = ("chosen", "rejected"),
     limit: int | None = None,
 ) -> tuple[list[Record], dict[str, int]]:
     """Reads preference pairs, or demonstrations, from a file, a directory or the Hugging Face hub.
@@ -65,13 +65,14 @@ def read_records(
       the same as lists of messages, or a string prompt (one user message) with lists of messages;
       chosen and rejected as whole conversations: the last assistant message is the response, all before it the prompt;
       chosen and rejected as HH-RLHF transcripts: the prompt ends with the last '\\n\\nAssistant:' of each.
-    Supervised rows (one name in `responses`) may call the response 'completion' or 'response' as well, be a conversation
+    Supervised rows (one name in `responses`) may also call the response 'completion' or 'response', be a conversation
     called 'messages', of which the last message is the response, or have nothing but a 'text'.
     A field 'weight' is how much the pair counts; every other field is ignored.
 
     Args:
-      path: a .jsonl (or .jsonl.gz) or .parquet file; a directory of such files, chosen by names or folders that begin with
-        the split; a directory written by `datasets.save_to_disk`; or a hub name, 'owner/name' or 'owner/name:subset'.
+      path: a .jsonl (or .jsonl.gz) or .parquet file; a directory of such files, of which those are read whose name, or
+        folder, begins with the split; a directory written by `datasets.save_to_disk`; or a hub name, 'owner/name' or
+        'owner/name:subset'.
       split: which part of a directory or hub data set; a single file is read whole.
       responses: the fields of the preferred response and of the other one; one name alone reads supervised data.
       limit: stop after so many records.
@@ -83,7 +84,7 @@ def read_records(
       UserError: the data cannot be read, a row is malformed, or no record is left.
     """
     if not 1 <= len(responses) <= 2:
-        raise UserError(f'responses: expected one or two field names, found {list(responses)}')
+        raise UserError(f"responses: expected one or two field names, found {list(responses)}")
     records, dropped = [], collections.Counter()
     for where, row in _rows(str(path), split):
         if len(records) == limit:
@@ -91,12 +92,12 @@ def read_records(
         try:
             records.append(_record(row, responses)._replace(where=where))
         except _Malformed as error:
-            raise UserError(f'{where}: {error}') from None
+            raise UserError(f"{where}: {error}") from None
         except _Dropped as reason:
             dropped[str(reason)] += 1
     if not records:
-        counts = ', '.join(f'{reason}: {n}' for reason, n in dropped.items()) or 'there was no row'
-        raise UserError(f'{path}: no record is left ({counts})')
+        counts = ", ".join(f"{reason}: {n}" for reason, n in dropped.items()) or "there was no row"
+        raise UserError(f"{path}: no record is left ({counts})")
     return records, dict(dropped)
 
 
@@ -104,7 +105,7 @@ def split_by_prompt(records: Iterable[Record], fraction: float, seed: int) -> tu
     """Holds out about a fraction of the prompts; all records of one prompt fall on the same side.
 
     Args:
-      records: what to split; the side of a record depends on its prompt and the seed alone, so it stays when others come.
+      records: what to split; a record's side depends on its prompt and the seed alone, so it stays when others come.
       fraction: share of the prompts to hold out, in [0, 1).
       seed: another seed holds out other prompts.
 
@@ -112,12 +113,12 @@ def split_by_prompt(records: Iterable[Record], fraction: float, seed: int) -> tu
       (train, held_out), each in the given order.
     """
     if not 0 <= fraction < 1:
-        raise UserError(f'fraction to hold out: expected a number in [0, 1), found {fraction}')
+        raise UserError(f"fraction to hold out: expected a number in [0, 1), found {fraction}")
     sides: tuple[list[Record], list[Record]] = [], []
     for record in records:
-        key = f'{seed}\n{json.dumps(record.prompt, sort_keys=True, ensure_ascii=False)}'
+        key = f"{seed}\n{json.dumps(record.prompt, sort_keys=True, ensure_ascii=False)}"
         digest = hashlib.sha256(key.encode()).digest()
-        sides[int.from_bytes(digest[:8], 'big') < fraction * 2**64].append(record)
+        sides[int.from_bytes(digest[:8], "big") < fraction * 2**64].append(record)
     return sides
 
 
@@ -126,32 +127,32 @@ def split_by_prompt(records: Iterable[Record], fraction: float, seed: int) -> tu
 
 def _record(row: Any, responses: Sequence[str]) -> Record:
     if not isinstance(row, Mapping):
-        raise _expected('a JSON object', row)
-    weight = row.get('weight')
+        raise _expected("a JSON object", row)
+    weight = row.get("weight")
     weight = 1.0 if weight is None else weight
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-        raise _expected('a positive finite number', weight, 'weight')
+        raise _expected("a positive finite number", weight, "weight")
 
     supervised = len(responses) == 1
     names = list(responses)
     if supervised:
-        alternatives = (names[0], 'completion', 'response', 'messages')
+        alternatives = (names[0], "completion", "response", "messages")
         names = [name for name in alternatives if row.get(name) is not None][:1]
-        if not names and row.get('text') is not None:
-            row, names = {'prompt': '', 'text': row['text']}, ['text']
+        if not names and row.get("text") is not None:
+            row, names = {"prompt": "", "text": row["text"]}, ["text"]
         if not names:
-            raise _Malformed(f'expected one of the fields {", ".join(alternatives)} or text, found {_names(row)}')
+            raise _Malformed(f"expected one of the fields {', '.join(alternatives)} or text, found {_names(row)}")
     sides = [_text(row.get(name), name) for name in names]
-    prompt = None if row.get('prompt') is None else _text(row['prompt'], 'prompt')
+    prompt = None if row.get("prompt") is None else _text(row["prompt"], "prompt")
     if len({type(side) for side in sides}) > 1:
-        raise _expected(f'{_kind(sides[0])}, as in {names[0]!r}', sides[1], names[1])
+        raise _expected(f"{_kind(sides[0])}, as in {names[0]!r}", sides[1], names[1])
 
     split = _split_strings if isinstance(sides[0], str) else _split_messages
     prompt, sides = split(prompt, sides, names)
     if any(not _content(side).strip() for side in sides):
-        raise _Dropped('empty response')
+        raise _Dropped("empty response")
     if not supervised and sides[0] == sides[1]:
-        raise _Dropped('identical responses')
+        raise _Dropped("identical responses")
     rejected = type(sides[0])() if supervised else sides[1]
     return Record(prompt, sides[0], rejected, float(weight))
 
@@ -161,13 +162,13 @@ def _split_strings(prompt: Text | None, sides: list[str], names: list[str]) -> t
     if isinstance(prompt, str):
         return prompt, sides
     if prompt is not None:
-        raise _expected(f'a string, because {names[0]!r} is one', prompt, 'prompt')
+        raise _expected(f"a string, because {names[0]!r} is one", prompt, "prompt")
     prompts = []
     for side, name in zip(sides, names, strict=True):
         if not side.startswith(_HUMAN) or _ASSISTANT not in side:
             raise _Malformed(
                 f"expected a field 'prompt', or an HH-RLHF transcript ({_HUMAN!r} ... {_ASSISTANT!r} ...) in {name!r}; "
-                f'found no prompt and {_show(side)}'
+                f"found no prompt and {_show(side)}"
             )
         prompts.append(side[: side.rindex(_ASSISTANT) + len(_ASSISTANT)])
     return _same(prompts), [side[len(prompts[0]) :] for side in sides]
@@ -175,73 +176,75 @@ def _split_strings(prompt: Text | None, sides: list[str], names: list[str]) -> t
 
 def _split_messages(prompt: Text | None, sides: list[Messages], names: list[str]) -> tuple[Messages, list[Messages]]:
     """(prompt, responses), each response one assistant message, wherever the row keeps the messages before it."""
-    conversation = prompt is None or (isinstance(prompt, str) and any(s and s[0]['role'] != 'assistant' for s in sides))
+    conversation = prompt is None or (isinstance(prompt, str) and any(s and s[0]["role"] != "assistant" for s in sides))
     if conversation:
         for side, name in zip(sides, names, strict=True):
-            if not side or side[-1]['role'] != 'assistant':
-                raise _expected('a conversation that ends with an assistant message', side[-1:], name)
+            if len(side) < 2 or side[-1]["role"] != "assistant":
+                raise _expected("a conversation that ends with an assistant message", side, name)
         context = _same([side[:-1] for side in sides])
         # Beside whole conversations a string prompt only repeats one message or all; another text would go unread.
-        if prompt and not any(prompt.strip() in m['content'] or m['content'] in prompt for m in context):
-            raise _expected(f'a message of {names[0]!r}, which holds the whole conversation', prompt, 'prompt')
+        if prompt and not any(prompt.strip() in m["content"] or m["content"] in prompt for m in context):
+            raise _expected(f"a message of {names[0]!r}, which holds the whole conversation", prompt, "prompt")
         return context, [side[-1:] for side in sides]
 
     if isinstance(prompt, str):
-        prompt = [{'role': 'user', 'content': prompt}]
+        prompt = [{"role": "user", "content": prompt}]
+    if not prompt:
+        raise _expected("at least one message", prompt, "prompt")
     n = len(prompt)
     sides = [side[n:] if side[:n] == prompt else side for side in sides]
     for side, name in zip(sides, names, strict=True):
-        if [message['role'] for message in side] not in ([], ['assistant']):
-            raise _expected('one assistant message (what comes before it belongs in the prompt)', side, name)
+        if [message["role"] for message in side] not in ([], ["assistant"]):
+            raise _expected("one assistant message (what comes before it belongs in the prompt)", side, name)
     return prompt, sides
 
 
 def _same(prompts: list) -> Any:
     if any(prompt != prompts[0] for prompt in prompts):
-        raise _Dropped('prompts differ')
+        raise _Dropped("prompts differ")
     return prompts[0]
 
 
 def _text(value: Any, field: str) -> Text:
-    """A string or a list of messages, checked; fields of a message that are None (Parquet fills them in) are left out."""
+    """A string or a list of messages, checked; a message loses the fields that are None (Parquet fills them in)."""
     if isinstance(value, str):
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise _expected('valid Unicode', value[error.start : error.end], field) from None
+            raise _expected("valid Unicode", value[error.start : error.end], field) from None
         return value
     if not isinstance(value, list):
-        raise _expected('a string or a list of messages', value, field)
+        raise _expected("a string or a list of messages", value, field)
     for i, message in enumerate(value):
-        if not isinstance(message, Mapping) or not {'role', 'content'} <= message.keys():
-            raise _expected("a message with 'role' and 'content'", message, f'{field}[{i}]')
-        if message['role'] not in ROLES:
-            raise _expected(f'one of {", ".join(ROLES)}', message['role'], f'{field}[{i}].role')
-        if not isinstance(message['content'], str):
-            raise _expected('a string', message['content'], f'{field}[{i}].content')
-        _text(message['content'], f'{field}[{i}].content')
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise _expected("a message with 'role' and 'content'", message, f"{field}[{i}]")
+        if message["role"] not in ROLES:
+            raise _expected(f"one of {', '.join(ROLES)}", message["role"], f"{field}[{i}].role")
+        if not isinstance(message["content"], str):
+            raise _expected("a string", message["content"], f"{field}[{i}].content")
+        _text(message["content"], f"{field}[{i}].content")
     return [{k: v for k, v in message.items() if v is not None} for message in value]
 
 
 def _content(side: Text) -> str:
-    return side if isinstance(side, str) else ''.join(message['content'] for message in side)
+    return side if isinstance(side, str) else "".join(message["content"] for message in side)
 
 
-def _expected(expected: str, found: Any, field: str = '') -> _Malformed:
-    return _Malformed((f'field {field!r}: ' if field else '') + f'expected {expected}, found {_show(found)}')
+def _expected(expected: str, found: Any, field: str = "") -> _Malformed:
+    return _Malformed((f"field {field!r}: " if field else "") + f"expected {expected}, found {_show(found)}")
 
 
 def _show(value: Any) -> str:
-    return 'nothing' if value is None or value == [] else f'{_kind(value)} {reprlib.repr(value)}'
+    return "nothing" if value is None or value == [] else f"{_kind(value)} {reprlib.repr(value)}"
 
 
 def _kind(value: Any) -> str:
-    names = {str: 'a string', list: 'a list', dict: 'an object', bool: 'a boolean', int: 'a number', float: 'a number'}
+    names = {str: "a string", list: "a list", dict: "an object", bool: "a boolean", int: "a number", float: "a number"}
     return names.get(type(value), type(value).__name__)
 
 
 def _names(row: Mapping) -> str:
-    return ', '.join(map(str, row)) or 'no field'
+    return ", ".join(map(str, row)) or "no field"
 
 
 # Files, directories and the hub -> ('FILE, row N', row).
@@ -252,53 +255,53 @@ def _rows(path: str, split: str) -> Iterator[tuple[str, Any]]:
     if local.is_file():
         return _file_rows(local)
     if local.is_dir():
-        if (local / 'dataset_dict.json').exists() or (local / 'state.json').exists():
+        if (local / "dataset_dict.json").exists() or (local / "state.json").exists():
             return _dataset_rows(path, split, saved=True)
         return (row for file in _split_files(local, split) for row in _file_rows(file))
     if _LOOKS_LOCAL.search(path):
-        raise UserError(f'{path}: no such file or directory')
+        raise UserError(f"{path}: no such file or directory")
     return _dataset_rows(path, split, saved=False)
 
 
 def _split_files(directory: Path, split: str) -> list[Path]:
     """The files of a split, by the name of the file or of a folder; unnamed files are all 'train'."""
-    files = sorted(f for f in directory.rglob('*') if f.is_file() and _FILE.search(f.name))
+    files = sorted(f for f in directory.rglob("*") if f.is_file() and _FILE.search(f.name))
 
     def begins_with(words: str) -> list[Path]:
         # 'train' is in 'train-00000-of-00001.parquet' and 'train.jsonl.gz', but not in 'train_prefs.jsonl'.
-        pattern = re.compile(rf'(^|/)({words})([-./]|_?\d)')
+        pattern = re.compile(rf"(^|/)({words})([-./]|_?\d)")
         return [f for f in files if pattern.search(f.relative_to(directory).as_posix())]
 
     found = begins_with(re.escape(split))
-    if not found and split == 'train' and not begins_with(r'(train|test|valid|validation|dev|eval)(_\w+)?'):
+    if not found and split == "train" and not begins_with(r"(train|test|valid|validation|dev|eval)(_\w+)?"):
         found = files
     if not found:
-        there = ', '.join(f.relative_to(directory).as_posix() for f in files[:4]) or 'no .jsonl, .jsonl.gz or .parquet'
-        raise UserError(f'{directory}: no file of the split {split!r}, found {there}; name another split or a file')
+        there = ", ".join(f.relative_to(directory).as_posix() for f in files[:4]) or "no .jsonl, .jsonl.gz or .parquet"
+        raise UserError(f"{directory}: no file of the split {split!r}, found {there}; name another split or a file")
     return found
 
 
 def _file_rows(file: Path) -> Iterator[tuple[str, Any]]:
     if not _FILE.search(file.name):
-        raise UserError(f'{file}: expected a .jsonl, .jsonl.gz or .parquet file')
-    return _parquet_rows(file) if file.suffix == '.parquet' else _json_rows(file)
+        raise UserError(f"{file}: expected a .jsonl, .jsonl.gz or .parquet file")
+    return _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
 
 
 def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
     number = 0
     try:
-        with (gzip.open if file.suffix == '.gz' else open)(file, 'rb') as lines:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
             for number, line in enumerate(lines, 1):
-                where = f'{file}, row {number}'
+                where = f"{file}, row {number}"
                 try:
-                    row = json.loads(line.decode('utf-8-sig')) if line.strip() else None
+                    row = json.loads(line.decode("utf-8-sig")) if line.strip() else None
                 except (ValueError, RecursionError) as error:
-                    found = getattr(error, 'msg', None) or str(error)
-                    raise UserError(f'{where}: expected one JSON object in UTF-8, found {found}') from None
+                    found = getattr(error, "msg", None) or str(error)
+                    raise UserError(f"{where}: expected one JSON object in UTF-8, found {found}") from None
                 if line.strip():
                     yield where, row
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f'{file}, row {number + 1}: expected a readable file, found {_one_line(error)}') from None
+        raise UserError(f"{file}, row {number + 1}: expected a readable file, found {one_line(error)}") from None
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
@@ -310,9 +313,9 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
             for row in batch.to_pylist():
                 number += 1
-                yield f'{file}, row {number}', row
+                yield f"{file}, row {number}", row
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise UserError(f'{file}, row {number + 1}: expected a readable file, found {_one_line(error)}') from None
+        raise UserError(f"{file}, row {number + 1}: expected a readable file, found {one_line(error)}") from None
 
 
 def _dataset_rows(name: str, split: str, saved: bool) -> Iterator[tuple[str, Any]]:
@@ -324,10 +327,10 @@ def _dataset_rows(name: str, split: str, saved: bool) -> Iterator[tuple[str, Any
             dataset = datasets.load_from_disk(name)
             if isinstance(dataset, datasets.DatasetDict):
                 if split not in dataset:
-                    raise UserError(f'{name}: no split {split!r}, found {", ".join(dataset)}')
+                    raise UserError(f"{name}: no split {split!r}, found {', '.join(dataset)}")
                 dataset = dataset[split]
         else:
-            repository, _, subset = name.partition(':')
+            repository, _, subset = name.partition(":")
             try:
                 dataset = datasets.load_dataset(repository, subset or None, split=split)
             except ValueError:  # a subset is a configuration, or a folder as in HH-RLHF
@@ -337,10 +340,11 @@ def _dataset_rows(name: str, split: str, saved: bool) -> Iterator[tuple[str, Any
     except UserError:
         raise
     except Exception as error:  # the library and the network raise whatever they like
-        raise UserError(f'{name}: cannot load the split {split!r}: {_one_line(error)}') from None
+        raise UserError(f"{name}: cannot load the split {split!r}: {one_line(error)}") from None
     for number, row in enumerate(dataset, 1):
-        yield f'{name}, row {number}', row
+        yield f"{name}, row {number}", row
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The first line of an error of another library, for a UserError."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

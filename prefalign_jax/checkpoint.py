@@ -1,0 +1,125 @@
+"""Checkpoints of a run, by Orbax: save without waiting, restore onto any mesh, refuse another run's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+from prefalign_jax.types import TrainState, UserError
+
+# Fields that make a run what it is. The rest, such as its length or how often it logs, may change when it is resumed.
+IDENTITY = ("loss", "model", "reference", "optimizer", "seed", "batch_size", "max_length", "too_long", "dtype", "data")
+FREE = ("data.eval_path", "data.eval_split", "data.eval_limit", "reference.cache_dir")
+
+
+def open_checkpoints(
+    directory: Path, *, keep: int = 2, best_metric: str | None = None, best_mode: str = "min"
+) -> ocp.training.Checkpointer:
+    """Opens a directory of checkpoints, made if missing.
+
+    Args:
+      directory: of the run.
+      keep: how many of the latest stay.
+      best_metric: name of an evaluation metric; the checkpoint with the best one stays as well.
+      best_mode: 'min' or 'max'.
+
+    Returns:
+      Orbax's checkpointer; close it, which waits for what is being written.
+    """
+    policies = ocp.training.preservation_policies
+    policy: Any = policies.LatestN(keep)
+    if best_metric:
+        sign = 1.0 if best_mode == "max" else -1.0
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: sign * metrics[best_metric], n=1, keep_checkpoints_without_metrics=False
+        )
+        policy = policies.AnyPreservationPolicy([policy, best])
+    return ocp.training.Checkpointer(Path(directory).absolute(), preservation_policy=policy)
+
+
+def save(
+    checkpoints: ocp.training.Checkpointer,
+    state: TrainState,
+    config: Mapping[str, Any],
+    data_digest: str,
+    metrics: Mapping[str, float] | None = None,
+) -> None:
+    """Starts writing a state; returns before it is on disk. A step that is there already is left alone.
+
+    Args:
+      checkpoints: from `open_checkpoints`.
+      state: its reference is not written: it comes from where the run got it.
+      config: plain dict, stored inside.
+      data_digest: of the training pairs, stored inside.
+      metrics: evaluation metrics at this step.
+    """
+    step = int(state.step)
+    if checkpoints.latest is not None and checkpoints.latest.step >= step:
+        return
+    tree = _tree(state)
+    if jax.default_backend() == "cpu":
+        # On the host the writer may see the very buffers that the next step's donation overwrites.
+        tree = jax.tree.map(jnp.copy, tree)
+    checkpoints.save_checkpointables_async(
+        step,
+        {"state": tree},
+        force=True,
+        metrics=dict(metrics) if metrics else None,
+        custom_metadata={"config": dict(config), "data": data_digest},
+    )
+
+
+def _tree(state: TrainState) -> dict[str, Any]:
+    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+
+
+def restore(
+    checkpoints: ocp.training.Checkpointer, state: TrainState, config: Mapping[str, Any], data_digest: str
+) -> TrainState:
+    """The latest saved state, or `state` itself where none is saved.
+
+    Args:
+      checkpoints: from `open_checkpoints`.
+      state: freshly initialised; gives structure, types and shardings, and the reference.
+      config: of this run.
+      data_digest: of this run's training pairs.
+
+    Returns:
+      The state to go on from.
+
+    Raises:
+      UserError: the checkpoint is of a run with another model, loss, data or seed, or its shapes differ.
+    """
+    latest = checkpoints.latest
+    if latest is None:
+        return state
+    where = f"{checkpoints.directory} (step {latest.step})"
+    stored = checkpoints.checkpointables_metadata(latest).custom_metadata or {}
+    ours, theirs = _flatten(config), _flatten(stored.get("config", {}))
+    for name in sorted(ours.keys() | theirs.keys()):
+        if name.split(".")[0] in IDENTITY and name not in FREE and ours.get(name) != theirs.get(name):
+            raise UserError(
+                f"cannot resume {where}: it was trained with {name}={theirs.get(name)!r}, this run has {ours.get(name)!r}; "
+                "set it back or use another --workdir"
+            )
+    if stored.get("data") != data_digest:
+        raise UserError(f"cannot resume {where}: the training pairs have changed since; use another --workdir")
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _tree(state))
+    try:
+        tree = checkpoints.load_checkpointables(latest, {"state": abstract})["state"]
+    except Exception as error:  # Orbax raises many kinds, each over many lines
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"cannot resume {where}: its arrays do not fit this model: {reason[:200]}") from error
+    return state._replace(**tree)
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in config.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value})
+    return flat

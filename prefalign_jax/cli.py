@@ -1,0 +1,100 @@
+"""The command line of scripts/: flags, one-line errors with exit status 2, and the compilation cache."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import yaml
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from prefalign_jax.config import resolved, validate
+from prefalign_jax.types import UserError
+
+STOPPED = 143  # what a shell reports of a process that SIGTERM ended: launchers restart it
+
+
+def launch(main: Callable[[ConfigDict, Path], int | None], argv: Sequence[str] | None = None) -> int:
+    """Parses --config, --workdir and --print_config, and runs `main(config, workdir)`.
+
+    Args:
+      main: returns the exit status, None for 0.
+      argv: the command line; sys.argv by default.
+
+    Returns:
+      The exit status: 2 after a mistake of the user's, which is printed as one line.
+    """
+    argv = list(sys.argv if argv is None else argv)
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "Experiment, FILE.py or FILE.py:arg=value,...", flag_values=values)
+    flags.DEFINE_string("workdir", None, "Directory for metrics, checkpoints and the exported model", flag_values=values)
+    flags.DEFINE_bool("print_config", False, "Print the resolved experiment and stop", flag_values=values)
+    flags.DEFINE_bool("help", False, "Show this text", flag_values=values)
+    logging.set_verbosity(logging.WARNING)  # Orbax and Grain report their inner life at INFO
+    try:
+        config = _parse(values, argv)
+        if config is None:
+            print(f"usage: {argv[0]} --config=FILE.py[:arg=value,...] [--config.FIELD=VALUE ...] [--workdir=DIR]\n{values}")
+            return 0
+        if values.print_config:
+            validate(config)
+            print(yaml.safe_dump(resolved(config), sort_keys=False), end="")
+            return 0
+        if not values.workdir:
+            values.workdir = str(Path("runs") / Path(_option(argv, "config").split(":")[0]).stem)
+            print(f"workdir: {values.workdir}", file=sys.stderr)
+        _cache_compilations()
+        return main(config, Path(values.workdir)) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _parse(values: flags.FlagValues, argv: list[str]) -> ConfigDict | None:
+    try:
+        rest = values(argv)
+    except AttributeError as error:  # ml_collections': a field that the config does not have
+        words = re.findall(r"'(\w+)'", str(error))
+        near = re.search(r'Did you mean "(\w+)"', str(error))
+        hint = f", did you mean {near[1]!r}?" if near else ""
+        field = words[0] if words else str(error)
+        raise UserError(f"the config has no field {field!r}{hint} (--print_config lists the fields)") from None
+    except flags.Error as error:
+        # A file that fails to load arrives as a whole traceback in the message: its last line says what happened.
+        last = [line for line in str(error).splitlines() if line.strip()][-1]
+        raise UserError(re.sub(r"^\S*UserError: ", "", last)) from None
+    if values.help:
+        return None
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}; options are written --name=value")
+    path = _option(argv, "config")
+    if not path:
+        raise UserError("no experiment given; write --config=experiments/quickstart.py, for one")
+    if not Path(path.split(":")[0]).is_file():
+        raise UserError(f"--config: no file {path.split(':')[0]!r}")
+    return values.config
+
+
+def _option(argv: Sequence[str], name: str) -> str:
+    """The text of --name=text or --name text, '' if absent."""
+    for number, word in enumerate(argv):
+        if re.fullmatch(f"--?{name}", word) and number + 1 < len(argv):
+            return argv[number + 1]
+        if match := re.fullmatch(f"--?{name}=(.*)", word):
+            return match[1]
+    return ""
+
+
+def _cache_compilations() -> None:
+    """Compiled programs outlive the process, unless the user has set a place for them."""
+    if not jax.config.jax_compilation_cache_dir:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(root) / "prefalign_jax" / "xla"))

@@ -1,0 +1,227 @@
+"""The fields of an experiment, their defaults, and the checks that one place makes of all of them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from prefalign_jax.losses import LOSSES, BoundLoss, hyper_parameters, make_loss
+from prefalign_jax.types import UserError
+
+DTYPES = ("float32", "bfloat16")
+CHOICES = {
+    "dtype": DTYPES,
+    "model.param_dtype": DTYPES,
+    "export.dtype": DTYPES,
+    "too_long": ("drop", "truncate_prompt", "truncate_response"),
+    "reference.kind": ("copy", "cached", "none"),
+    "data.layout": ("tree", "ordinary"),
+}
+POSITIVE = ("batch_size", "micro_steps", "max_length", "log_steps", "steps", "epochs", "examples")
+POSITIVE += ("eval_steps", "save_steps", "grad_clip", "checkpoint.keep", "vocabulary_chunk")
+
+
+def defaults(loss: str = "dpo") -> ConfigDict:
+    """Every field of an experiment, with a meaning or unit; an experiment file overrides what it is about.
+
+    Args:
+      loss: a key of losses.LOSSES; it decides whether a reference is kept.
+
+    Returns:
+      A locked ConfigDict: assigning to a field it does not have is an error.
+    """
+    maybe = config_dict.placeholder
+    c = ConfigDict()
+    c.seed = 0  # initialisation, order of the data, sampling
+
+    # Length of the run: the first one set of steps, examples and epochs; one epoch if none is.
+    c.steps = maybe(int)
+    c.examples = maybe(int)
+    c.epochs = maybe(float)
+    c.batch_size = 16  # pairs in an update
+    c.micro_steps = 1  # parts that a batch is computed in; the update is the same
+    c.max_length = 1024  # tokens of prompt + longer response
+    c.too_long = "drop"  # what happens to longer pairs: drop, truncate_prompt, truncate_response
+
+    c.learning_rate = 1e-6
+    c.schedule = "linear"  # constant, linear, cosine, inverse_sqrt; each after a linear warm-up
+    c.warmup_steps = 0
+    c.warmup_epochs = maybe(float)  # instead of warmup_steps
+    c.warmup_examples = maybe(int)  # instead of warmup_steps
+    c.grad_clip = maybe(float)  # global norm of the gradient; None for no clipping
+    c.grad_clip = 1.0
+    c.optimizer = ConfigDict({"name": "adamw"})  # adamw, rmsprop, sgd; what is None keeps the optimizer's default
+    c.optimizer.update({key: maybe(float) for key in ("b1", "b2", "eps", "weight_decay", "decay", "momentum")})
+
+    # A hyper-parameter that is None keeps the loss's default; one that the loss does not have must stay None.
+    c.loss = ConfigDict({"name": loss})
+    for name in LOSSES:
+        c.loss.update({key: maybe(type(value)) for key, value in hyper_parameters(name).items() if key not in c.loss})
+
+    c.reference = ConfigDict()
+    needs_reference = "reference" in make_loss(loss).needs
+    c.reference.kind = "copy" if needs_reference else "none"  # copy: frozen, in the step; cached: computed once; none
+    c.reference.path = maybe(str)  # another model than model.path
+    c.reference.cache_dir = maybe(str)  # for kind=cached; None is WORKDIR/reference
+
+    c.model = ConfigDict()
+    c.model.path = maybe(str)  # Hugging Face directory or hub name
+    c.model.random_init = False  # take only the shape and the tokenizer from model.path
+    c.model.param_dtype = "float32"  # master weights
+    c.model.remat = "none"  # what the backward pass keeps of a layer: none (everything), dots, full (only its input)
+    c.dtype = "float32"  # activations and matrix products; losses and log-softmax are float32 always
+    c.vocabulary_chunk = 8192  # columns of logits in memory at once
+    c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # devices along each axis; -1 takes the rest
+
+    c.data = ConfigDict()
+    c.data.path = maybe(str)  # JSONL (or .gz), Parquet, a directory of them, a saved dataset, or a hub name
+    c.data.split = "train"  # of a hub dataset
+    c.data.limit = maybe(int)  # records to read
+    c.data.eval_path = maybe(str)  # held-out data
+    c.data.eval_split = "test"
+    c.data.eval_limit = maybe(int)
+    c.data.eval_fraction = 0.0  # without eval_path: part of the training prompts that is held out
+    c.data.shuffle = True
+    c.data.chat_template = maybe(str)  # chatml, zephyr, a .jinja file; None takes the tokenizer's own
+    c.data.keep_end = False  # train on what the template writes after the end-of-turn token, as TRL's DPO does
+    c.data.layout = "tree"  # tree: the prompt once; ordinary: a copy of it for each side
+    c.data.row_length = maybe(int)  # tokens in a packed row; None takes the longest pair
+
+    c.log_steps = 10
+    c.eval_steps = maybe(int)  # None evaluates at the start and at the end
+    c.save_steps = maybe(int)  # None saves at the end, and when the run is told to stop
+    c.checkpoint = ConfigDict()
+    c.checkpoint.keep = 2  # latest checkpoints kept
+    c.checkpoint.best_metric = maybe(str)  # such as eval/loss: the best by it is kept as well
+    c.checkpoint.best_mode = "min"  # min or max
+    c.export = ConfigDict({"enabled": True, "dtype": "float32"})
+    c.tensorboard = True  # event files too, where tensorboardX is installed
+    c.job = "train"  # train, or quickstart: the embedded demonstration
+    return c.lock()
+
+
+def parse_arg(arg: str, **fields: Any) -> ConfigDict:
+    """Parses what follows the colon of --config=file.py:arg, typed by the defaults given.
+
+    Args:
+      arg: 'a=1,b=two'; a bare word sets the first field.
+      **fields: names and defaults; None stands for a string that may be missing.
+
+    Returns:
+      A ConfigDict of the fields.
+
+    Raises:
+      UserError: an unknown name, or a value of the wrong type.
+
+    Example:
+      >>> dict(parse_arg("orpo,steps=5", loss="dpo", steps=0))
+      {'loss': 'orpo', 'steps': 5}
+    """
+    out = dict(fields)
+    for part in filter(None, (arg or "").split(",")):
+        name, equals, text = part.partition("=")
+        if not equals:
+            name, text = next(iter(fields)), part
+        if name not in fields:
+            raise UserError(f"config argument {name!r} is unknown{_near(name, fields)}; it takes {', '.join(fields)}")
+        kind = str if fields[name] is None else type(fields[name])
+        try:
+            out[name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+        except (ValueError, KeyError):
+            raise UserError(f"config argument {name}={text!r} is not of type {kind.__name__}") from None
+    return ConfigDict(out)
+
+
+def _near(name: str, names) -> str:
+    close = difflib.get_close_matches(name, list(names), 1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that are not None, without the name."""
+    return {key: value for key, value in fields.items() if value is not None and key != "name"}
+
+
+def loss_of(config: ConfigDict) -> BoundLoss:
+    """The loss that a config names, its hyper-parameters filled in and checked."""
+    return make_loss(config.loss.name, **given(config.loss))
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks what can be checked without data or devices.
+
+    Args:
+      config: with the fields of `defaults`.
+
+    Raises:
+      UserError: naming the field, its value and what it takes.
+    """
+    loss = loss_of(config)
+    flat = {f"{group}.{key}" if group else key: value for group, key, value in _flatten(config)}
+    for name, choices in CHOICES.items():
+        if flat[name] not in choices:
+            raise UserError(f"{name}={flat[name]!r} is unknown{_near(str(flat[name]), choices)}; write {' or '.join(choices)}")
+    for name in POSITIVE:
+        if flat[name] is not None and not flat[name] > 0:
+            raise UserError(f"{name}={flat[name]!r} must be positive")
+    if config.batch_size % config.micro_steps:
+        raise UserError(f"batch_size={config.batch_size} is not a multiple of micro_steps={config.micro_steps}")
+    if not 0 <= config.data.eval_fraction < 1:
+        raise UserError(f"data.eval_fraction={config.data.eval_fraction} must lie in [0, 1)")
+    if config.data.eval_path and config.data.eval_fraction:
+        raise UserError("data.eval_path and data.eval_fraction both name the held-out data; set one")
+    if config.checkpoint.best_mode not in ("min", "max"):
+        raise UserError(f"checkpoint.best_mode={config.checkpoint.best_mode!r} is unknown; write min or max")
+    needs_reference, kind = "reference" in loss.needs, config.reference.kind
+    if needs_reference and kind == "none":
+        raise UserError(f"loss {loss.name!r} needs a reference; set reference.kind to copy or cached")
+    if not needs_reference and kind != "none":
+        raise UserError(f"loss {loss.name!r} uses no reference; set reference.kind=none (it is {kind!r})")
+    if kind == "none" and config.reference.path:
+        raise UserError("reference.path is set but reference.kind=none keeps no reference; set copy or cached")
+    if kind != "cached" and config.reference.cache_dir:
+        raise UserError(f"reference.cache_dir applies to reference.kind=cached, not {kind!r}")
+    for name, what in (("model.path", "a Hugging Face directory or hub name"), ("data.path", "a file, directory or hub name")):
+        if config.job == "train" and not flat[name]:
+            raise UserError(f"{name} is not set; give {what}: --config=FILE.py:{name.split('.')[0]}=... or --config.{name}=...")
+
+
+def _flatten(config: ConfigDict, group: str = ""):
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _flatten(value, f"{group}.{key}" if group else key)
+        else:
+            yield group, key, value
+
+
+def duration(config: ConfigDict, name: str, pairs: int) -> int | None:
+    """A length of time in steps, from whichever of its fields is set: NAME_steps, NAME_examples, NAME_epochs, in that order.
+
+    Args:
+      config: the experiment.
+      name: 'warmup', or '' for the run itself.
+      pairs: in an epoch.
+
+    Returns:
+      Steps, or None if no field is set.
+    """
+    prefix = f"{name}_" if name else ""
+    steps, examples, epochs = (config.get(prefix + unit) for unit in ("steps", "examples", "epochs"))
+    if steps:
+        return steps
+    if examples is None and epochs is None:
+        return steps
+    examples = examples if examples is not None else epochs * pairs
+    return max(1, int(examples) // config.batch_size)
+
+
+def resolved(config: ConfigDict) -> dict[str, Any]:
+    """The config as a plain dict, the loss with the hyper-parameters it will use and no others."""
+    plain = config.to_dict()
+    loss = loss_of(config)
+    plain["loss"] = {"name": loss.name, **loss.hyper}
+    plain["optimizer"] = {"name": plain["optimizer"]["name"], **given(plain["optimizer"])}
+    return plain

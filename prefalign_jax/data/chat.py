@@ -1,0 +1,250 @@
+"""Records -> token ids, with the roles known: where the prompt ends, what is trained, where a response ends.
+
+    text   ids(prompt + chosen) + EOS
+    chat   ids(template(prompt + chosen)), cut after the token that ends the turn, + EOS if that token is another
+
+A tokenizer may merge characters across the end of the prompt: ids(prompt) need not begin ids(prompt + chosen). The
+prompt is therefore the common prefix of both and of ids(prompt + rejected). Decoding prompt + response gives back the
+text, and both responses are predicted from the same last prompt token.
+"""
+
+from __future__ import annotations
+
+import collections
+import os.path
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from prefalign_jax.data.records import Messages, Record, one_line
+from prefalign_jax.types import Pair, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+TOO_LONG = ("drop", "truncate_prompt", "truncate_response")
+
+_BATCH = 1024  # records per call of the tokenizer
+
+
+class ChatTemplate(NamedTuple):
+    """A template, the special tokens it writes, and the token that is EOS under it, if not the tokenizer's own."""
+
+    jinja: str
+    tokens: tuple[str, ...] = ()
+    eos: str | None = None
+
+
+CHAT_TEMPLATES = {
+    "chatml": ChatTemplate(
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        tokens=("<|im_start|>", "<|im_end|>"),
+        eos="<|im_end|>",
+    ),
+    "llama3": ChatTemplate(
+        "{{ '<|begin_of_text|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n'"
+        " + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+        tokens=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        eos="<|eot_id|>",
+    ),
+    "zephyr": ChatTemplate(
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
+    ),
+}
+
+
+def load_tokenizer(path: str | Path, chat_template: str | None = None) -> Tokenizer:
+    """Loads a Hugging Face tokenizer, and gives it a chat template if one is named.
+
+    Special tokens of the template that the tokenizer lacks are added, so len(tokenizer) may exceed the rows of the
+    model's embedding: the caller resizes it.
+
+    Args:
+      path: a directory with tokenizer files (the network is not asked then), or a hub name.
+      chat_template: a name in CHAT_TEMPLATES, a .jinja file, or the template itself; None keeps the tokenizer's own.
+
+    Returns:
+      The tokenizer.
+
+    Raises:
+      UserError: the tokenizer or the template cannot be loaded, or the tokenizer has no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    path = str(path)
+    local = Path(path).expanduser()
+    if not local.exists() and path.startswith((".", "/", "~")):
+        raise UserError(f"{path}: no such tokenizer directory")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(local) if local.exists() else path, trust_remote_code=False, local_files_only=local.exists()
+        )
+    except Exception as error:  # the library and the network raise whatever they like
+        raise UserError(f"{path}: cannot load a tokenizer: {one_line(error)}") from None
+    if chat_template is not None:
+        template = _template(chat_template)
+        tokenizer.add_tokens(list(template.tokens), special_tokens=True)  # those it has keep their ids
+        tokenizer.eos_token = template.eos or tokenizer.eos_token
+        tokenizer.chat_template = template.jinja
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{path}: the tokenizer has no end-of-sequence token, so no response would ever end")
+    return tokenizer
+
+
+def tokenize_records(
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    too_long: str = "drop",
+    keep_end: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[Pair], dict[str, int]]:
+    """Tokenizes records into pairs whose responses end with one end-of-sequence token, which is trained.
+
+    A prompt of no token at all cannot predict a response, so the first token of the responses joins the prompt if they
+    share it. A prompt that ends with an assistant message is continued, not answered. A prompt string repeated inside
+    the responses stays there.
+
+    Args:
+      records: as read_records gives them; strings are plain text, messages go through the tokenizer's chat template.
+      tokenizer: a Hugging Face tokenizer with an end-of-sequence token.
+      max_length: most tokens of prompt + longer response.
+      too_long: what becomes of a longer pair: 'drop'; 'truncate_prompt' on the left, after its BOS;
+        'truncate_response' on the right, without EOS.
+      keep_end: train also on what the template writes after its end of turn (often a newline), as TRL's DPO does.
+      progress: called with (records done, records in all) now and then.
+
+    Returns:
+      The pairs in the order of the records, and the number of records dropped for each reason: 'too long',
+      'identical responses', 'identical after truncation', 'no prompt'.
+
+    Raises:
+      UserError: an option is invalid, or the chat template is missing or does not render a record.
+    """
+    if too_long not in TOO_LONG:
+        raise UserError(f"too_long: expected one of {', '.join(TOO_LONG)}, found {too_long!r}")
+    if max_length < 2:
+        raise UserError(f"max_length: expected at least 2 tokens, found {max_length}")
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end-of-sequence token, so no response would ever end")
+    plain = tokenizer("a", add_special_tokens=False).input_ids
+    wrapped = tokenizer("a").input_ids
+    prefix = wrapped[: wrapped.index(plain[0])]  # BOS, where this tokenizer writes one
+    eos, special = tokenizer.eos_token_id, _special_ids(tokenizer)
+
+    pairs, dropped = [], collections.Counter()
+    for start in range(0, len(records), _BATCH):
+        batch = records[start : start + _BATCH]
+        texts = [text for record in batch for text in _texts(record, tokenizer)]
+        # Without special tokens: a template writes its own, and of text we know better where BOS and EOS belong.
+        encoded = iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids)
+        for record in batch:
+            ids = [next(encoded) for _ in range(3 if record.rejected else 2)]
+            chat = not isinstance(record.prompt, str)
+            if not chat and ids[1][: len(prefix)] != prefix:
+                ids = [prefix + x for x in ids]
+            n = len(os.path.commonprefix(ids))
+            responses = [_ended(x[n:], tokenizer, special if chat else {eos}, keep_end) for x in ids[1:]]
+            pair = _fit(ids[1][:n], responses, max_length, too_long, tokenizer.bos_token_id)
+            if isinstance(pair, str):
+                dropped[pair] += 1
+            else:
+                arrays = [np.asarray(x, np.int32) for x in pair]
+                pairs.append(Pair(*arrays, weight=record.weight))
+        if progress:
+            progress(start + len(batch), len(records))
+    return pairs, dict(dropped)
+
+
+def _texts(record: Record, tokenizer: Tokenizer) -> list[str]:
+    """[prompt, prompt + chosen, prompt + rejected], the last only where there is a rejected response."""
+    prompt, responses = record.prompt, [record.chosen, record.rejected][: 2 if record.rejected else 1]
+    if isinstance(prompt, str):
+        return [prompt, *(prompt + response for response in responses)]
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{record.where}: the tokenizer has no chat template for messages; "
+            f"set data.chat_template to {', '.join(CHAT_TEMPLATES)} or a .jinja file"
+        )
+    continued = bool(prompt) and prompt[-1]["role"] == "assistant"
+    try:
+        start = tokenizer.apply_chat_template(
+            prompt, tokenize=False, add_generation_prompt=not continued, continue_final_message=continued
+        )
+        return [start, *(tokenizer.apply_chat_template(_join(prompt, r), tokenize=False) for r in responses)]
+    except Exception as error:  # a template raises whatever it likes
+        raise UserError(f"{record.where}: the chat template does not render it: {one_line(error)}") from None
+
+
+def _join(prompt: Messages, response: Messages) -> Messages:
+    if not prompt or prompt[-1]["role"] != "assistant":
+        return prompt + response
+    *before, begun = prompt
+    return [*before, {**begun, "content": begun["content"] + response[0]["content"]}, *response[1:]]
+
+
+def _ended(response: list[int], tokenizer: Tokenizer, ends: set[int], keep_end: bool) -> list[int]:
+    """The response with one EOS at its end; if a token of `ends` is last but for whitespace, that whitespace is cut."""
+    eos = tokenizer.eos_token_id
+    last = next((i for i in reversed(range(len(response))) if response[i] in ends), None)
+    if last is None or tokenizer.decode(response[last + 1 :]).strip():
+        return [*response, eos]
+    body, end, tail = response[:last], response[last], response[last + 1 :]
+    while end == eos and body[-1:] == [eos]:
+        body = body[:-1]
+    if keep_end:
+        return [*body, end, *tail]
+    return [*body, end] if end == eos else [*body, end, eos]
+
+
+def _special_ids(tokenizer: Tokenizer) -> set[int]:
+    # all_special_ids lacks tokens such as Llama 3's <|eot_id|>, which the tokenizer's configuration does not name.
+    added = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return {*tokenizer.all_special_ids, *added} - {tokenizer.unk_token_id}
+
+
+def _fit(
+    prompt: list[int], responses: list[list[int]], max_length: int, too_long: str, bos: int | None
+) -> tuple[list[int], list[int], list[int]] | str:
+    """(prompt, chosen, rejected) within max_length, or the reason why there is no such pair."""
+    supervised = len(responses) == 1
+    if not supervised and responses[0] == responses[1]:
+        return "identical responses"
+    if not prompt:
+        first = {response[0] for response in responses}
+        prompt, responses = [responses[0][0]], [response[1:] for response in responses]
+        if len(first) > 1 or not all(responses):
+            return "no prompt"
+    longest = max(map(len, responses))
+    if len(prompt) + longest > max_length:
+        if too_long == "truncate_prompt":
+            head = prompt[:1] if prompt[0] == bos else []
+            room = max_length - longest - len(head)
+            if room < 1:
+                return "too long"
+            prompt = head + prompt[-room:]
+        elif too_long == "truncate_response" and len(prompt) < max_length:
+            responses = [response[: max_length - len(prompt)] for response in responses]
+            if not supervised and responses[0] == responses[1]:
+                return "identical after truncation"
+        else:
+            return "too long"
+    return prompt, responses[0], [] if supervised else responses[1]
+
+
+def _template(name: str) -> ChatTemplate:
+    if name in CHAT_TEMPLATES:
+        return CHAT_TEMPLATES[name]
+    if "{" in name:
+        return ChatTemplate(name)
+    try:
+        return ChatTemplate(Path(name).expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        expected = f"{', '.join(CHAT_TEMPLATES)} or a .jinja file"
+        raise UserError(f"chat_template: expected {expected}, found {name!r}: {one_line(error)}") from None

@@ -1,0 +1,126 @@
+"""From files to batches: read, tokenize, hold out, and draw packed batches in an order fixed by (seed, step)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from prefalign_jax.data.packing import Layout, Shape, choose_shapes, mean_tokens, pack
+from prefalign_jax.types import Pair, PairLogps, PreferenceBatch, UserError
+
+
+class PairSet(NamedTuple):
+    """Tokenized pairs with everything that turns some of them into a batch.
+
+    Attributes:
+      pairs: the pairs; a batch's `index` counts in here.
+      batch_size: pairs in a batch.
+      micro_steps: M.
+      groups: G.
+      layout: what is laid out of a pair.
+      shapes: the few shapes a batch may have.
+      reference: cached reference log-probabilities, each [len(pairs)], or None.
+    """
+
+    pairs: Sequence[Pair]
+    batch_size: int
+    micro_steps: int
+    groups: int
+    layout: Layout
+    shapes: tuple[Shape, ...]
+    reference: PairLogps | None = None
+
+
+def make_pair_set(
+    pairs: Sequence[Pair],
+    batch_size: int,
+    *,
+    micro_steps: int = 1,
+    groups: int = 1,
+    layout: Layout = Layout(),
+    row_length: int | None = None,
+) -> PairSet:
+    """Chooses the shapes for these pairs; see `packing.choose_shapes`.
+
+    Raises:
+      UserError: there are no pairs, or one is longer than `row_length`.
+    """
+    if not pairs:
+        raise UserError("no pairs to batch: every record was dropped")
+    shapes = choose_shapes(pairs, batch_size // micro_steps, groups=groups, layout=layout, row_length=row_length)
+    return PairSet(pairs, batch_size, micro_steps, groups, layout, shapes)
+
+
+def batch_of(data: PairSet, index: np.ndarray, means: np.ndarray | None = None) -> PreferenceBatch:
+    """Packs the pairs with these numbers, cached reference log-probabilities included.
+
+    Args:
+      data: the pairs.
+      index: at most `batch_size` numbers.
+      means: as in `packing.lay_out`; None computes it from the batch.
+
+    Returns:
+      A batch of NumPy arrays with M as leading axis.
+    """
+    batch = pack(
+        [data.pairs[i] for i in index],
+        index,
+        data.batch_size,
+        data.shapes,
+        micro_steps=data.micro_steps,
+        groups=data.groups,
+        layout=data.layout,
+        means=means,
+    )
+    if data.reference is None:
+        return batch
+    # Filler (index -1) reads some pair's value and has weight 0.
+    return batch._replace(reference=PairLogps(*(x if x is None else x[batch.index] for x in data.reference)))
+
+
+def digest_of(pairs: Sequence[Pair]) -> str:
+    """SHA-256 of every token of every pair, with its role, and the weights: 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        for ids in (pair.prompt, pair.chosen, pair.rejected):
+            digest.update(len(ids).to_bytes(4, "little") + np.asarray(ids, np.int32).tobytes())
+        digest.update(np.float32(pair.weight).tobytes())
+    return digest.hexdigest()
+
+
+def train_batches(data: PairSet, *, seed: int, shuffle: bool, start: int, stop: int) -> Iterator[PreferenceBatch]:
+    """Batches start, start + 1, ..., stop - 1 of an endless stream of epochs, each shuffled anew.
+
+    Batch n is a function of (pairs, seed, n), so a run resumes by its step alone. Batches span epochs: each holds exactly
+    `batch_size` pairs.
+
+    Args:
+      data: the pairs.
+      seed: of the order.
+      shuffle: False keeps the order of the file in every epoch.
+      start, stop: steps.
+
+    Returns:
+      An iterator that packs ahead in a thread.
+    """
+    order = grain.MapDataset.source(range(len(data.pairs))).seed(seed)
+    if shuffle:
+        order = order.shuffle()
+    batches = order.repeat().batch(data.batch_size).map(lambda index: batch_of(data, index))
+    # Slicing before iteration is what makes resuming cost nothing.
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    return iter(batches.slice(slice(start, stop)).to_iter_dataset(options))
+
+
+def eval_batches(data: PairSet) -> Iterator[PreferenceBatch]:
+    """All pairs once, in order; the last batch is filled up with pairs of weight 0.
+
+    Token means are over the whole set, so that averaging over batches gives the set's own mean.
+    """
+    means = mean_tokens(data.pairs)
+    for start in range(0, len(data.pairs), data.batch_size):
+        yield batch_of(data, np.arange(start, min(start + data.batch_size, len(data.pairs))), means)

@@ -1,0 +1,198 @@
+"""A finished model as a Hugging Face directory: weights, tokenizer, generation settings and a model card."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from prefalign_jax.models import hf_io
+from prefalign_jax.models.decoder import DecoderConfig
+from prefalign_jax.types import Params, UserError
+
+# What a card may say.
+CARD = {
+    "base_model": "hub name of the model that training started from",
+    "datasets": "hub names of the data sets",
+    "tags": "more tags",
+    "license": "licence identifier",
+    "loss": "name of the loss",
+    "formula": "the loss in one line",
+    "hyper_parameters": "mapping: the loss's hyper-parameters",
+    "data": "text or mapping: what the model was trained on",
+    "metrics": "mapping: name to number",
+    "config": "mapping: the run's whole configuration",
+}
+_SECRET = re.compile(r"token(?!s|iz)|secret|password|api_?key", re.IGNORECASE)
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_PROBE = "prefalign"
+
+
+def export(
+    params: Params,
+    config: DecoderConfig,
+    tokenizer: Any,
+    directory: str | pathlib.Path,
+    *,
+    dtype: str = "float32",
+    card: Mapping[str, Any],
+) -> None:
+    """Writes a directory that transformers loads; it appears whole or not at all, and replaces an earlier export.
+
+    Args:
+      params: the parameter tree of `make_decoder`, adapters merged.
+      config: the decoder's shape.
+      tokenizer: a Hugging Face tokenizer; its chat template goes with it.
+      directory: where to.
+      dtype: stored type, one of `hf_io.DTYPES`.
+      card: what the model card says, with keys of CARD; fields whose names sound like secrets are left out.
+
+    Raises:
+      UserError: the tokenizer has more ids than the model, the card has an unknown key, the directory holds something
+        else, or the parameters cannot be stored (see `hf_io.save_params`).
+    """
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} ids but the model's embedding {config.vocab_size} rows; "
+            "resize the embedding before training"
+        )
+    directory = pathlib.Path(directory)
+    text = model_card(card, title=directory.name)
+    generation = generation_config(tokenizer)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    with hf_io.replacing(directory) as fresh:
+        hf_io.write_params(params, config, fresh, dtype=dtype, extra=ids)
+        tokenizer.save_pretrained(fresh)
+        hf_io.write_json(fresh / "generation_config.json", generation)
+        (fresh / "README.md").write_text(text)
+
+
+def generation_config(tokenizer: Any) -> dict[str, Any]:
+    """The ids that begin, end and pad a generated text.
+
+    Args:
+      tokenizer: a Hugging Face tokenizer.
+
+    Returns:
+      The fields of generation_config.json. Generation ends at EOS, and at the token that ends a turn under the chat
+      template if that is another: chat models often write only the latter.
+    """
+    ends = [tokenizer.eos_token_id, end_of_turn(tokenizer)]
+    ends = list(dict.fromkeys(i for i in ends if i is not None))
+    fields = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The special token that the chat template writes right after an assistant's message.
+
+    Args:
+      tokenizer: a Hugging Face tokenizer.
+
+    Returns:
+      Its id; None if there is no template, or it ends a turn with ordinary text.
+    """
+    if not tokenizer.chat_template:
+        return None
+    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _PROBE}]
+    tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(_PROBE)[2].lstrip()
+    # Not all_special_ids: it lacks tokens that the tokenizer's configuration does not name, such as Llama 3's <|eot_id|>.
+    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return max(((len(text), i) for text, i in special.items() if tail.startswith(text)), default=(0, None))[1]
+
+
+def model_card(card: Mapping[str, Any], *, title: str) -> str:
+    """Writes README.md: front matter for the hub, then loss, data, metrics, configuration and how to load.
+
+    Args:
+      card: keys of CARD, any of them left out.
+      title: the model's name.
+
+    Returns:
+      Markdown with YAML front matter.
+
+    Raises:
+      UserError: a key is not in CARD.
+    """
+    unknown = sorted(set(card) - set(CARD))
+    if unknown:
+        raise UserError(f"model card: unknown field {unknown[0]!r}; the fields are {', '.join(CARD)}")
+    card = without_secrets(card)
+    base = str(card.get("base_model") or "")
+    if not _HUB_NAME.fullmatch(base):
+        base = ""  # a directory of the machine that trained the model means nothing to a reader
+    tags = [
+        "prefalign_jax",
+        "preference-alignment",
+        *([card["loss"]] if card.get("loss") else []),
+        *card.get("tags", ()),
+    ]
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": card.get("license"),
+        "base_model": base,
+        "datasets": list(card.get("datasets", ())),
+        "tags": list(dict.fromkeys(tags)),
+    }
+    front = {name: value for name, value in front.items() if value}
+    sections = [
+        "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---",
+        f"# {title}",
+        "Aligned with human preferences by prefalign_jax" + (f", starting from {base}." if base else "."),
+    ]
+    if card.get("loss"):
+        formula = f": {card['formula']}" if card.get("formula") else ""
+        sections += ["## Loss", f"`{card['loss']}`{formula}", _table("hyper-parameter", card.get("hyper_parameters"))]
+    if card.get("data"):
+        data = card["data"]
+        sections += ["## Data", _table("", data) if isinstance(data, Mapping) else str(data)]
+    if card.get("metrics"):
+        sections += ["## Metrics", _table("metric", card["metrics"])]
+    if card.get("config"):
+        sections += ["## Configuration", "```json\n" + json.dumps(card["config"], indent=2, default=str) + "\n```"]
+    sections += ["## How to load", _LOAD]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def without_secrets(value: Any) -> Any:
+    """A copy of nested mappings and lists, less the fields whose names sound like secrets.
+
+    Example:
+      >>> without_secrets({"hf_token": "x", "max_tokens": 8, "data": [{"api_key": "y", "tokenizer": "z"}]})
+      {'max_tokens': 8, 'data': [{'tokenizer': 'z'}]}
+    """
+    if isinstance(value, Mapping):
+        return {key: without_secrets(item) for key, item in value.items() if not _SECRET.search(str(key))}
+    if isinstance(value, list | tuple):
+        return [without_secrets(item) for item in value]
+    return value
+
+
+_LOAD = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "."  # this directory, or its name on the hub
+model = AutoModelForCausalLM.from_pretrained(path)
+tokenizer = AutoTokenizer.from_pretrained(path)
+```"""
+
+
+def _table(name: str, rows: Mapping[str, Any] | None) -> str:
+    if not rows:
+        return ""
+
+    def cell(value: Any) -> str:
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        return text.replace("|", "\\|").replace("\n", " ")
+
+    lines = [f"| {name} | value |", "|---|---|"]
+    return "\n".join(lines + [f"| {cell(key)} | {cell(value)} |" for key, value in rows.items()])

@@ -1,0 +1,191 @@
+"""What a run says of itself: weighted means, JSONL and TensorBoard files, the progress line, memory in use."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import jax
+import jax.numpy as jnp
+
+GIB = 2**30
+
+
+def weighted_mean(values: jax.Array, weight: jax.Array) -> jax.Array:
+    """sum_i w_i x_i / sum_i w_i, over the pairs of positive weight.
+
+    Args:
+      values: [B]; what has weight 0 counts nothing, be it NaN, and gets no gradient.
+      weight: [B], at least 0.
+
+    Returns:
+      [] the mean, 0 if no weight is positive.
+
+    Example:
+      >>> float(weighted_mean(jnp.array([1.0, 4.0, jnp.nan]), jnp.array([2.0, 1.0, 0.0])))
+      2.0
+    """
+    total = jnp.sum(weight)
+    return jnp.sum(jnp.where(weight > 0, values, 0.0) * weight) / jnp.where(total > 0, total, 1.0)
+
+
+class Writer(NamedTuple):
+    """Open files that metrics go to; both None on the processes of a run that do not write."""
+
+    jsonl: TextIO | None
+    board: Any | None  # tensorboardX.SummaryWriter
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Appends one line, `step` first. JSON has no NaN and no infinity: they are written as null.
+
+        Args:
+          step: of the run.
+          metrics: name -> number, or array of one element.
+        """
+        numbers = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
+        if self.jsonl is not None:
+            finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+            self.jsonl.write(json.dumps({"step": int(step), **finite}, allow_nan=False) + "\n")
+        if self.board is not None:
+            for name, value in numbers.items():
+                self.board.add_scalar(name, value, int(step))
+
+    def close(self) -> None:
+        """Closes the files; what was written is on disk."""
+        for file in self:
+            if file is not None:
+                file.close()
+
+
+def open_writer(
+    workdir: str | os.PathLike, name: str = "metrics", *, tensorboard: bool = True, resume_step: int = 0
+) -> Writer:
+    """Opens WORKDIR/NAME.jsonl, one line a logged step, and TensorBoard's event files in WORKDIR/tensorboard/NAME.
+
+    A resumed run writes the steps after `resume_step` again, so what an interrupted run wrote of them is removed first,
+    and a last line cut short with it.
+
+    Args:
+      workdir: made if missing.
+      name: of the file.
+      tensorboard: write event files too, if tensorboardX is installed.
+      resume_step: the last step whose lines stay; 0 starts anew.
+
+    Returns:
+      The writer. In a run of several processes only the first one's writes.
+    """
+    if jax.process_index() != 0:
+        return Writer(None, None)
+    path = Path(workdir) / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _keep_up_to(path, resume_step)
+    board = None
+    if tensorboard:
+        try:
+            import tensorboardX
+        except ImportError:
+            pass
+        else:
+            # One directory a writer: the names of event files have a resolution of one second.
+            board = tensorboardX.SummaryWriter(
+                str(path.parent / "tensorboard" / name), purge_step=resume_step + 1 if resume_step else 0
+            )
+    return Writer(path.open("a", buffering=1, encoding="utf-8"), board)  # line by line: a killed run loses at most one
+
+
+def _keep_up_to(path: Path, last: int) -> None:
+    """Removes the lines of later steps and broken ones, all of them if `last` is 0; the file is never half written."""
+    if not path.exists():
+        return
+
+    def stays(line: str) -> bool:
+        try:
+            return json.loads(line)["step"] <= last
+        except (ValueError, KeyError, TypeError):
+            return False
+
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if last else []
+    scratch = path.with_suffix(".jsonl.tmp")
+    scratch.write_text("".join(line + "\n" for line in lines if stays(line)), encoding="utf-8")
+    os.replace(scratch, path)
+
+
+class Progress:
+    """One line on stderr: share done, the latest metrics, time left. Rewritten in place on a terminal, else appended.
+
+    Args:
+      total: units in all.
+      unit: what is counted.
+      every: seconds between lines where stderr is no terminal.
+      stream: stderr by default.
+    """
+
+    def __init__(self, total: int, unit: str = "step", *, every: float = 30.0, stream: TextIO | None = None):
+        self.total, self.unit = total, unit
+        self.stream = stream or sys.stderr
+        self.terminal = self.stream.isatty()
+        self.every = 0.1 if self.terminal else every
+        self.quiet = jax.process_index() != 0
+        self.began: tuple[float, int] | None = None  # when the first update came, and its step
+        self.shown = -math.inf
+        self.open_line = False
+
+    def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
+        """Shows the state if it is time to.
+
+        Args:
+          step: units done.
+          metrics: name -> number, shown with four significant digits.
+        """
+        now = time.monotonic()
+        # Time is counted from the first update on, because what came before it was mostly compilation.
+        self.began = self.began or (now, step)
+        if self.quiet or (now - self.shown < self.every and step < self.total):
+            return
+        self.shown = now
+        parts = [f"{self.unit} {step}/{self.total} ({100 * step // max(1, self.total)}%)"]
+        parts += [f"{name} {value:.4g}" for name, value in (metrics or {}).items()]
+        if (done := step - self.began[1]) > 0:
+            seconds = (now - self.began[0]) / done * (self.total - step)
+            parts.append(f"{datetime.timedelta(seconds=round(seconds))} left")
+        line = " | ".join(parts)
+        if self.terminal:
+            # A line longer than the terminal would wrap, and the carriage return would not go back to its start.
+            line = "\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1]
+        self.stream.write(line + ("" if self.terminal else "\n"))
+        self.stream.flush()
+        self.open_line = self.terminal
+
+    def close(self) -> None:
+        """Ends the line on a terminal, so that what is printed next has its own."""
+        if self.open_line:
+            self.stream.write("\n")
+            self.stream.flush()
+            self.open_line = False
+
+
+def device_memory() -> dict[str, float]:
+    """GiB in use and at most so far on the fullest of this process's devices.
+
+    Returns:
+      memory/device_gib and memory/device_peak_gib where the backend reports them; on the CPU, which does not,
+      memory/host_peak_gib, the largest resident size of the process so far; else {}.
+    """
+    stats = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
+    keys = {"memory/device_gib": "bytes_in_use", "memory/device_peak_gib": "peak_bytes_in_use"}
+    out = {
+        name: max(s[key] for s in stats) / GIB for name, key in keys.items() if stats and all(key in s for s in stats)
+    }
+    if not out and jax.default_backend() == "cpu":
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+        out["memory/host_peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+    return out

@@ -1,0 +1,68 @@
+"""Settings that must precede the first import of jax, and fixtures that several test files use."""
+
+import os
+import pathlib
+import platform
+
+# Compiled programs are kept between runs and shared by xdist's workers. One directory a machine: a program compiled for
+# one CPU may not run on another. The size limit is there because jax locks the directory only if it has one.
+_cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "prefalign_jax" / platform.node()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache))
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 * 1024**3))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # [B] + [B, 1] is more often a slip than meant
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest  # noqa: E402
+
+# What made the reference numbers needs PyTorch and is no test.
+collect_ignore = ["goldens"]
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+SENTENCES = (
+    "Human: How do I make a cup of tea? Assistant: Boil the water, add the leaves, wait three minutes.",
+    "The policy should prefer the chosen answer to the rejected one.",
+    "Counting: 0 1 2 3 4 5 6 7 8 9 10 20 30 40 50 60 70 80 90 100.",
+    "Is the sky blue? Yes, the sky is blue because the air scatters blue light more than red light.",
+    "I'm sorry, but I can't help with that. What else would you like to know?",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory):
+    """A byte-level BPE tokenizer of 384 tokens with ChatML; any text survives it. Saved in `name_or_path`."""
+    import tokenizers
+    import transformers
+
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(SENTENCES, trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token="<|pad|>",
+        eos_token="<|im_end|>",
+        chat_template=CHATML,
+        model_max_length=4096,
+    )
+    directory = tmp_path_factory.mktemp("tiny_tokenizer")
+    tokenizer.save_pretrained(directory)
+    # Loaded back, so that a test sees what a user's directory would give.
+    return transformers.AutoTokenizer.from_pretrained(directory)

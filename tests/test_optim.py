@@ -1,0 +1,242 @@
+"""Updates against PyTorch's algorithms written out in numpy, rates against closed forms, and what decays."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from prefalign_jax import optim
+from prefalign_jax.types import UserError
+
+
+def tree(seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "layers": {"norm": {"scale": (2, 8)}, "q": {"kernel": (2, 8, 8), "bias": (2, 8)}},
+        "final": {"offset": (8,)},
+    }
+    return jax.tree.map(
+        lambda s: jnp.asarray(rng.normal(size=s), jnp.float32), shapes, is_leaf=lambda s: type(s) is tuple
+    )
+
+
+def run(tx, params, grads):
+    """The parameters after one jitted update for each gradient tree."""
+
+    @jax.jit
+    def step(params, state, grad):
+        updates, state = tx.update(grad, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for grad in grads:
+        params, state = step(params, state, grad)
+    return params
+
+
+def torch_adamw(p, grads, rates, decay, b1=0.9, b2=0.999, eps=1e-8):
+    m, v = np.zeros_like(p), np.zeros_like(p)
+    for t, (g, rate) in enumerate(zip(grads, rates, strict=True), 1):
+        p = p - rate * decay * p
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+        p = p - rate * (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps)
+    return p
+
+
+def torch_rmsprop(p, grads, rates, decay=0.99, eps=1e-8):
+    v = np.zeros_like(p)
+    for g, rate in zip(grads, rates, strict=True):
+        v = decay * v + (1 - decay) * g * g
+        p = p - rate * g / (np.sqrt(v) + eps)
+    return p
+
+
+def torch_sgd(p, grads, rates, momentum=0.9):
+    u = np.zeros_like(p)
+    for g, rate in zip(grads, rates, strict=True):
+        u = momentum * u + g
+        p = p - rate * u
+    return p
+
+
+def leaves64(tree):
+    return {jax.tree_util.keystr(k): np.float64(v) for k, v in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-7])  # at 1e-7 the place of eps decides the update
+@pytest.mark.parametrize(
+    ("config", "reference"),
+    [
+        ({"name": "adamw"}, lambda p, g, r, decays: torch_adamw(p, g, r, 0.0)),
+        ({"name": "adamw", "weight_decay": 0.1}, lambda p, g, r, decays: torch_adamw(p, g, r, 0.1 * decays)),
+        (
+            {"name": "adamw", "b2": 0.95, "eps": 1e-6},
+            lambda p, g, r, decays: torch_adamw(p, g, r, 0.0, b2=0.95, eps=1e-6),
+        ),
+        ({"name": "rmsprop"}, lambda p, g, r, decays: torch_rmsprop(p, g, r)),
+        ({"name": "rmsprop", "decay": 0.9}, lambda p, g, r, decays: torch_rmsprop(p, g, r, 0.9)),
+        ({"name": "sgd", "momentum": 0.9}, lambda p, g, r, decays: torch_sgd(p, g, r)),
+        ({"name": "sgd"}, lambda p, g, r, decays: torch_sgd(p, g, r, 0.0)),
+    ],
+)
+def test_five_updates_are_pytorchs(config, reference, scale):
+    schedule = optim.make_schedule("linear", 0.1, 2, 7)
+    rates = [0.0, 0.05, 0.1, 0.08, 0.06]
+    params = tree()
+    grads = [jax.tree.map(lambda x: scale * x, tree(seed)) for seed in range(1, 6)]
+    got = leaves64(run(optim.make_optimizer(config, schedule), params, grads))
+    columns = [leaves64(g) for g in grads]
+    for name, start in leaves64(params).items():
+        want = reference(start, [c[name] for c in columns], rates, float("kernel" in name))
+        np.testing.assert_allclose(got[name] - start, want - start, rtol=2e-4, atol=2e-6, err_msg=name)
+        if config["name"] != "sgd":
+            assert np.abs(want - start).min() > 1e-4  # the tolerance would not hide a missing update
+
+
+def test_clipping_scales_the_whole_tree_by_one_number():
+    params, grads = tree(), tree(1)
+    norm = float(np.sqrt(sum((g**2).sum() for g in leaves64(grads).values())))
+    for limit in (0.5 * norm, 2.0 * norm, None):
+        tx = optim.make_optimizer({"name": "sgd"}, 1.0, grad_clip=limit)
+        moved = jax.tree.map(lambda a, b: a - b, params, run(tx, params, [grads]))
+        factor = min(1.0, (limit or math.inf) / norm)
+        for name, g in leaves64(grads).items():
+            np.testing.assert_allclose(leaves64(moved)[name], factor * g, rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_of_zero_moves_nothing():
+    params = tree()
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    for name in optim.OPTIMIZERS:
+        after = run(optim.make_optimizer({"name": name}, 1.0, grad_clip=1.0), params, [zeros])
+        jax.tree.map(np.testing.assert_array_equal, params, after)
+
+
+def test_decay_mask_leaves_out_scales_biases_and_vectors():
+    assert optim.decay_mask(tree()) == {
+        "layers": {"norm": {"scale": False}, "q": {"kernel": True, "bias": False}},
+        "final": {"offset": False},
+    }
+
+
+def test_a_mask_of_ones_own_replaces_the_default():
+    tx = optim.make_optimizer(
+        {"name": "adamw", "weight_decay": 0.5}, 1.0, decay_mask=lambda p: jax.tree.map(lambda x: x.ndim == 1, p)
+    )
+    params = tree()
+    after = run(tx, params, [jax.tree.map(jnp.zeros_like, params)])
+    np.testing.assert_allclose(after["final"]["offset"], 0.5 * params["final"]["offset"])
+    np.testing.assert_array_equal(after["layers"]["q"]["kernel"], params["layers"]["q"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    "config", [{"name": "adamw", "weight_decay": 0.1}, {"name": "rmsprop"}, {"name": "sgd", "momentum": 0.9}]
+)
+def test_moments_take_the_shardings_of_their_parameters(config):
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    tx = optim.make_optimizer(config, optim.make_schedule("cosine", 1e-3, 0, 5), grad_clip=1.0)
+    split = jax.tree.map(lambda x: NamedSharding(mesh, P(*[None] * (x.ndim - 1), "fsdp")), tree())
+    params = jax.device_put(tree(), split)
+    everywhere = NamedSharding(mesh, P())
+    shapes = jax.eval_shape(tx.init, params)
+    shardings = optax.tree.map_params(tx, lambda _, s: s, shapes, split, transform_non_params=lambda _: everywhere)
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
+    moments = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
+    assert len(moments) % len(jax.tree.leaves(params)) == 0 and moments
+    assert all(not leaf.sharding.is_fully_replicated for leaf in moments)
+
+
+# Rates at steps 0, 1, ..., by the formulas in transformers' optimization.py.
+@pytest.mark.parametrize(
+    ("name", "hyper", "warmup", "total", "want"),
+    [
+        ("constant", {}, 0, 3, [1, 1, 1, 1, 1]),
+        ("constant", {}, 2, 3, [0, 0.5, 1, 1, 1]),
+        ("linear", {}, 0, 4, [1, 0.75, 0.5, 0.25, 0, 0]),
+        ("linear", {}, 2, 6, [0, 0.5, 1, 0.75, 0.5, 0.25, 0, 0]),
+        ("linear", {}, 4, 4, [0, 0.25, 0.5, 0.75, 0]),
+        ("cosine", {}, 0, 4, [0.5 + 0.5 * math.cos(math.pi * i / 4) for i in range(5)] + [0]),
+        ("cosine", {}, 2, 6, [0, 0.5] + [0.5 + 0.5 * math.cos(math.pi * i / 4) for i in range(5)] + [0]),
+        ("inverse_sqrt", {}, 4, 100, [0, 0.25, 0.5, 0.75, 1, 2 / math.sqrt(5), 2 / math.sqrt(6)]),
+        ("inverse_sqrt", {}, 0, 100, [1, 100 / math.sqrt(10_001)]),
+        ("inverse_sqrt", {"timescale": 1}, 4, 100, [0, 0.25, 0.5, 0.75, 1, 1 / math.sqrt(2), 1 / math.sqrt(3)]),
+    ],
+)
+def test_rates(name, hyper, warmup, total, want):
+    schedule = optim.make_schedule(name, 3e-4, warmup, total, **hyper)
+    got = jax.jit(jax.vmap(schedule))(jnp.arange(len(want)))
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, 3e-4 * np.array(want), rtol=1e-6, atol=1e-11)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["constant_with_warmup", "linear", "cosine", "inverse_sqrt"])
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_rates_are_transformers_own(name, warmup):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    scheduler = transformers.get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=10)
+    want = []
+    for _ in range(10):
+        want.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    schedule = optim.make_schedule(name.removesuffix("_with_warmup"), 0.3, warmup, 10)
+    np.testing.assert_allclose([float(schedule(i)) for i in range(10)], want, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["adamw", "rmsprop"])
+def test_updates_are_pytorchs_own(name):
+    torch = pytest.importorskip("torch")
+    start, grads = tree()["layers"]["q"]["kernel"], [tree(s)["layers"]["q"]["kernel"] for s in range(1, 6)]
+    weight = torch.tensor(np.asarray(start), requires_grad=True)
+    settings = {"adamw": (torch.optim.AdamW, {"weight_decay": 0.1}), "rmsprop": (torch.optim.RMSprop, {})}
+    make, hyper = settings[name]
+    optimizer = make([weight], lr=0.01, **hyper)
+    for grad in grads:
+        weight.grad = torch.tensor(np.asarray(grad))
+        torch.nn.utils.clip_grad_norm_([weight], 1.0)
+        optimizer.step()
+    tx = optim.make_optimizer({"name": name, **hyper}, 0.01, grad_clip=1.0)
+    got = run(tx, {"kernel": start}, [{"kernel": g} for g in grads])["kernel"]
+    np.testing.assert_allclose(got, weight.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: optim.make_optimizer({"name": "adam"}, 1.0), "did you mean 'adamw'.*adamw, rmsprop, sgd"),
+        (lambda: optim.make_optimizer({}, 1.0), "optimizer=None is unknown"),
+        (
+            lambda: optim.make_optimizer({"name": "adamw", "weight_decy": 0.1}, 1.0),
+            "did you mean 'weight_decay'.*it has b1, b2",
+        ),
+        (
+            lambda: optim.make_optimizer({"name": "rmsprop", "weight_decay": 0.1}, 1.0),
+            "no hyper-parameter 'weight_decay'",
+        ),
+        (
+            lambda: optim.make_optimizer({"name": "adamw", "b2": 1.0}, 1.0),
+            r"b2=1.0 is out of range; write a number in \[0, 1\)",
+        ),
+        (lambda: optim.make_optimizer({"name": "sgd"}, 1.0, grad_clip=0.0), "grad_clip=0.0"),
+        (lambda: optim.make_schedule("cosin", 1.0, 0, 9), "did you mean 'cosine'"),
+        (lambda: optim.make_schedule("linear", 1.0, 0, 9, timescale=3), "it has none"),
+        (lambda: optim.make_schedule("inverse_sqrt", 1.0, 0, 9, timescal=3), "did you mean 'timescale'"),
+        (lambda: optim.make_schedule("linear", math.nan, 0, 9), "learning_rate=nan"),
+        (lambda: optim.make_schedule("linear", 1.0, 0.1, 9), "warmup_steps=0.1 .* whole number"),
+        (lambda: optim.make_schedule("linear", 1.0, 10, 9), "warmup_steps=10 exceeds the 9 steps"),
+        (lambda: optim.make_schedule("linear", 1.0, 0, 0), "total_steps=0"),
+    ],
+)
+def test_mistakes_are_named(call, says):
+    with pytest.raises(UserError, match=says):
+        call()

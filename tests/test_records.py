@@ -1,0 +1,319 @@
+import gzip
+import json
+
+import pytest
+
+from prefalign_jax.data.records import read_records, split_by_prompt
+from prefalign_jax.types import UserError
+
+PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read(tmp_path, *rows, **options):
+    """The records without their places, and what was dropped."""
+    records, dropped = read_records(write(tmp_path / "data.jsonl", rows), **options)
+    return [tuple(record[:3]) for record in records], dropped
+
+
+TURN = [user("q"), assistant("a"), user("q2")]
+HH = "\n\nHuman: q\n\nAssistant: a\n\nHuman: q2\n\nAssistant:"
+
+
+FORMATS = {
+    "strings": ({**PAIR, "score": 1}, ("p", "c", "r")),
+    "the prompt repeated in strings is text": ({**PAIR, "chosen": "pc"}, ("p", "pc", "r")),
+    "explicit empty prompt": ({**PAIR, "prompt": ""}, ("", "c", "r")),
+    "HH-RLHF": ({"chosen": HH + " yes", "rejected": HH + " no"}, (HH, " yes", " no")),
+    "messages": (
+        {"prompt": TURN, "chosen": [assistant("c")], "rejected": [assistant("r")]},
+        (TURN, [assistant("c")], [assistant("r")]),
+    ),
+    "messages that repeat the prompt": (
+        {"prompt": TURN, "chosen": [*TURN, assistant("c")], "rejected": [assistant("r")]},
+        (TURN, [assistant("c")], [assistant("r")]),
+    ),
+    "whole conversations": (
+        {"chosen": [*TURN, assistant("c")], "rejected": [*TURN, assistant("r")]},
+        (TURN, [assistant("c")], [assistant("r")]),
+    ),
+    "string prompt with whole conversations": (
+        {"prompt": "q", "chosen": [*TURN, assistant("c")], "rejected": [*TURN, assistant("r")]},
+        (TURN, [assistant("c")], [assistant("r")]),
+    ),
+    "string prompt with answers": (
+        {"prompt": "q", "chosen": [assistant("c")], "rejected": [assistant("r")]},
+        ([user("q")], [assistant("c")], [assistant("r")]),
+    ),
+    "fields that Parquet fills in": (
+        {"chosen": [{**user("q"), "name": None}, assistant("c")], "rejected": [user("q"), assistant("r")]},
+        ([user("q")], [assistant("c")], [assistant("r")]),
+    ),
+}
+
+
+@pytest.mark.parametrize(("row", "record"), FORMATS.values(), ids=FORMATS.keys())
+def test_formats_of_pairs(tmp_path, row, record):
+    assert read(tmp_path, row) == ([record], {})
+
+
+@pytest.mark.parametrize(
+    ("row", "record"),
+    [
+        ({"prompt": "p", "completion": "c"}, ("p", "c", "")),
+        ({"prompt": "p", "chosen": "c", "rejected": ""}, ("p", "c", "")),
+        ({"prompt": "p", "response": "c"}, ("p", "c", "")),
+        ({"chosen": HH + " yes"}, (HH, " yes", "")),
+        ({"text": "once"}, ("", "once", "")),
+        ({"messages": [*TURN, assistant("c")]}, (TURN, [assistant("c")], [])),
+        ({"prompt": "q", "messages": [*TURN, assistant("c")]}, (TURN, [assistant("c")], [])),
+    ],
+)
+def test_formats_of_demonstrations(tmp_path, row, record):
+    assert read(tmp_path, row, responses=("chosen",)) == ([record], {})
+
+
+def test_other_field_names(tmp_path):
+    assert read(tmp_path, {"prompt": "p", "a": "x", "b": "y"}, responses=("b", "a")) == ([("p", "y", "x")], {})
+
+
+def test_each_reason_is_counted_and_the_rest_is_kept(tmp_path):
+    rows = [
+        PAIR,
+        {"chosen": HH + " yes", "rejected": HH + " a\n\nHuman: q3\n\nAssistant: no"},
+        {"chosen": [user("q"), assistant("c")], "rejected": [user("other"), assistant("r")]},
+        {**PAIR, "rejected": "c"},
+        {**PAIR, "rejected": " \n"},
+        {"prompt": "q", "chosen": [assistant(" ")], "rejected": [assistant("r")]},
+        {"prompt": "q", "chosen": [], "rejected": [assistant("r")]},
+        {**PAIR, "prompt": "last"},
+    ]
+    records, dropped = read(tmp_path, *rows)
+    assert [record[0] for record in records] == ["p", "last"]
+    assert dropped == {"prompts differ": 2, "identical responses": 1, "empty response": 3}
+
+
+def test_a_conversation_is_never_cut_by_the_other_sides_length(tmp_path):
+    # The sides share `q` only: the user's second message must not become part of a trained response.
+    chosen = [user("q"), assistant("a"), user("q2"), assistant("c")]
+    rejected = [user("q"), assistant("b"), user("q2"), assistant("r")]
+    with pytest.raises(UserError, match=r"no record is left \(prompts differ: 1\)"):
+        read(tmp_path, {"chosen": chosen, "rejected": rejected})
+
+
+def test_where_weight_and_limit(tmp_path):
+    path = write(tmp_path / "data.jsonl", [PAIR, {**PAIR, "rejected": "c"}, {**PAIR, "weight": 2}, PAIR])
+    records, dropped = read_records(path, limit=2)
+    assert [(r.weight, r.where) for r in records] == [(1.0, f"{path}, row 1"), (2.0, f"{path}, row 3")]
+    assert dropped == {"identical responses": 1}
+
+
+MALFORMED = {
+    "bad JSON": (b'{"prompt": ', "expected one JSON object"),
+    "bad UTF-8": (b'{"prompt": "\xff"}', "can't decode byte 0xff"),
+    "array": (b'["p", "c"]', "expected a JSON object, found a list ['p', 'c']"),
+    "no response": (b'{"prompt": "p", "chosen": "c"}', "field 'rejected': expected a string or a list of messages"),
+    "null response": (b'{"prompt": "p", "chosen": null, "rejected": "r"}', "field 'chosen'"),
+    "number": (b'{"prompt": "p", "chosen": "c", "rejected": 3}', "field 'rejected'", "found a number 3"),
+    "wrong prompt": (b'{"prompt": {"a": 1}, "chosen": "c", "rejected": "r"}', "field 'prompt'", "found an object"),
+    "mixed sides": (
+        b'{"prompt": "p", "chosen": "c", "rejected": [{"role": "assistant", "content": "r"}]}',
+        "field 'rejected': expected a string, as in 'chosen', found a list",
+    ),
+    "messages as the prompt of strings": (
+        b'{"prompt": [{"role": "user", "content": "p"}], "chosen": "c", "rejected": "r"}',
+        "field 'prompt': expected a string",
+    ),
+    "implicit prompt": (b'{"chosen": "ab c", "rejected": "ab d"}', "expected a field 'prompt'", "HH-RLHF"),
+    "no assistant in a transcript": (b'{"chosen": "\\n\\nHuman: a", "rejected": "\\n\\nHuman: b"}', "'prompt'"),
+    "bad role": (
+        b'{"prompt": "p", "chosen": [{"role": "bot", "content": "c"}], "rejected": []}',
+        "field 'chosen[0].role': expected one of system, developer, user, assistant, tool, found a string 'bot'",
+    ),
+    "not role and content": (
+        b'{"prompt": "p", "chosen": [{"from": "gpt", "value": "c"}], "rejected": []}',
+        "field 'chosen[0]': expected a message with 'role' and 'content'",
+    ),
+    "content is no string": (
+        b'{"prompt": "p", "chosen": [{"role": "assistant", "content": ["c"]}], "rejected": []}',
+        "field 'chosen[0].content': expected a string, found a list ['c']",
+    ),
+    "ends with the user": (
+        b'{"chosen": [{"role": "user", "content": "c"}], "rejected": [{"role": "user", "content": "c"}]}',
+        "field 'chosen': expected a conversation that ends with an assistant message",
+    ),
+    "user inside a response": (
+        b'{"prompt": [{"role": "user", "content": "p"}], "rejected": [{"role": "assistant", "content": "c"}],'
+        b' "chosen": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "c"}]}',
+        "field 'chosen': expected one assistant message",
+    ),
+    "another prompt beside conversations": (
+        b'{"prompt": "Be brief.", "chosen": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "c"}],'
+        b' "rejected": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "r"}]}',
+        "field 'prompt': expected a message of 'chosen'",
+    ),
+    "no message before": (
+        b'{"prompt": [], "chosen": [{"role": "assistant", "content": "c"}], "rejected": []}',
+        "field 'prompt': expected at least one message, found nothing",
+    ),
+    "lone surrogate": (b'{"prompt": "\\ud800", "chosen": "c", "rejected": "r"}', "field 'prompt': expected valid Uni"),
+    "NaN weight": (b'{"prompt": "p", "chosen": "c", "rejected": "r", "weight": NaN}', "field 'weight'", "number nan"),
+    "zero weight": (b'{"prompt": "p", "chosen": "c", "rejected": "r", "weight": 0}', "field 'weight'"),
+    "boolean weight": (b'{"prompt": "p", "chosen": "c", "rejected": "r", "weight": true}', "field 'weight'"),
+    "text weight": (b'{"prompt": "p", "chosen": "c", "rejected": "r", "weight": "2\\n"}', "field 'weight'"),
+    "deep nesting": (b"[" * 100_000, "expected one JSON object"),
+}
+
+
+@pytest.mark.parametrize(("line", "parts"), [(v[0], v[1:]) for v in MALFORMED.values()], ids=list(MALFORMED))
+def test_malformed_row_names_file_row_and_field(tmp_path, line, parts):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(json.dumps(PAIR).encode() + b"\n\n" + line + b"\n")  # the blank line counts as a line
+    with pytest.raises(UserError) as caught:
+        read_records(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}, row 3: ") and "\n" not in message
+    assert all(part in message for part in parts), message
+
+
+def test_supervised_row_without_a_response_names_what_is_there(tmp_path):
+    with pytest.raises(UserError, match=r"row 1: expected one of the fields chosen, .* or text, found prompt, answer"):
+        read(tmp_path, {"prompt": "p", "answer": "c"}, responses=("chosen",))
+
+
+def test_truncated_gzip(tmp_path):
+    path = tmp_path / "data.jsonl.gz"
+    path.write_bytes(gzip.compress((json.dumps(PAIR) + "\n").encode() * 500)[:-12])
+    with pytest.raises(UserError, match=r"data.jsonl.gz, row \d+: expected a readable file, found") as caught:
+        read_records(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "/missing/dir", "data/missing.json.gz", "~/missing"])
+def test_missing_path(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^\S*missing\S*: no such file or directory$"):
+        read_records(name)
+
+
+def test_wrong_kind_of_file_and_no_rows(tmp_path):
+    (tmp_path / "data.csv").write_text("prompt,chosen\n")
+    with pytest.raises(UserError, match=r"data.csv: expected a .jsonl, .jsonl.gz or .parquet file"):
+        read_records(tmp_path / "data.csv")
+    with pytest.raises(UserError, match=r"no record is left \(there was no row\)"):
+        read(tmp_path)
+    with pytest.raises(UserError, match="one or two field names"):
+        read(tmp_path, PAIR, responses=("a", "b", "c"))
+
+
+def test_gzip_parquet_and_byte_order_mark_read_alike(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"chosen": [user("q"), assistant(f"c{i}")], "rejected": [user("q"), assistant("r")]} for i in range(3)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (tmp_path / "data.jsonl").write_bytes(b"\xef\xbb\xbf" + lines)
+    (tmp_path / "data.jsonl.gz").write_bytes(gzip.compress(lines))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet")
+    paths = [tmp_path / f"data.{suffix}" for suffix in ("jsonl", "jsonl.gz", "parquet")]
+    results = [read_records(path)[0] for path in paths]
+    assert [r.chosen[0]["content"] for r in results[0]] == ["c0", "c1", "c2"]
+    assert [[r._replace(where="") for r in result] for result in results[1:]] == [
+        [r._replace(where="") for r in results[0]]
+    ] * 2
+    assert results[2][1].where == f"{paths[2]}, row 2"
+    paths[2].write_bytes(b"PAR1 no")
+    with pytest.raises(UserError, match=r"data.parquet, row 1: expected a readable file"):
+        read_records(paths[2])
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "found"),
+    [
+        (["train.jsonl", "test.jsonl"], "test", ["test.jsonl"]),
+        (["b.jsonl", "a.jsonl"], "train", ["a.jsonl", "b.jsonl"]),
+        (
+            ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"],
+            "train",
+            [
+                "data/train-00000-of-00002.jsonl",
+                "data/train-00001-of-00002.jsonl",
+            ],
+        ),
+        (["train_prefs-0.jsonl", "train_sft-0.jsonl"], "train_prefs", ["train_prefs-0.jsonl"]),
+        (["train/x.jsonl", "test/x.jsonl", "README.md"], "train", ["train/x.jsonl"]),
+        # Never another split than the one asked for.
+        (["test.jsonl"], "train", None),
+        (["train_prefs-0.jsonl", "train_sft-0.jsonl"], "train", None),
+        (["a.jsonl"], "test", None),
+        (["README.md"], "train", None),
+    ],
+)
+def test_a_directory_gives_the_files_of_the_split(tmp_path, files, split, found):
+    for name in files:
+        write(tmp_path / name, [PAIR])
+    if found is None:
+        with pytest.raises(UserError, match=rf"no file of the split '{split}', found .*; name another split or a file"):
+            read_records(tmp_path, split=split)
+    else:
+        records, _ = read_records(tmp_path, split=split)
+        assert [r.where for r in records] == [f"{tmp_path / name}, row 1" for name in found]
+
+
+def test_saved_data_sets_and_the_hub(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    dataset = datasets.Dataset.from_list([PAIR, {**PAIR, "prompt": "p2"}])
+    dataset.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": dataset, "test": dataset.select([1])}).save_to_disk(tmp_path / "two")
+    assert [r.prompt for r in read_records(tmp_path / "one")[0]] == ["p", "p2"]
+    assert [r.prompt for r in read_records(tmp_path / "two", split="test")[0]] == ["p2"]
+    with pytest.raises(UserError, match="no split 'validation', found train, test"):
+        read_records(tmp_path / "two", split="validation")
+
+    calls = []
+
+    def load_dataset(name, subset=None, *, split, data_dir=None):
+        calls.append((name, subset, split, data_dir))
+        if name == "no/such":
+            raise ConnectionError("offline\nsecond line")
+        if subset:
+            raise ValueError("BuilderConfig not found")  # HH-RLHF's subsets are folders
+        return dataset
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    records, _ = read_records("Anthropic/hh-rlhf:harmless-base", split="test")
+    assert records[1].where == "Anthropic/hh-rlhf:harmless-base, row 2"
+    assert calls == [
+        ("Anthropic/hh-rlhf", "harmless-base", "test", None),
+        ("Anthropic/hh-rlhf", None, "test", "harmless-base"),
+    ]
+    with pytest.raises(UserError, match=r"^no/such: cannot load the split 'train': offline$"):
+        read_records("no/such")
+
+
+def test_split_by_prompt_shares_no_prompt_and_is_stable(tmp_path):
+    rows = [{"prompt": f"p{i % 200}", "chosen": f"c{i}", "rejected": "r"} for i in range(400)]
+    records, _ = read_records(write(tmp_path / "data.jsonl", rows))
+    train, held_out = split_by_prompt(records, 0.25, seed=1)
+    assert sorted(train + held_out) == sorted(records)
+    assert not {r.prompt for r in train} & {r.prompt for r in held_out}
+    assert 60 <= len(held_out) <= 140  # 100 expected, standard deviation 12
+    assert split_by_prompt(records[:100], 0.25, seed=1)[1] == [r for r in records[:100] if r in held_out]
+    assert split_by_prompt(records, 0.25, seed=2)[1] != held_out
+    assert split_by_prompt(records, 0.0, seed=1) == (records, [])
+    # Growing the held-out share keeps what was held out before.
+    assert set(held_out) <= set(split_by_prompt(records, 0.5, seed=1)[1])
+    with pytest.raises(UserError, match="fraction"):
+        split_by_prompt(records, 1.0, seed=1)
