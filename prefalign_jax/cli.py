@@ -32,14 +32,18 @@ def launch(main: Callable[[ConfigDict, Path], int | None], argv: Sequence[str] |
     argv = list(sys.argv if argv is None else argv)
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "Experiment, FILE.py or FILE.py:arg=value,...", flag_values=values)
-    flags.DEFINE_string("workdir", None, "Directory for metrics, checkpoints and the exported model", flag_values=values)
+    flags.DEFINE_string(
+        "workdir", None, "Directory for metrics, checkpoints and the exported model", flag_values=values
+    )
     flags.DEFINE_bool("print_config", False, "Print the resolved experiment and stop", flag_values=values)
     flags.DEFINE_bool("help", False, "Show this text", flag_values=values)
     logging.set_verbosity(logging.WARNING)  # Orbax and Grain report their inner life at INFO
     try:
         config = _parse(values, argv)
         if config is None:
-            print(f"usage: {argv[0]} --config=FILE.py[:arg=value,...] [--config.FIELD=VALUE ...] [--workdir=DIR]\n{values}")
+            print(
+                f"usage: {argv[0]} --config=FILE.py[:arg=value,...] [--config.FIELD=VALUE ...] [--workdir=DIR]\n{values}"
+            )
             return 0
         if values.print_config:
             validate(config)

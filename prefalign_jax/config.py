@@ -86,6 +86,7 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     c.data.eval_fraction = 0.0  # without eval_path: part of the training prompts that is held out
     c.data.shuffle = True
     c.data.chat_template = maybe(str)  # chatml, zephyr, a .jinja file; None takes the tokenizer's own
+    c.data.ascii_quotes = False  # curly quotes and dashes to ASCII, for vocabularies that lack them
     c.data.keep_end = False  # train on what the template writes after the end-of-turn token, as TRL's DPO does
     c.data.layout = "tree"  # tree: the prompt once; ordinary: a copy of it for each side
     c.data.row_length = maybe(int)  # tokens in a packed row; None takes the longest pair
@@ -163,7 +164,9 @@ def validate(config: ConfigDict) -> None:
     flat = {f"{group}.{key}" if group else key: value for group, key, value in _flatten(config)}
     for name, choices in CHOICES.items():
         if flat[name] not in choices:
-            raise UserError(f"{name}={flat[name]!r} is unknown{_near(str(flat[name]), choices)}; write {' or '.join(choices)}")
+            raise UserError(
+                f"{name}={flat[name]!r} is unknown{_near(str(flat[name]), choices)}; write {' or '.join(choices)}"
+            )
     for name in POSITIVE:
         if flat[name] is not None and not flat[name] > 0:
             raise UserError(f"{name}={flat[name]!r} must be positive")
@@ -184,9 +187,14 @@ def validate(config: ConfigDict) -> None:
         raise UserError("reference.path is set but reference.kind=none keeps no reference; set copy or cached")
     if kind != "cached" and config.reference.cache_dir:
         raise UserError(f"reference.cache_dir applies to reference.kind=cached, not {kind!r}")
-    for name, what in (("model.path", "a Hugging Face directory or hub name"), ("data.path", "a file, directory or hub name")):
+    for name, what in (
+        ("model.path", "a Hugging Face directory or hub name"),
+        ("data.path", "a file, directory or hub name"),
+    ):
         if config.job == "train" and not flat[name]:
-            raise UserError(f"{name} is not set; give {what}: --config=FILE.py:{name.split('.')[0]}=... or --config.{name}=...")
+            raise UserError(
+                f"{name} is not set; give {what}: --config=FILE.py:{name.split('.')[0]}=... or --config.{name}=..."
+            )
 
 
 def _flatten(config: ConfigDict, group: str = ""):

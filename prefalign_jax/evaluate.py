@@ -73,4 +73,4 @@ def wilson(share: float, size: float, z: float = 1.96) -> tuple[float, float]:
     middle = share + z * z / (2 * size)
     spread = z * math.sqrt(share * (1 - share) / size + z * z / (4 * size * size))
     scale = 1 + z * z / size
-    return (middle - spread) / scale, (middle + spread) / scale
+    return max((middle - spread) / scale, 0.0), min((middle + spread) / scale, 1.0)

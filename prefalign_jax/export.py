@@ -28,7 +28,7 @@ CARD = {
     "config": "mapping: the run's whole configuration",
 }
 _SECRET = re.compile(r"token(?!s|iz)|secret|password|api_?key", re.IGNORECASE)
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _PROBE = "prefalign"
 
 
@@ -104,7 +104,7 @@ def end_of_turn(tokenizer: Any) -> int | None:
         return None
     chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _PROBE}]
     tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(_PROBE)[2].lstrip()
-    # Not all_special_ids: it lacks tokens that the tokenizer's configuration does not name, such as Llama 3's <|eot_id|>.
+    # all_special_ids lacks tokens that the tokenizer's configuration does not name, such as Llama 3's <|eot_id|>.
     special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return max(((len(text), i) for text, i in special.items() if tail.startswith(text)), default=(0, None))[1]
 
@@ -127,7 +127,7 @@ def model_card(card: Mapping[str, Any], *, title: str) -> str:
         raise UserError(f"model card: unknown field {unknown[0]!r}; the fields are {', '.join(CARD)}")
     card = without_secrets(card)
     base = str(card.get("base_model") or "")
-    if not _HUB_NAME.fullmatch(base):
+    if not _HUB_NAME.fullmatch(base) or pathlib.Path(base).exists():
         base = ""  # a directory of the machine that trained the model means nothing to a reader
     tags = [
         "prefalign_jax",
@@ -191,7 +191,7 @@ def _table(name: str, rows: Mapping[str, Any] | None) -> str:
         return ""
 
     def cell(value: Any) -> str:
-        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        text = f"{value:.6g}" if isinstance(value, float) else str(value)
         return text.replace("|", "\\|").replace("\n", " ")
 
     lines = [f"| {name} | value |", "|---|---|"]

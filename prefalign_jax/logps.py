@@ -27,7 +27,9 @@ def _logits(hidden, head, index, chunk):
     _, columns = _chunks(vocabulary, chunk)
     start = jnp.minimum(index * columns, vocabulary - columns)
     rows = jax.lax.dynamic_slice_in_dim(head, start, columns).astype(hidden.dtype)
-    logits = jnp.einsum("...d,vd->...v", hidden, rows, preferred_element_type=jnp.promote_types(hidden.dtype, "float32"))
+    logits = jnp.einsum(
+        "...d,vd->...v", hidden, rows, preferred_element_type=jnp.promote_types(hidden.dtype, "float32")
+    )
     fresh = start + jnp.arange(columns) >= index * columns
     return jnp.where(fresh.reshape((1,) * (logits.ndim - 1) + (-1,)), logits, -jnp.inf), start, rows
 

@@ -31,8 +31,21 @@ from prefalign_jax.train import Result, note, train
 from prefalign_jax.types import Pair
 
 THINGS = "bakery bridge castle garden harbour library lighthouse market mill museum orchard park river school station".split()
-PLACES = ["at dawn", "in spring", "in the rain", "by the sea", "on the hill", "in the old town", "after dark", "in winter"]
-QUESTIONS = ["What is the {thing} {place} like?", "Tell me about the {thing} {place}.", "Should I see the {thing} {place}?"]
+PLACES = [
+    "at dawn",
+    "in spring",
+    "in the rain",
+    "by the sea",
+    "on the hill",
+    "in the old town",
+    "after dark",
+    "in winter",
+]
+QUESTIONS = [
+    "What is the {thing} {place} like?",
+    "Tell me about the {thing} {place}.",
+    "Should I see the {thing} {place}?",
+]
 KIND = "lovely warm bright peaceful charming clean pretty welcoming".split()
 RUDE = "ugly cold dull noisy shabby dirty dreary unfriendly".split()
 SENTENCES = ["The {thing} is {a}.", "It looks {a} and {b}.", "People say it is {a}.", "You will find the {thing} {a}."]
@@ -97,9 +110,13 @@ def write_base(directory: Path, texts: list[str], shape: ConfigDict) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<|end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=shape.vocabulary, special_tokens=special, initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=shape.vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=special[0], eos_token=special[1]).save_pretrained(directory)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=special[0], eos_token=special[1]).save_pretrained(
+        directory
+    )
     config = DecoderConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=shape.hidden,
@@ -156,16 +173,24 @@ def run(config: ConfigDict, workdir: Path) -> int:
     shape = config.quickstart
     note("1/4 generating a corpus with a known reward, and a tokenizer")
     write_world(data, config.seed, texts=shape.texts, demonstrations=shape.demonstrations, pairs=shape.pairs)
-    texts = [" ".join(map(str, row.values())) for name in ("pretrain", "sft") for row in report.read_metrics(data / f"{name}.jsonl")]
+    texts = [
+        " ".join(map(str, row.values()))
+        for name in ("pretrain", "sft")
+        for row in report.read_metrics(data / f"{name}.jsonl")
+    ]
     write_base(base, texts, shape)
 
     note("2/4 pretraining on plain text")
-    pretrain = stage(config, "sft", base, data / "pretrain.jsonl", learning_rate=3e-3, warmup_steps=20, schedule="cosine")
+    pretrain = stage(
+        config, "sft", base, data / "pretrain.jsonl", learning_rate=3e-3, warmup_steps=20, schedule="cosine"
+    )
     pretrain.model.random_init = True
     if train(pretrain, workdir / "pretrain").stopped:
         return cli.STOPPED
     note("3/4 fine-tuning on questions and answers")
-    sft = stage(config, "sft", workdir / "pretrain" / "export", data / "sft.jsonl", learning_rate=2e-3, schedule="cosine")
+    sft = stage(
+        config, "sft", workdir / "pretrain" / "export", data / "sft.jsonl", learning_rate=2e-3, schedule="cosine"
+    )
     before = train(sft, workdir / "sft")
     if before.stopped:
         return cli.STOPPED
@@ -197,7 +222,9 @@ def run(config: ConfigDict, workdir: Path) -> int:
     (workdir / "table.txt").write_text(table + "\n")
     plot_rewards(workdir / "rewards.png", old_rewards, new_rewards)
     print(f"\n{table}\n\n{questions[0]['prompt']}\n  before:{old_texts[0]}\n  after: {new_texts[0]}\n")
-    print(f"plots: {workdir / 'rewards.png'}, {workdir / 'aligned' / 'curves.png'}; model: {workdir / 'aligned' / 'export'}")
+    print(
+        f"plots: {workdir / 'rewards.png'}, {workdir / 'aligned' / 'curves.png'}; model: {workdir / 'aligned' / 'export'}"
+    )
     print(f"{time.monotonic() - began:.0f} s on {jax.device_count()} {jax.default_backend()} device(s)")
     return 0
 

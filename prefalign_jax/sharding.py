@@ -82,7 +82,10 @@ def param_shardings(mesh: Mesh, params: Params, rules: Sequence[tuple[str, P]] =
         spec = next((spec for pattern, spec in rules if re.fullmatch(pattern, name)), None)
         if spec is None:
             raise UserError(f"no sharding rule matches parameter {name!r} {leaf.shape}; add one to sharding.RULES")
-        fits = [axis and (axis if size % mesh.shape[axis] == 0 else None) for axis, size in zip(spec, leaf.shape, strict=False)]
+        fits = [
+            axis and (axis if size % mesh.shape[axis] == 0 else None)
+            for axis, size in zip(spec, leaf.shape, strict=False)
+        ]
         return NamedSharding(mesh, P(*fits))
 
     return jax.tree_util.tree_map_with_path(one, params)

@@ -23,7 +23,7 @@ from prefalign_jax.config import duration, loss_of, resolved, validate
 from prefalign_jax.data.chat import load_tokenizer, tokenize_records
 from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pipeline import digest_of, make_pair_set, train_batches
-from prefalign_jax.data.records import Record, read_records, split_by_prompt
+from prefalign_jax.data.records import Record, ascii_quotes, read_records, split_by_prompt
 from prefalign_jax.evaluate import evaluate, summary
 from prefalign_jax.export import export
 from prefalign_jax.losses import LOSSES, BoundLoss
@@ -185,7 +185,9 @@ def train(config: ConfigDict, workdir: str | Path) -> Result:
     return Result(step, step < total, before, means, model, state.params, tokenizer)
 
 
-def load_pairs(config: ConfigDict, loss: BoundLoss, tokenizer: Any) -> tuple[list[Pair], list[Pair], dict[str, dict[str, int]]]:
+def load_pairs(
+    config: ConfigDict, loss: BoundLoss, tokenizer: Any
+) -> tuple[list[Pair], list[Pair], dict[str, dict[str, int]]]:
     """Reads, holds out and tokenizes; says on stderr what was dropped and why.
 
     Args:
@@ -205,11 +207,15 @@ def load_pairs(config: ConfigDict, loss: BoundLoss, tokenizer: Any) -> tuple[lis
     dropped = {data.path: dict(counts)}
     held_out: list[Record] = []
     if data.eval_path:
-        held_out, counts = read_records(data.eval_path, split=data.eval_split, responses=responses, limit=data.eval_limit)
+        held_out, counts = read_records(
+            data.eval_path, split=data.eval_split, responses=responses, limit=data.eval_limit
+        )
         dropped[data.eval_path] = dict(counts)
     elif data.eval_fraction:
         records, held_out = split_by_prompt(records, data.eval_fraction, config.seed)
         held_out = held_out[: data.eval_limit]
+    if data.ascii_quotes:
+        records, held_out = ([ascii_quotes(record) for record in part] for part in (records, held_out))
     pairs = []
     for part, path in ((records, data.path), (held_out, data.eval_path or data.path)):
         tokenized, counts = tokenize_records(
@@ -222,7 +228,9 @@ def load_pairs(config: ConfigDict, loss: BoundLoss, tokenizer: Any) -> tuple[lis
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count) or "none"
         note(f"{path}: dropped {reasons}")
     if not pairs[0]:
-        raise UserError(f"{data.path}: no pairs left to train on, dropped {dropped[data.path]}; max_length is {config.max_length}")
+        raise UserError(
+            f"{data.path}: no pairs left to train on, dropped {dropped[data.path]}; max_length is {config.max_length}"
+        )
     if held_out and not pairs[1]:
         raise UserError(f"{data.eval_path or data.path}: no held-out pairs left; max_length is {config.max_length}")
     return pairs[0], pairs[1], dropped
@@ -260,7 +268,9 @@ def load_model(
         params, shape = resize_embeddings(params, shape, tokens)
         params = jax.device_put(params, param_shardings(mesh, params))
     if like is not None and shape != like.config:
-        raise UserError(f"reference.path={path!r} has another shape than model.path; a pair's two models share one vocabulary")
+        raise UserError(
+            f"reference.path={path!r} has another shape than model.path; a pair's two models share one vocabulary"
+        )
     return make_decoder(shape, **options), params
 
 

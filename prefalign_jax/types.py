@@ -1,9 +1,9 @@
 """Records that travel between the parts, and the shape letters every docstring uses.
 
-    B  pairs in a batch             R  packed rows            L  tokens in a row
-    G  groups of rows, one for each data-parallel shard (R is a multiple of G)
-    T  trained tokens in a group    N  any number of tokens
-    D  width of the hidden states   V  vocabulary             M  micro-steps
+B  pairs in a batch             R  packed rows            L  tokens in a row
+G  groups of rows, one for each data-parallel shard (R is a multiple of G)
+T  trained tokens in a group    N  any number of tokens
+D  width of the hidden states   V  vocabulary             M  micro-steps
 """
 
 from __future__ import annotations

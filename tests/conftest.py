@@ -6,7 +6,12 @@ import platform
 
 # Compiled programs are kept between runs and shared by xdist's workers. One directory a machine: a program compiled for
 # one CPU may not run on another. The size limit is there because jax locks the directory only if it has one.
-_cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "prefalign_jax" / platform.node()
+_cache = (
+    pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    / "prefalign_jax"
+    / "tests"
+    / platform.node()
+)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache))
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 * 1024**3))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")

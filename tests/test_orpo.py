@@ -27,7 +27,9 @@ def test_gradient_is_minus_delta_h():
         p_w, p_l = 0.3, 0.6
         delta = 1 / (1 + (p_w / (1 - p_w)) / (p_l / (1 - p_l)))
         log_odds_ratio = lambda w, l: orpo(means(w, l), lam=1.0)[1]["log_odds_ratio"].sum()  # noqa: E731
-        g_w, g_l = jax.grad(lambda w, l: -log_odds_ratio(w, l), (0, 1))(jnp.log(jnp.array([p_w])), jnp.log(jnp.array([p_l])))
+        g_w, g_l = jax.grad(lambda w, l: -log_odds_ratio(w, l), (0, 1))(
+            jnp.log(jnp.array([p_w])), jnp.log(jnp.array([p_l]))
+        )
         np.testing.assert_allclose(g_w, -delta / (1 - p_w), rtol=1e-10)
         np.testing.assert_allclose(g_l, delta / (1 - p_l), rtol=1e-10)
 

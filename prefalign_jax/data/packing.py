@@ -19,6 +19,7 @@ from prefalign_jax.types import CHOSEN, PROMPT, REJECTED, Pair, PreferenceBatch,
 
 ROW_MULTIPLE = 64  # row lengths are multiples of this many tokens
 TRAINED_MULTIPLE = 64
+LONG_ROW = 512  # tokens in a row at which attention is taken to cost as much as the rest of a layer (measured on CPU)
 
 
 class Layout(NamedTuple):
@@ -91,7 +92,9 @@ def _piece(prompt: np.ndarray, sides: list[tuple[int, np.ndarray]], number: int,
         target.append(response)
         slot.append(np.full(count, 3 * number + side))
         at += inputs
-    return Piece(*(np.concatenate(parts).astype(np.int32) for parts in (tokens, branches, positions, source, target, slot)))
+    return Piece(
+        *(np.concatenate(parts).astype(np.int32) for parts in (tokens, branches, positions, source, target, slot))
+    )
 
 
 def fill_rows(lengths: Sequence[int], length: int) -> list[list[int]]:
@@ -229,7 +232,7 @@ def choose_shapes(
     groups: int = 1,
     layout: Layout = Layout(),
     row_length: int | None = None,
-    trials: int = 64,
+    trials: int = 48,
 ) -> tuple[Shape, ...]:
     """A few shapes such that almost every batch of these pairs fits closely in one, and every batch fits in the last.
 
@@ -241,7 +244,7 @@ def choose_shapes(
       batch_size: pairs in a (micro-)batch.
       groups: G.
       layout: what is laid out.
-      row_length: tokens in a row; None takes the longest piece, which makes attention cheapest.
+      row_length: tokens in a row; None takes the longest piece's, or twice or four times that where it is cheaper.
       trials: batches to try.
 
     Returns:
@@ -253,25 +256,34 @@ def choose_shapes(
     sizes = [[(len(p.tokens), len(p.target)) for p in pieces_of(pair, 0, layout)] for pair in pairs]
     longest = max(tokens for pieces in sizes for tokens, _ in pieces)
     if row_length is not None and longest > row_length:
-        raise UserError(f"data.row_length={row_length} is shorter than the longest pair, {longest} tokens with both sides")
-    length = row_length or _round_up(longest, ROW_MULTIPLE)
+        raise UserError(
+            f"data.row_length={row_length} is shorter than the longest pair, {longest} tokens with both sides"
+        )
     per_pair = max(len(pieces) for pieces in sizes)
-    most = sorted((sum(trained for _, trained in pieces) for pieces in sizes), reverse=True)[:batch_size]
-    rows = -(-batch_size * per_pair // groups)
-    widest = Shape(rows, length, _round_up(sum(most), TRAINED_MULTIPLE))
-
+    most = sum(sorted((sum(trained for _, trained in pieces) for pieces in sizes), reverse=True)[:batch_size])
     rng = np.random.default_rng(0)
-    wanted = []
-    for _ in range(trials):
-        chosen = rng.choice(len(pairs), batch_size, replace=len(pairs) < batch_size)
-        wanted.append(make_plan([pairs[i] for i in chosen], length, groups, layout).needs())
-    wanted = np.array(wanted)
-    shapes = []
-    for quantile in (0.5, 0.9, 1.0):
-        rows = int(np.quantile(wanted[:, 0], quantile, method="higher"))
-        trained = int(np.quantile(wanted[:, 1], quantile, method="higher"))
-        shapes.append(Shape(rows, length, min(_round_up(trained, TRAINED_MULTIPLE), widest.trained)))
-    return tuple(dict.fromkeys([*shapes, widest]))
+    drawn = [rng.choice(len(pairs), batch_size, replace=len(pairs) < batch_size) for _ in range(trials)]
+
+    def shapes_of(length: int) -> tuple[float, tuple[Shape, ...]]:
+        """(mean cost of the trial batches, shapes) with rows of this length."""
+        wanted = np.array([make_plan([pairs[i] for i in batch], length, groups, layout).needs() for batch in drawn])
+        widest = Shape(-(-batch_size * per_pair // groups), length, _round_up(most, TRAINED_MULTIPLE))
+        shapes = []
+        for quantile in (0.5, 0.9, 1.0):
+            rows, trained = (int(x) for x in np.quantile(wanted, quantile, axis=0, method="higher"))
+            shapes.append(Shape(rows, length, min(_round_up(trained, TRAINED_MULTIPLE), widest.trained)))
+        shapes = tuple(dict.fromkeys([*shapes, widest]))
+        computed = np.mean([_smallest(shapes, *need).rows for need in wanted]) * length
+        return computed * (1 + length / LONG_ROW), shapes
+
+    if row_length is not None:
+        return shapes_of(row_length)[1]
+    lengths = (_round_up(longest * times, ROW_MULTIPLE) for times in (1, 2, 4))
+    return min(map(shapes_of, lengths))[1]
+
+
+def _smallest(shapes: Sequence[Shape], rows: int, trained: int) -> Shape:
+    return next(shape for shape in shapes if shape.rows >= rows and shape.trained >= trained)
 
 
 def pack(
@@ -305,7 +317,7 @@ def pack(
     parts = [slice(m * share, (m + 1) * share) for m in range(micro_steps)]
     plans = [make_plan(pairs[part], shapes[0].length, groups, layout) for part in parts]
     rows, trained = (max(need) for need in zip(*(plan.needs() for plan in plans), strict=True))
-    shape = next(s for s in shapes if s.rows >= rows and s.trained >= trained)
+    shape = _smallest(shapes, rows, trained)
     micro = [
         lay_out(plan, shape, pairs[part], index[part], share, means) for plan, part in zip(plans, parts, strict=True)
     ]

@@ -30,6 +30,9 @@ _LOOKS_LOCAL = re.compile(r"^[./~]|\.(jsonl?|ndjson|gz|zst|zip|parquet|arrow|csv
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # the turns of an HH-RLHF transcript
 
 
+_ASCII = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "..."})
+
+
 class Record(NamedTuple):
     """One preference, or one demonstration, before tokenization.
 
@@ -99,6 +102,22 @@ def read_records(
         counts = ", ".join(f"{reason}: {n}" for reason, n in dropped.items()) or "there was no row"
         raise UserError(f"{path}: no record is left ({counts})")
     return records, dict(dropped)
+
+
+def ascii_quotes(record: Record) -> Record:
+    """The record with curly quotes, dashes and ellipses as ASCII, for tokenizers that would read them as unknown.
+
+    Example:
+      >>> ascii_quotes(Record("“Hi”", "it’s", "a – b…")).rejected
+      'a - b...'
+    """
+
+    def fold(text: Text) -> Text:
+        if isinstance(text, str):
+            return text.translate(_ASCII)
+        return [{**message, "content": message["content"].translate(_ASCII)} for message in text]
+
+    return record._replace(prompt=fold(record.prompt), chosen=fold(record.chosen), rejected=fold(record.rejected))
 
 
 def split_by_prompt(records: Iterable[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:

@@ -173,10 +173,11 @@ def write_params(
     if dtype not in DTYPES:
         raise UserError(f"export dtype={dtype!r} is not supported; write one of {', '.join(DTYPES)}")
     flat, shapes = traverse_util.flatten_dict(params, sep="/"), _shapes(config)
-    for path in sorted(flat.keys() | shapes.keys()):
-        found, expected = (tuple(x.shape) if hasattr(x, "shape") else x for x in (flat.get(path), shapes.get(path)))
-        if found != expected:
-            raise UserError(f"parameter {path} has shape {found} where the model asks for {expected}")
+    for path in sorted(flat.keys() ^ shapes.keys()):
+        raise UserError(f"parameter {path} is {'missing' if path in shapes else 'none of the model'}")
+    for path, leaf in flat.items():
+        if leaf.shape != shapes[path]:
+            raise UserError(f"parameter {path} has shape {leaf.shape} where the model asks for {shapes[path]}")
 
     write_json(directory / "config.json", {**families.to_hf(config, model_type), "dtype": dtype, **(extra or {})})
     target = jnp.dtype(dtype)
@@ -335,7 +336,8 @@ def _open(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Any
             raise UserError(f"{directory / file} is missing; {INDEX} names it") from None
         except (OSError, SafetensorError) as error:
             raise UserError(f"{directory / file} is not a whole safetensors file: {_first_line(error)}") from error
-        stored |= {name: handle.get_slice(name) for name in handle.keys()}
+        names = [name for name in handle.keys() if weight_map is None or weight_map.get(name, file) == file]
+        stored |= {name: handle.get_slice(name) for name in names}
     absent = [name for name in weight_map or () if name not in stored]
     if absent:
         raise UserError(f"{directory / weight_map[absent[0]]} does not hold tensor {absent[0]}; {INDEX} says it does")

@@ -1,0 +1,54 @@
+"""Small models and pairs that several tests use."""
+
+import jax
+import numpy as np
+
+from prefalign_jax.data.packing import Layout, choose_shapes, pack
+from prefalign_jax.models.decoder import DecoderConfig, make_decoder
+from prefalign_jax.types import Pair
+
+CONFIG = DecoderConfig(
+    vocab_size=61,
+    hidden_size=16,
+    intermediate_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    init_std=0.4,
+)
+MODEL = make_decoder(CONFIG)
+
+
+def make_params(seed: int = 0, model=MODEL):
+    """Parameters large enough, norms included, that every part of the model matters."""
+    params = model.init(jax.random.key(seed))
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: x if x.ndim > 2 else x + 0.2 * rng.normal(size=x.shape).astype(x.dtype), params)
+
+
+def make_pairs(count: int, seed: int = 0, longest: int = 12, vocabulary: int = CONFIG.vocab_size) -> list[Pair]:
+    """Ragged pairs of random tokens."""
+    rng = np.random.default_rng(seed)
+
+    def ids():
+        return rng.integers(1, vocabulary, rng.integers(1, longest + 1)).astype(np.int32)
+
+    return [Pair(ids(), ids(), ids()) for _ in range(count)]
+
+
+def packed(pairs, batch_size=None, **options):
+    """One batch of all the pairs."""
+    size = batch_size or len(pairs)
+    shape_options = {key: options[key] for key in ("groups", "layout") if key in options}
+    shapes = choose_shapes(pairs, size // options.get("micro_steps", 1), **shape_options)
+    return pack(pairs, list(range(len(pairs))), size, shapes, **options)
+
+
+def first(batch):
+    """The first micro-step of a batch."""
+    return jax.tree.map(lambda x: x[0], batch)
+
+
+FULL = Layout(prompt=True)
+ORDINARY = Layout(tree=False, prompt=True)

@@ -1,0 +1,103 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prefalign_jax.models.decoder import REMAT, make_decoder
+from prefalign_jax.models.rope import RopeScaling
+from prefalign_jax.types import UserError
+from small import CONFIG, MODEL, make_params
+
+TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (1, 10))
+POSITIONS = np.arange(10)[None]
+ONES, ZEROS = np.ones_like(TOKENS), np.zeros_like(TOKENS)
+
+
+def hidden(tokens, positions=POSITIONS, segments=ONES, branches=ZEROS, model=MODEL, params=None):
+    return np.asarray(model.hidden(make_params() if params is None else params, tokens, positions, segments, branches))
+
+
+def changed(before, after):
+    """Positions at which any feature differs."""
+    return np.flatnonzero((before != after).any(-1)[0]).tolist()
+
+
+def test_causality():
+    before = hidden(TOKENS)
+    for t in (0, 4, 9):
+        after = TOKENS.copy()
+        after[0, t] = (after[0, t] + 1) % CONFIG.vocab_size
+        assert changed(before, hidden(after)) == list(range(t, 10))
+
+
+def test_segments_and_sibling_branches_are_isolated():
+    segments = np.array([[1, 1, 1, 1, 1, 1, 1, 2, 2, 2]])
+    branches = np.array([[0, 0, 1, 1, 2, 2, 2, 0, 1, 2]])
+    positions = np.array([[0, 1, 2, 3, 2, 3, 4, 0, 1, 1]])
+    before = hidden(TOKENS, positions, segments, branches)
+    for t, seen_by in ((0, [0, 1, 2, 3, 4, 5, 6]), (2, [2, 3]), (5, [5, 6]), (7, [7, 8, 9]), (8, [8])):
+        after = TOKENS.copy()
+        after[0, t] = (after[0, t] + 1) % CONFIG.vocab_size
+        assert changed(before, hidden(after, positions, segments, branches)) == seen_by
+
+
+def test_only_relative_positions_matter():
+    np.testing.assert_allclose(hidden(TOKENS), hidden(TOKENS, POSITIONS + 7), atol=2e-4)
+    assert np.abs(hidden(TOKENS) - hidden(TOKENS, POSITIONS * 2)).max() > 1e-2
+
+
+@pytest.mark.parametrize("remat", [name for name in REMAT if name != "none"])
+def test_rematerialisation_changes_no_gradient(remat):
+    params = make_params()
+
+    def loss(params, model):
+        return jnp.square(model.hidden(params, TOKENS, POSITIONS, ONES, ZEROS)[:, -1]).sum()
+
+    plain = jax.grad(loss)(params, MODEL)
+    again = jax.grad(loss)(params, make_decoder(CONFIG, remat=remat))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, again)
+
+
+def test_bfloat16_activations_over_float32_parameters():
+    model = make_decoder(CONFIG, dtype="bfloat16")
+    out = model.hidden(make_params(), TOKENS, POSITIONS, ONES, ZEROS)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(out), hidden(TOKENS), atol=0.3)
+
+
+def test_tied_head_is_the_embedding():
+    model = make_decoder(dataclasses.replace(CONFIG, tie_embeddings=True))
+    params = model.init(jax.random.key(0))
+    assert "head" not in params
+    assert model.head(params) is params["embed"]["embedding"]
+
+
+def test_every_parameter_matters():
+    params = make_params()
+    grads = jax.grad(lambda p: (MODEL.hidden(p, TOKENS, POSITIONS, ONES, ZEROS)[..., 0] @ np.ones(10)).sum())(params)
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        if "head" not in str(path):
+            assert np.abs(grad).max() > 0, path
+
+
+def test_compiling_takes_no_longer_for_more_layers():
+    """The layers are one scanned body: the program's size does not depend on their number."""
+
+    def size(layers):
+        model = make_decoder(dataclasses.replace(CONFIG, num_layers=layers))
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        return len(jax.jit(model.hidden).lower(params, TOKENS, POSITIONS, ONES, ZEROS).as_text())
+
+    assert size(12) < 1.1 * size(2)
+
+
+def test_unknown_remat_is_named():
+    with pytest.raises(UserError, match="none, dots, full"):
+        make_decoder(CONFIG, remat="some")
+
+
+def test_scaled_rotation_is_used():
+    model = make_decoder(dataclasses.replace(CONFIG, rope_scaling=RopeScaling("linear", 2.0)))
+    np.testing.assert_allclose(hidden(TOKENS, POSITIONS * 2, model=model), hidden(TOKENS), atol=1e-5)

@@ -1,0 +1,119 @@
+import numpy as np
+import pytest
+
+from prefalign_jax.data.packing import Layout, Shape, choose_shapes, fill_rows, make_plan, mean_tokens, pack
+from prefalign_jax.types import CHOSEN, PROMPT, REJECTED, Pair, UserError
+from small import FULL, ORDINARY, first, make_pairs, packed
+
+
+def pair(prompt: str, chosen: str, rejected: str, weight: float = 1.0) -> Pair:
+    """Tokens from letters, so that rows read as text."""
+    return Pair(*(np.array([ord(c) for c in text], np.int32) for text in (prompt, chosen, rejected)), weight)
+
+
+def text(row) -> str:
+    return "".join(chr(token) if token else "." for token in row)
+
+
+def test_the_picture():
+    """Two pairs in one row; the last token of each response is a target only."""
+    batch = first(packed([pair("PQRS", "abc", "wxyz"), pair("TU", "de", "v")]))
+    assert batch.tokens.shape == (1, 64)
+    row = {name: getattr(batch, name)[0][:13] for name in ("tokens", "segments", "branches", "positions")}
+    assert text(row["tokens"]) == "PQRSabwxyTUd."
+    assert "".join(map(str, row["segments"])) == "1111111112220"
+    assert "".join(map(str, row["branches"])) == "0000112220010"
+    assert "".join(map(str, row["positions"])) == "0123454560120"
+    trained = [
+        (int(s), chr(row["tokens"][f]), chr(t))
+        for f, t, s in zip(batch.source[0], batch.target[0], batch.slot[0], strict=True)
+        if s < 6
+    ]
+    assert trained == [
+        *[(CHOSEN, "S", "a"), (CHOSEN, "a", "b"), (CHOSEN, "b", "c")],
+        *[(REJECTED, "S", "w"), (REJECTED, "w", "x"), (REJECTED, "x", "y"), (REJECTED, "y", "z")],
+        *[(3 + CHOSEN, "U", "d"), (3 + CHOSEN, "d", "e"), (3 + REJECTED, "U", "v")],
+    ]
+
+
+def read_back(batch, count: int):
+    """Every pair's trained text by side, found through slots and targets; checks each source against its predecessor."""
+    groups = batch.source.shape[0]
+    flat = {n: getattr(batch, n).reshape(groups, -1) for n in ("tokens", "segments", "positions", "branches")}
+    out = {}
+    for g in range(groups):
+        for source, target, slot in zip(batch.source[g], batch.target[g], batch.slot[g], strict=True):
+            if slot < 3 * count:
+                where = {n: flat[n][g, source] for n in flat}
+                out.setdefault((slot // 3, slot % 3), []).append((int(where["positions"]), int(target)))
+                assert where["segments"] > 0
+                assert where["branches"] in (0, slot % 3 + 1)
+    return {key: [t for _, t in sorted(rows)] for key, rows in out.items()}
+
+
+@pytest.mark.parametrize("layout", [FULL, ORDINARY, Layout(), Layout(rejected=False)], ids=str)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_every_trained_token_is_there_once(layout, groups):
+    pairs = make_pairs(9, seed=3)
+    found = read_back(first(packed(pairs, layout=layout, groups=groups)), 9)
+    for number, one in enumerate(pairs):
+        assert found[number, CHOSEN] == one.chosen.tolist()
+        if layout.rejected:
+            assert found[number, REJECTED] == one.rejected.tolist()
+        if layout.prompt and len(one.prompt) > 1:
+            assert found[number, PROMPT] == one.prompt[1:].tolist()
+    sides = {side for _, side in found}
+    assert sides == {CHOSEN} | ({REJECTED} if layout.rejected else set()) | ({PROMPT} if layout.prompt else set())
+
+
+def test_tree_rows_hold_the_prompt_once():
+    pairs = [pair("prompt" * 5, "ab", "cd")]
+    tree, ordinary = (np.count_nonzero(packed(pairs, layout=layout).segments) for layout in (FULL, ORDINARY))
+    assert ordinary - tree == 30
+
+
+def test_micro_steps_deal_the_pairs_in_order_and_share_a_shape():
+    pairs = make_pairs(6)
+    batch = packed(pairs, micro_steps=3)
+    np.testing.assert_array_equal(batch.index, [[0, 1], [2, 3], [4, 5]])
+    assert batch.tokens.ndim == 3
+    np.testing.assert_allclose(batch.mean_tokens, np.broadcast_to(mean_tokens(pairs), (3, 2)))
+
+
+def test_mean_tokens_are_weighted():
+    pairs = [pair("abc", "ab", "x", weight=3.0), pair("abcde", "abcdef", "x")]
+    np.testing.assert_allclose(mean_tokens(pairs), [(3 * 2 + 4) / 4, (3 * 2 + 6) / 4])
+
+
+def test_rows_overflow_nowhere_and_use_little_more_than_needed():
+    lengths = np.random.default_rng(0).integers(1, 60, 200)
+    rows = fill_rows(lengths, 64)
+    assert sorted(n for row in rows for n in row) == list(range(200))
+    assert all(sum(lengths[n] for n in row) <= 64 for row in rows)
+    assert len(rows) <= 1.05 * lengths.sum() / 64 + 1
+
+
+def test_groups_get_equally_many_rows_to_within_one():
+    plan = make_plan(make_pairs(23), 64, 4, FULL)
+    rows = [len(group) for group in plan.groups]
+    assert max(rows) - min(rows) <= 1 and sum(rows) > 0
+
+
+def test_few_shapes_and_every_batch_fits():
+    pairs = make_pairs(200, longest=40)
+    shapes = choose_shapes(pairs, 8)
+    assert len(shapes) <= 4
+    longest_first = sorted(pairs, key=lambda p: -len(p.chosen) - len(p.rejected) - len(p.prompt))
+    worst = pack(longest_first[:8], range(8), 8, shapes)
+    assert Shape(worst.tokens.shape[1], worst.tokens.shape[2], worst.source.shape[2]) in shapes
+
+
+def test_a_row_shorter_than_a_pair_is_refused():
+    with pytest.raises(UserError, match="data.row_length=8"):
+        choose_shapes([pair("prompt", "chosen", "rejected")], 1, row_length=8)
+
+
+def test_packing_is_a_function_of_its_arguments():
+    pairs = make_pairs(8)
+    for a, b in zip(packed(pairs)[:-1], packed(pairs)[:-1], strict=True):
+        np.testing.assert_array_equal(a, b)

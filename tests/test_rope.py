@@ -1,0 +1,47 @@
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prefalign_jax.models.rope import RopeScaling, frequencies, rotate, rotation
+
+LLAMA3 = RopeScaling("llama3", 8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=64)
+YARN = RopeScaling("yarn", 4.0, original_max_position=64, beta_fast=32.0, beta_slow=1.0)
+
+
+def test_rotation_keeps_lengths_and_turns_by_the_angle():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 2, 8)), jnp.float32)
+    cos, sin = rotation(jnp.array([[0, 1, 5]]), 8, 100.0, None)
+    y = rotate(x, cos, sin)
+    np.testing.assert_allclose(jnp.square(y).sum(-1), jnp.square(x).sum(-1), rtol=1e-5)
+    np.testing.assert_allclose(y[:, 0], x[:, 0], rtol=1e-6)
+    as_complex = (np.asarray(x[..., :4]) + 1j * np.asarray(x[..., 4:]))[0, 2]
+    turned = as_complex * np.exp(1j * 5 * 100.0 ** (-np.arange(4) / 4))
+    np.testing.assert_allclose(
+        np.asarray(y[0, 2]), np.concatenate([turned.real, turned.imag], -1), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_linear_divides_every_frequency():
+    plain, _ = frequencies(16, 10000.0, None)
+    np.testing.assert_allclose(frequencies(16, 10000.0, RopeScaling("linear", 4.0))[0], plain / 4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scaling", [LLAMA3, YARN], ids=["llama3", "yarn"])
+def test_banded_scalings_keep_the_fast_and_divide_the_slow(scaling):
+    plain, _ = frequencies(64, 10000.0, None)
+    scaled, _ = frequencies(64, 10000.0, scaling)
+    ratio = plain / scaled
+    np.testing.assert_allclose(ratio[0], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(ratio[-1], scaling.factor, rtol=1e-5)
+    assert (np.diff(ratio) >= -1e-6).all()
+
+
+def test_yarn_scales_cos_and_sin_by_its_attention_factor():
+    assert frequencies(64, 10000.0, YARN)[1] == pytest.approx(0.1 * math.log(4.0) + 1)
+
+
+def test_unknown_scaling_is_named():
+    with pytest.raises(ValueError, match="linear, llama3, yarn"):
+        frequencies(8, 1e4, RopeScaling("ntk", 2.0))
