@@ -3,8 +3,8 @@
     python scripts/train.py --workdir=DIR \\
       --config=experiments/dpo_hh_rlhf.py:model=PATH_OR_HUB_NAME,data=Anthropic/hh-rlhf:harmless-base
 
-`data` may be a file as well, such as harmless-base/test.jsonl.gz; a share of its prompts is then held out, and no prompt
-is on both sides. `small` sets the learning rate for models of about a million parameters: `:small,model=...`.
+`data` may be a file as well, such as harmless-base/test.jsonl.gz; a share of its prompts is then held out, and no
+prompt is on both sides. `small` sets the learning rate for models of about a million parameters: `:small,model=...`.
 """
 
 from prefalign_jax import config

@@ -3,8 +3,8 @@
     python scripts/train.py --config=experiments/quickstart.py          # DPO
     python scripts/train.py --config=experiments/quickstart.py:orpo
 
-Generates a corpus with a known true reward, trains a tokenizer and a small Llama-shaped model on it, aligns the model on
-noisy preference pairs, and prints what changed on held-out prompts.
+Generates a corpus with a known true reward, trains a tokenizer and a small Llama-shaped model on it, aligns the model
+on noisy preference pairs, and prints what changed on held-out prompts.
 """
 
 from prefalign_jax import config

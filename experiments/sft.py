@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of any model, on prompts with completions, message lists, or the chosen side of preference pairs.
+"""Supervised fine-tuning of any model: prompts with completions, message lists, or the chosen side of pairs.
 
     python scripts/train.py --config=experiments/sft.py:model=PATH_OR_HUB_NAME,data=PATH_OR_HUB_NAME --workdir=DIR
 

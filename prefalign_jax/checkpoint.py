@@ -104,7 +104,7 @@ def restore(
     for name in sorted(ours.keys() | theirs.keys()):
         if name.split(".")[0] in IDENTITY and name not in FREE and ours.get(name) != theirs.get(name):
             raise UserError(
-                f"cannot resume {where}: it was trained with {name}={theirs.get(name)!r}, this run has {ours.get(name)!r}; "
+                f"cannot resume {where}: it was trained with {name}={theirs.get(name)!r}, not {ours.get(name)!r}; "
                 "set it back or use another --workdir"
             )
     if stored.get("data") != data_digest:

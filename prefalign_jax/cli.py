@@ -41,9 +41,8 @@ def launch(main: Callable[[ConfigDict, Path], int | None], argv: Sequence[str] |
     try:
         config = _parse(values, argv)
         if config is None:
-            print(
-                f"usage: {argv[0]} --config=FILE.py[:arg=value,...] [--config.FIELD=VALUE ...] [--workdir=DIR]\n{values}"
-            )
+            print(f"usage: {argv[0]} --config=FILE.py[:arg=value,...] [--config.FIELD=VALUE ...] [--workdir=DIR]")
+            print(values)
             return 0
         if values.print_config:
             validate(config)

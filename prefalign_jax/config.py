@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from prefalign_jax.losses import LOSSES, BoundLoss, hyper_parameters, make_loss
+from prefalign_jax.losses import LOSSES, BoundLoss, make_loss
+from prefalign_jax.names import choose, did_you_mean, hyper_parameters
 from prefalign_jax.types import UserError
 
 DTYPES = ("float32", "bfloat16")
@@ -19,6 +19,7 @@ CHOICES = {
     "too_long": ("drop", "truncate_prompt", "truncate_response"),
     "reference.kind": ("copy", "cached", "none"),
     "data.layout": ("tree", "ordinary"),
+    "checkpoint.best_mode": ("min", "max"),
 }
 POSITIVE = ("batch_size", "micro_steps", "max_length", "log_steps", "steps", "epochs", "examples")
 POSITIVE += ("eval_steps", "save_steps", "grad_clip", "checkpoint.keep", "vocabulary_chunk")
@@ -58,8 +59,9 @@ def defaults(loss: str = "dpo") -> ConfigDict:
 
     # A hyper-parameter that is None keeps the loss's default; one that the loss does not have must stay None.
     c.loss = ConfigDict({"name": loss})
-    for name in LOSSES:
-        c.loss.update({key: maybe(type(value)) for key, value in hyper_parameters(name).items() if key not in c.loss})
+    for entry in LOSSES.values():
+        own = hyper_parameters(entry.function)
+        c.loss.update({key: maybe(type(value)) for key, value in own.items() if key not in c.loss})
 
     c.reference = ConfigDict()
     needs_reference = "reference" in make_loss(loss).needs
@@ -127,18 +129,15 @@ def parse_arg(arg: str, **fields: Any) -> ConfigDict:
         if not equals:
             name, text = next(iter(fields)), part
         if name not in fields:
-            raise UserError(f"config argument {name!r} is unknown{_near(name, fields)}; it takes {', '.join(fields)}")
+            raise UserError(
+                f"config argument {name!r} is unknown; {did_you_mean(name, fields)}it takes {', '.join(fields)}"
+            )
         kind = str if fields[name] is None else type(fields[name])
         try:
             out[name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
         except (ValueError, KeyError):
             raise UserError(f"config argument {name}={text!r} is not of type {kind.__name__}") from None
     return ConfigDict(out)
-
-
-def _near(name: str, names) -> str:
-    close = difflib.get_close_matches(name, list(names), 1)
-    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def given(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,10 +162,7 @@ def validate(config: ConfigDict) -> None:
     loss = loss_of(config)
     flat = {f"{group}.{key}" if group else key: value for group, key, value in _flatten(config)}
     for name, choices in CHOICES.items():
-        if flat[name] not in choices:
-            raise UserError(
-                f"{name}={flat[name]!r} is unknown{_near(str(flat[name]), choices)}; write {' or '.join(choices)}"
-            )
+        choose(name, flat[name], dict.fromkeys(choices))
     for name in POSITIVE:
         if flat[name] is not None and not flat[name] > 0:
             raise UserError(f"{name}={flat[name]!r} must be positive")
@@ -176,8 +172,6 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"data.eval_fraction={config.data.eval_fraction} must lie in [0, 1)")
     if config.data.eval_path and config.data.eval_fraction:
         raise UserError("data.eval_path and data.eval_fraction both name the held-out data; set one")
-    if config.checkpoint.best_mode not in ("min", "max"):
-        raise UserError(f"checkpoint.best_mode={config.checkpoint.best_mode!r} is unknown; write min or max")
     needs_reference, kind = "reference" in loss.needs, config.reference.kind
     if needs_reference and kind == "none":
         raise UserError(f"loss {loss.name!r} needs a reference; set reference.kind to copy or cached")
@@ -187,14 +181,15 @@ def validate(config: ConfigDict) -> None:
         raise UserError("reference.path is set but reference.kind=none keeps no reference; set copy or cached")
     if kind != "cached" and config.reference.cache_dir:
         raise UserError(f"reference.cache_dir applies to reference.kind=cached, not {kind!r}")
-    for name, what in (
-        ("model.path", "a Hugging Face directory or hub name"),
-        ("data.path", "a file, directory or hub name"),
-    ):
-        if config.job == "train" and not flat[name]:
-            raise UserError(
-                f"{name} is not set; give {what}: --config=FILE.py:{name.split('.')[0]}=... or --config.{name}=..."
-            )
+    if config.checkpoint.best_metric and not (config.data.eval_path or config.data.eval_fraction):
+        raise UserError("checkpoint.best_metric needs held-out data; set data.eval_path or data.eval_fraction")
+    if config.job == "train":
+        for name, what in (("model.path", "a Hugging Face directory"), ("data.path", "a file, a directory")):
+            if not flat[name]:
+                raise UserError(
+                    f"{name} is not set; write {what} or a hub name: --config=FILE.py:{name.split('.')[0]}=... "
+                    f"or --config.{name}=..."
+                )
 
 
 def _flatten(config: ConfigDict, group: str = ""):
@@ -206,7 +201,7 @@ def _flatten(config: ConfigDict, group: str = ""):
 
 
 def duration(config: ConfigDict, name: str, pairs: int) -> int | None:
-    """A length of time in steps, from whichever of its fields is set: NAME_steps, NAME_examples, NAME_epochs, in that order.
+    """A length of time in steps, from the first of NAME_steps, NAME_examples and NAME_epochs that is set.
 
     Args:
       config: the experiment.

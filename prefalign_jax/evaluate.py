@@ -45,7 +45,9 @@ def summary(columns: Mapping[str, np.ndarray], prefix: str = "eval/") -> dict[st
       {name: mean}, and rewards/accuracies_low and _high where there is an accuracy.
     """
     weight = columns["weight"] / columns["weight"].sum()
-    means = {name: float((weight * values).sum()) for name, values in columns.items() if name != "weight"}
+    means = {
+        name: float((weight * values).sum(where=weight > 0)) for name, values in columns.items() if name != "weight"
+    }
     if "rewards/accuracies" in means:
         size = 1 / float(np.square(weight).sum())  # effective number of pairs; their count where all weights are equal
         low, high = wilson(means["rewards/accuracies"], size)

@@ -42,7 +42,7 @@ def _one_hot(targets, start, columns):
 def token_logps(hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk: int = VOCABULARY_CHUNK) -> jax.Array:
     """log softmax(hidden head')[target], never holding more than `chunk` columns of logits.
 
-    The forward pass keeps a running maximum and sum over the chunks; the backward pass computes each chunk's logits again.
+    The forward pass keeps a running maximum and sum over the chunks; the backward pass computes the logits again.
     Differentiable in reverse mode, once.
 
     Args:
@@ -143,7 +143,7 @@ def pair_logps(logps: jax.Array, batch: PreferenceBatch) -> PairLogps:
 def preference_logps(
     model: LanguageModel, params: Params, batch: PreferenceBatch, chunk: int = VOCABULARY_CHUNK
 ) -> PairLogps:
-    """Log-probabilities of a batch's pairs under `params`: one pass over the packed rows, the head on trained tokens only.
+    """Log-probabilities of a batch's pairs: one pass over the packed rows, the head on trained tokens only.
 
     Args:
       model: hidden states and head as functions of params.

@@ -20,22 +20,21 @@ import jax.numpy as jnp
 GIB = 2**30
 
 
-def weighted_mean(values: jax.Array, weight: jax.Array) -> jax.Array:
-    """sum_i w_i x_i / sum_i w_i, over the pairs of positive weight.
+def weighted_sum(values: jax.Array, weight: jax.Array) -> jax.Array:
+    """sum_i w_i x_i over the pairs of positive weight; with weights that sum to 1, their mean.
 
     Args:
       values: [B]; what has weight 0 counts nothing, be it NaN, and gets no gradient.
       weight: [B], at least 0.
 
     Returns:
-      [] the mean, 0 if no weight is positive.
+      [] the sum, 0 if no weight is positive.
 
     Example:
-      >>> float(weighted_mean(jnp.array([1.0, 4.0, jnp.nan]), jnp.array([2.0, 1.0, 0.0])))
-      2.0
+      >>> float(weighted_sum(jnp.array([1.0, 4.0, jnp.nan]), jnp.array([2.0, 1.0, 0.0])))
+      6.0
     """
-    total = jnp.sum(weight)
-    return jnp.sum(jnp.where(weight > 0, values, 0.0) * weight) / jnp.where(total > 0, total, 1.0)
+    return jnp.sum(jnp.where(weight > 0, values, 0.0) * weight)
 
 
 class Writer(NamedTuple):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from prefalign_jax.names import Checks, check_hyper, choose, hyper_parameters
 from prefalign_jax.types import Params, UserError
 
 # A schedule gives the share of the peak rate at steps from the end of the warm-up on; `make_schedule` adds the warm-up.
@@ -71,10 +70,9 @@ def make_schedule(name: str, peak: float, warmup_steps: int, total_steps: int, *
       >>> [float(rate(step)) for step in range(7)]
       [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
-    decay = _choose("schedule", name, SCHEDULES)
-    _check_hyper(
-        "schedule", name, hyper, [key for key in _defaults(decay) if key not in ("warmup_steps", "total_steps")]
-    )
+    decay = choose("schedule", name, SCHEDULES)
+    own = [key for key in hyper_parameters(decay) if key not in ("warmup_steps", "total_steps")]
+    check_hyper(f"schedule {name!r}", hyper, own, VALID)
     if not 0 <= peak < math.inf:
         raise UserError(f"learning_rate={peak!r} is out of range; write a number >= 0")
     for field, value, least in (("warmup_steps", warmup_steps, 0), ("total_steps", total_steps, 1)):
@@ -112,7 +110,7 @@ def sgd(rate, mask, *, momentum: float = 0.0):
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"adamw": adamw, "rmsprop": rmsprop, "sgd": sgd}
 
 # One name, one meaning, whichever optimizer takes it.
-VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
+VALID: Checks = {
     "b1": (lambda x: 0 <= x < 1, "a number in [0, 1)"),
     "b2": (lambda x: 0 <= x < 1, "a number in [0, 1)"),
     "decay": (lambda x: 0 <= x < 1, "a number in [0, 1)"),
@@ -172,37 +170,10 @@ def make_optimizer(
     """
     hyper = dict(optimizer)
     name = hyper.pop("name", None)
-    make = _choose("optimizer", name, OPTIMIZERS)
-    _check_hyper("optimizer", name, hyper, _defaults(make))
+    make = choose("optimizer.name", name, OPTIMIZERS)
+    check_hyper(f"optimizer {name!r}", hyper, hyper_parameters(make), VALID)
     if grad_clip is None:
         return make(schedule, decay_mask, **hyper)
     if not 0 < grad_clip < math.inf:
         raise UserError(f"grad_clip={grad_clip!r} is out of range; write a positive number, or None for no clipping")
     return optax.chain(optax.clip_by_global_norm(grad_clip), make(schedule, decay_mask, **hyper))
-
-
-def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-
-
-def _did_you_mean(name: Any, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(name), list(names), 1)
-    return f"did you mean {near[0]!r}? " if near else ""
-
-
-def _choose(kind: str, name: Any, table: Mapping[str, Any]) -> Any:
-    if name not in table:
-        hint = _did_you_mean(name, table)
-        raise UserError(f"{kind}={name!r} is unknown; {hint}The {kind}s are {', '.join(table)}")
-    return table[name]
-
-
-def _check_hyper(kind: str, name: str, hyper: Mapping[str, Any], known: Iterable[str]) -> None:
-    for key, value in hyper.items():
-        if key not in known:
-            hint = _did_you_mean(key, known)
-            has = f"it has {', '.join(known)}" if known else "it has none"
-            raise UserError(f"{kind} {name!r} has no hyper-parameter {key!r}; {hint}{has}")
-        if not VALID[key][0](value):
-            raise UserError(f"{kind} {name!r}: {key}={value!r} is out of range; write {VALID[key][1]}")

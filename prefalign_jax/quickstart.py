@@ -30,7 +30,9 @@ from prefalign_jax.reference import compute
 from prefalign_jax.train import Result, note, train
 from prefalign_jax.types import Pair
 
-THINGS = "bakery bridge castle garden harbour library lighthouse market mill museum orchard park river school station".split()
+THINGS = (
+    "bakery bridge castle garden harbour library market mill museum orchard park river school station tower".split()
+)
 PLACES = [
     "at dawn",
     "in spring",
@@ -222,9 +224,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
     (workdir / "table.txt").write_text(table + "\n")
     plot_rewards(workdir / "rewards.png", old_rewards, new_rewards)
     print(f"\n{table}\n\n{questions[0]['prompt']}\n  before:{old_texts[0]}\n  after: {new_texts[0]}\n")
-    print(
-        f"plots: {workdir / 'rewards.png'}, {workdir / 'aligned' / 'curves.png'}; model: {workdir / 'aligned' / 'export'}"
-    )
+    aligned = workdir / "aligned"
+    print(f"plots: {workdir / 'rewards.png'}, {aligned / 'curves.png'}; model: {aligned / 'export'}")
     print(f"{time.monotonic() - began:.0f} s on {jax.device_count()} {jax.default_backend()} device(s)")
     return 0
 

@@ -1,4 +1,4 @@
-"""Where reference log-probabilities come from when no frozen copy stays on the device: computed once, cached on disk."""
+"""Reference log-probabilities without a frozen copy on the device: computed once and cached on disk."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def compute(
 def cache_key(model: LanguageModel, params: Params, pairs: Sequence[Pair], dtype: str) -> str:
     """A digest of everything that changes a cached number.
 
-    That is: the weights, the shape of the model, the compute type, and the tokens of every pair, which hold whatever the
-    data, the template, the lengths and the truncation made of them.
+    That is: the weights, the shape of the model, the compute type, and the tokens of every pair, which hold whatever
+    the data, the template, the lengths and the truncation made of them.
 
     Args:
       model: its config enters.
@@ -79,7 +79,8 @@ def cache_key(model: LanguageModel, params: Params, pairs: Sequence[Pair], dtype
 def cached(path: Path, make: Callable[[], PairLogps]) -> PairLogps:
     """Reads log-probabilities from a file named after their key, or makes and writes them.
 
-    The file appears whole or not at all: it is written beside its place and renamed. One that cannot be read is made anew.
+    The file appears whole or not at all: it is written beside its place and renamed. One that cannot be read is made
+    anew.
 
     Args:
       path: .npz file, named by `cache_key`.

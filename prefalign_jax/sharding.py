@@ -17,7 +17,8 @@ from prefalign_jax.types import Params, PreferenceBatch, TrainState, UserError
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes that rows of a batch are dealt over
 
-# First match wins; a parameter that matches none is an error. Layers are stacked, so axis 0 of a layer's kernel is depth.
+# First match wins; a parameter that matches none is an error. Layers are stacked, so axis 0 of a layer's kernel is
+# depth.
 RULES: tuple[tuple[str, P], ...] = (
     (r"embed/embedding|head/kernel", P("tensor", "fsdp")),
     (r"layers/attention/[qkv]/kernel", P(None, "fsdp", "tensor")),
@@ -50,7 +51,7 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
         shape[shape.index(-1)] = devices // known
     if any(size < 1 for size in shape) or math.prod(shape) != devices:
         raise UserError(
-            f"mesh {dict(sizes)} does not fit {devices} device(s); the sizes must multiply to {devices}, with -1 at most once"
+            f"mesh {dict(sizes)} does not fit: the sizes must multiply to the {devices} device(s); one may be -1"
         )
     return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

@@ -30,6 +30,7 @@ from prefalign_jax.losses import LOSSES, BoundLoss
 from prefalign_jax.metrics import Progress, device_memory, open_writer
 from prefalign_jax.models.decoder import make_decoder
 from prefalign_jax.models.hf_io import load_config, load_params, resize_embeddings, resolve
+from prefalign_jax.names import did_you_mean
 from prefalign_jax.optim import make_optimizer, make_schedule
 from prefalign_jax.sharding import groups_of, make_mesh, param_shardings
 from prefalign_jax.train_step import init_state, make_eval_step, make_train_step
@@ -94,36 +95,38 @@ def train(config: ConfigDict, workdir: str | Path) -> Result:
     # Optimizer, state, steps.
     total = duration(config, "", len(train_pairs)) or max(1, len(train_pairs) // config.batch_size)
     warmup = duration(config, "warmup", len(train_pairs)) or 0
-    if warmup > total:
-        raise UserError(f"the warm-up of {warmup} steps is longer than the run of {total}")
     schedule = make_schedule(config.schedule, config.learning_rate, warmup, total)
     optimizer = make_optimizer(plain["optimizer"], schedule, config.grad_clip)
     train_step = make_train_step(model, loss, optimizer, mesh, schedule=schedule, chunk=config.vocabulary_chunk)
     eval_step = make_eval_step(model, loss, config.vocabulary_chunk)
     digest = digest_of(train_pairs)
 
-    with contextlib.closing(
-        checkpoint.open_checkpoints(
-            workdir / "checkpoints",
-            keep=config.checkpoint.keep,
-            best_metric=config.checkpoint.best_metric,
-            best_mode=config.checkpoint.best_mode,
-        )
-    ) as checkpoints:
+    with contextlib.ExitStack() as open_files:
+        checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", **config.checkpoint)
+        open_files.callback(checkpoints.close)
         state = checkpoint.restore(checkpoints, init_state(params, optimizer, mesh, frozen), plain, digest)
         del params
         start = int(state.step)
-        writer = open_writer(workdir, tensorboard=config.tensorboard, resume_step=start)
-        eval_writer = open_writer(workdir, "eval", tensorboard=config.tensorboard, resume_step=start)
-        note(
-            f"{loss.name} on {len(train_pairs)} pairs ({len(eval_pairs)} held out), {total} steps of {config.batch_size}"
-            + (f", resumed at step {start}" if start else "")
+        writer, eval_writer = (
+            open_files.enter_context(
+                contextlib.closing(open_writer(workdir, name, tensorboard=config.tensorboard, resume_step=start))
+            )
+            for name in ("metrics", "eval")
         )
+        resumed = f", resumed at step {start}" if start else ""
+        pairs = f"{len(train_pairs)} pairs, {len(eval_pairs)} held out"
+        note(f"{loss.name}: {pairs}, {total} steps of {config.batch_size}{resumed}")
 
         def evaluate_now(step: int) -> dict[str, float]:
             if eval_set is None:
                 return {}
             means = summary(evaluate(eval_step, state.params, state.reference, eval_set))
+            best = config.checkpoint.best_metric
+            if best and best not in means:
+                raise UserError(
+                    f"checkpoint.best_metric={best!r} is not measured; {did_you_mean(best, means)}there are "
+                    f"{', '.join(means)}"
+                )
             eval_writer.write(step, means)
             return means
 
@@ -144,12 +147,15 @@ def train(config: ConfigDict, workdir: str | Path) -> Result:
                 if waiting:
                     log(*waiting, writer, progress)
                 logged = step in (1, total) or step % config.log_steps == 0
-                waiting = (step, metrics, meter if logged else None)
+                waiting = (step, metrics, meter.read() if logged else None)
                 if config.eval_steps and step % config.eval_steps == 0 and step < total:
                     means = evaluate_now(step)
                 if stop.is_set():
                     break
                 if config.save_steps and step % config.save_steps == 0 and step < total:
+                    # The line of this step must be on disk before its checkpoint: a resumed run starts after it.
+                    log(*waiting, writer, progress)
+                    waiting = None
                     at_this_step = means if config.eval_steps and step % config.eval_steps == 0 else None
                     checkpoint.save(checkpoints, state, metrics=at_this_step, **saved)
         if waiting:
@@ -162,8 +168,6 @@ def train(config: ConfigDict, workdir: str | Path) -> Result:
         else:
             means = evaluate_now(total)
             checkpoint.save(checkpoints, state, metrics=means or None, **saved)
-        writer.close()
-        eval_writer.close()
 
     before = report.read_metrics(workdir / "eval.jsonl")
     before = before[0] if before and before[0]["step"] == 0 else {}
@@ -179,8 +183,7 @@ def train(config: ConfigDict, workdir: str | Path) -> Result:
                 "metrics": means,
                 "config": plain,
             }
-            params = jax.device_get(state.params)
-            export(params, model.config, tokenizer, workdir / "export", dtype=config.export.dtype, card=card)
+            export(state.params, model.config, tokenizer, workdir / "export", dtype=config.export.dtype, card=card)
             note(f"exported to {workdir / 'export'}")
     return Result(step, step < total, before, means, model, state.params, tokenizer)
 
@@ -281,8 +284,8 @@ def cached_reference(data, model: LanguageModel, params: Params, config: ConfigD
     def make():
         progress = Progress(len(data.pairs), "reference pair")
         one = make_pair_set(
-            data.pairs, data.batch_size // data.micro_steps, groups=data.groups, layout=data.layout._replace(prompt=False),
-            row_length=config.data.row_length,
+            data.pairs, data.batch_size // data.micro_steps, groups=data.groups,
+            layout=data.layout._replace(prompt=False), row_length=config.data.row_length,
         )  # fmt: skip
         logps = reference_logps.compute(model, params, one, chunk=config.vocabulary_chunk, progress=progress.update)
         progress.close()
@@ -320,11 +323,13 @@ class Meter:
         return out
 
 
-def log(step: int, metrics: dict[str, jax.Array], meter: Meter | None, writer: Any, progress: Progress) -> None:
-    """Fetches one step's metrics, which waits for that step; writes them if it is a logged step."""
+def log(
+    step: int, metrics: dict[str, jax.Array], rates: dict[str, float] | None, writer: Any, progress: Progress
+) -> None:
+    """Fetches one step's metrics, which waits for that step; writes them with its rates if it is a logged step."""
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    if meter is not None:
-        writer.write(step, values | meter.read())
+    if rates is not None:
+        writer.write(step, values | rates)
     if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
         raise UserError(
             f"diverged at step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; "
@@ -335,7 +340,7 @@ def log(step: int, metrics: dict[str, jax.Array], meter: Meter | None, writer: A
 
 @contextlib.contextmanager
 def stop_requested() -> Iterator[threading.Event]:
-    """An event that SIGTERM or the first Ctrl-C sets, so that the loop ends at a step and saves; a second Ctrl-C ends at once."""
+    """An event that SIGTERM or Ctrl-C sets, so that the loop ends at a step and saves; a second Ctrl-C ends at once."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event  # signals reach only the main thread

@@ -12,15 +12,11 @@ from jax.sharding import PartitionSpec as P
 
 from prefalign_jax.logps import VOCABULARY_CHUNK, preference_logps
 from prefalign_jax.losses import BoundLoss
+from prefalign_jax.metrics import weighted_sum
 from prefalign_jax.sharding import batch_shardings, state_shardings
 from prefalign_jax.types import LanguageModel, PairLogps, Params, PreferenceBatch, TrainState
 
 Metrics = dict[str, jax.Array]
-
-
-def weighted_sum(values: jax.Array, weight: jax.Array) -> jax.Array:
-    """sum_i w_i x_i over [B]; what has weight 0 counts nothing, be it NaN."""
-    return jnp.sum(jnp.where(weight > 0, values, 0.0) * weight)
 
 
 def pair_losses(
@@ -37,7 +33,8 @@ def pair_losses(
       model: pure functions of params.
       loss: bound loss.
       params: of the policy.
-      reference: parameters of the frozen copy; None where the batch carries cached log-probabilities or none are needed.
+      reference: parameters of the frozen copy; None where the batch carries cached log-probabilities or none are
+        needed.
       batch: packed rows, without the micro-step axis.
       chunk: columns of logits at once.
 

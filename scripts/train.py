@@ -1,4 +1,4 @@
-"""Trains what a config describes: python scripts/train.py --config=experiments/dpo.py:model=...,data=... --workdir=DIR."""
+"""Trains what a config describes: --config=experiments/dpo.py:model=...,data=... --workdir=DIR."""
 
 import sys
 from pathlib import Path

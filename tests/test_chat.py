@@ -1,4 +1,4 @@
-"""Token roles. "TRL" in a comment is TRL 1.16.0 on the same pair and tokenizer (tests/goldens/trl_tokenizer)."""
+"""Token roles. "TRL" in a comment is TRL 1.16.0 on the same pair and tokenizer (tests/goldens/trl)."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ GARDEN = "Describe the garden. " * 12
 @pytest.fixture(scope="module")
 def tokenizer():
     """The tokenizer of the TRL figures: byte-level BPE of 512 tokens, ChatML, no BOS."""
-    return load_tokenizer(GOLDENS / "trl_tokenizer")
+    return load_tokenizer(GOLDENS / "trl")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def variant(tmp_path_factory):
 
     def load(single=None, **attributes):
         path = tmp_path_factory.mktemp("tokenizer")
-        tokenizer = load_tokenizer(GOLDENS / "trl_tokenizer")
+        tokenizer = load_tokenizer(GOLDENS / "trl")
         if single:
             ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in single.split() if token != "$A"]
             tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
@@ -66,8 +66,8 @@ def tokenize(tokenizer, *records, max_length=256, **options):
 
 
 def test_equals_trl_on_plain_text(tokenizer):
-    rows = [json.loads(line) for line in (GOLDENS / "trl_pairs.jsonl").read_text().splitlines()]
-    records, dropped = read_records(GOLDENS / "trl_pairs.jsonl")
+    rows = [json.loads(line) for line in (GOLDENS / "trl" / "pairs.jsonl").read_text().splitlines()]
+    records, dropped = read_records(GOLDENS / "trl" / "pairs.jsonl")
     assert len(records) == 64 and not dropped
     pairs, dropped = tokenize_records(records, tokenizer, max_length=256)
     assert len(pairs) == 64 and not dropped
@@ -252,7 +252,7 @@ def test_errors_say_what_to_do(tokenizer, variant, tmp_path):
             load_tokenizer(path)
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="expected chatml, llama3, zephyr or a .jinja file, found 'chatlm'"):
-        load_tokenizer(GOLDENS / "trl_tokenizer", "chatlm")
+        load_tokenizer(GOLDENS / "trl", "chatlm")
     with pytest.raises(UserError, match="no end-of-sequence token"):
         variant(eos_token=None)
 
@@ -282,7 +282,7 @@ def test_chat_template_from_a_file_and_from_text(tmp_path, variant):
     )
     (tmp_path / "plain.jinja").write_text(jinja)
     for template in (str(tmp_path / "plain.jinja"), jinja):
-        tokenizer = load_tokenizer(GOLDENS / "trl_tokenizer", template)
+        tokenizer = load_tokenizer(GOLDENS / "trl", template)
         # A template without any end of turn: EOS alone ends the response.
         pairs, _ = tokenize(tokenizer, chat("q", "Blue. ", "No."))
         assert pairs == [("[user]q[assistant]", f"Blue. {EOS}", f"No.{EOS}")]

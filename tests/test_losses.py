@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from prefalign_jax.losses import LOSSES, hyper_parameters, make_loss
+from prefalign_jax.losses import LOSSES, make_loss
+from prefalign_jax.names import hyper_parameters
 from prefalign_jax.types import PairLogps, UserError
 
 # Every loss with its defaults, and every option that changes what is computed.
@@ -138,7 +139,7 @@ def test_preference_losses_carry_the_metrics_that_people_plot(name):
         ("dpoo", {}, "did you mean 'dpo'"),
         ("orpo", {"beta": 0.1}, "it has lam, nll_over, nll_mean"),
         ("dpo", {"tau": 0.1}, "no hyper-parameter 'tau'"),
-        ("dpo", {"beta": -1.0}, "loss.beta=-1.0"),
+        ("dpo", {"beta": -1.0}, "beta=-1.0 is out of range"),
         ("dpo", {"label_smoothing": 0.5}, r"\[0, 0.5\)"),
         ("sft", {"over": "all"}, "chosen, prompt"),
     ],
@@ -158,4 +159,4 @@ def test_needs_say_what_is_read():
 
 def test_every_hyper_parameter_has_a_case_and_a_check():
     tried = {key for hyper in CASES.values() for key in hyper}
-    assert {key for name in LOSSES for key in hyper_parameters(name)} <= tried
+    assert {key for entry in LOSSES.values() for key in hyper_parameters(entry.function)} <= tried

@@ -17,21 +17,21 @@ def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_weighted_mean_is_its_formula():
+def test_weighted_sum_is_its_formula():
     x, w = jnp.array([1.0, -2.0, 5.0]), jnp.array([0.5, 2.0, 1.0])
-    np.testing.assert_allclose(metrics.weighted_mean(x, w), (0.5 - 4.0 + 5.0) / 3.5, rtol=1e-6)
+    np.testing.assert_allclose(metrics.weighted_sum(x, w), 0.5 - 4.0 + 5.0, rtol=1e-6)
 
 
 def test_weight_zero_hides_nan_from_value_and_gradient():
     x, w = jnp.array([1.0, jnp.nan, 3.0, jnp.inf]), jnp.array([1.0, 0.0, 3.0, 0.0])
-    value, grad = jax.value_and_grad(metrics.weighted_mean)(x, w)
-    np.testing.assert_allclose(value, 2.5)
-    np.testing.assert_allclose(grad, [0.25, 0.0, 0.75, 0.0])
-    assert math.isnan(metrics.weighted_mean(x, jnp.ones(4)))  # where it has weight it must show
+    value, grad = jax.value_and_grad(metrics.weighted_sum)(x, w)
+    np.testing.assert_allclose(value, 10.0)
+    np.testing.assert_allclose(grad, [1.0, 0.0, 3.0, 0.0])
+    assert math.isnan(metrics.weighted_sum(x, jnp.ones(4)))  # where it has weight it must show
 
 
-def test_mean_of_nothing_is_zero():
-    value, grad = jax.value_and_grad(metrics.weighted_mean)(jnp.array([jnp.nan, 1.0]), jnp.zeros(2))
+def test_sum_of_nothing_is_zero():
+    value, grad = jax.value_and_grad(metrics.weighted_sum)(jnp.array([jnp.nan, 1.0]), jnp.zeros(2))
     assert value == 0 and not grad.any()
 
 

@@ -214,7 +214,7 @@ def test_updates_are_pytorchs_own(name):
     ("call", "says"),
     [
         (lambda: optim.make_optimizer({"name": "adam"}, 1.0), "did you mean 'adamw'.*adamw, rmsprop, sgd"),
-        (lambda: optim.make_optimizer({}, 1.0), "optimizer=None is unknown"),
+        (lambda: optim.make_optimizer({}, 1.0), "optimizer.name=None is unknown"),
         (
             lambda: optim.make_optimizer({"name": "adamw", "weight_decy": 0.1}, 1.0),
             "did you mean 'weight_decay'.*it has b1, b2",

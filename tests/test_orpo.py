@@ -22,7 +22,7 @@ def test_orpo_is_the_formula():
 
 
 def test_gradient_is_minus_delta_h():
-    """arXiv 2403.07691 Eq. 8 to 10 with the sign mended: the gradient of L_OR is -delta (g_w / (1 - P_w) - g_l / (1 - P_l))."""
+    """arXiv 2403.07691 Eq. 8 to 10 with the sign mended: -delta (g_w / (1 - P_w) - g_l / (1 - P_l))."""
     with jax.enable_x64(True):
         p_w, p_l = 0.3, 0.6
         delta = 1 / (1 + (p_w / (1 - p_w)) / (p_l / (1 - p_l)))

@@ -37,7 +37,7 @@ def test_the_picture():
 
 
 def read_back(batch, count: int):
-    """Every pair's trained text by side, found through slots and targets; checks each source against its predecessor."""
+    """Every pair's trained text by side, found through slots and targets; each source must lie on the target's path."""
     groups = batch.source.shape[0]
     flat = {n: getattr(batch, n).reshape(groups, -1) for n in ("tokens", "segments", "positions", "branches")}
     out = {}

@@ -1,0 +1,1 @@
+"""From files of preferences to packed batches."""

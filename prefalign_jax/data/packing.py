@@ -236,7 +236,8 @@ def choose_shapes(
 ) -> tuple[Shape, ...]:
     """A few shapes such that almost every batch of these pairs fits closely in one, and every batch fits in the last.
 
-    Packs `trials` batches drawn at random and takes the median, the 90th percentile and the maximum of what they needed;
+    Packs `trials` batches drawn at random and takes the median, the 90th percentile and the maximum of what they
+    needed;
     the last shape holds the longest pairs all at once. So at most four programs are compiled, whatever the data.
 
     Args:
@@ -297,7 +298,7 @@ def pack(
     layout: Layout = Layout(),
     means: np.ndarray | None = None,
 ) -> PreferenceBatch:
-    """Packs exactly `batch_size` pairs into `micro_steps` batches of one shape, the smallest of `shapes` that holds them.
+    """Packs exactly `batch_size` pairs into `micro_steps` parts of one shape, the smallest that holds them.
 
     Args:
       pairs: at most `batch_size`; fewer leave filler of weight 0.

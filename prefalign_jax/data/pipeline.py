@@ -95,8 +95,8 @@ def digest_of(pairs: Sequence[Pair]) -> str:
 def train_batches(data: PairSet, *, seed: int, shuffle: bool, start: int, stop: int) -> Iterator[PreferenceBatch]:
     """Batches start, start + 1, ..., stop - 1 of an endless stream of epochs, each shuffled anew.
 
-    Batch n is a function of (pairs, seed, n), so a run resumes by its step alone. Batches span epochs: each holds exactly
-    `batch_size` pairs.
+    Batch n is a function of (pairs, seed, n), so a run resumes by its step alone. Batches span epochs: each holds
+    exactly `batch_size` pairs.
 
     Args:
       data: the pairs.

@@ -1,13 +1,11 @@
 """Preference losses: pure functions of arrays, and the dictionary that configs choose from.
 
-A loss is `f(policy, reference, *, hyper-parameters) -> (loss [B], {metric: [B]})`: unreduced, float32, finite with finite
-gradients for every finite log-probability <= 0. A new one is a function and a line in LOSSES.
+A loss is `f(policy, reference, *, hyper-parameters) -> (loss [B], {metric: [B]})`: unreduced, float32, finite and with
+finite gradients for every finite log-probability <= 0. A new one is a function and a line in LOSSES.
 """
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,7 +13,8 @@ from typing import Any, NamedTuple
 from prefalign_jax.losses.dpo import dpo, hinge, ipo
 from prefalign_jax.losses.orpo import orpo
 from prefalign_jax.losses.sft import MEAN, OVER, sft
-from prefalign_jax.types import UserError
+from prefalign_jax.names import Checks, check_hyper, choose, hyper_parameters
+from prefalign_jax.types import Array, PairLogps
 
 
 class Loss(NamedTuple):
@@ -38,8 +37,8 @@ LOSSES: dict[str, Loss] = {
     "sft": Loss(sft, lambda h: {"prompt"} if h["over"] == "prompt+chosen" else set()),
 }
 
-# A hyper-parameter has one name and one meaning whichever loss takes it: its open or half-open interval, or its choices.
-VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
+# A hyper-parameter has one name and one meaning whichever loss takes it, so one check.
+VALID: Checks = {
     "beta": (lambda x: 0 < x < math.inf, "a positive number"),
     "tau": (lambda x: 0 < x < math.inf, "a positive number"),
     "lam": (lambda x: 0 <= x < math.inf, "a number >= 0"),
@@ -58,19 +57,9 @@ class BoundLoss(NamedTuple):
     hyper: dict[str, Any]
     needs: frozenset[str]
 
-    def __call__(self, policy, reference=None):
+    def __call__(self, policy: PairLogps, reference: PairLogps | None = None) -> tuple[Array, dict[str, Array]]:
+        """(loss [B], metrics {name: [B]}) of policy and reference log-probabilities."""
         return LOSSES[self.name].function(policy, reference, **self.hyper)
-
-
-def hyper_parameters(name: str) -> dict[str, Any]:
-    """The hyper-parameters of a loss and their defaults, read off its signature.
-
-    Example:
-      >>> hyper_parameters("hinge")
-      {'beta': 0.1}
-    """
-    parameters = inspect.signature(LOSSES[name].function).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def make_loss(name: str, **hyper: Any) -> BoundLoss:
@@ -89,19 +78,11 @@ def make_loss(name: str, **hyper: Any) -> BoundLoss:
     Example:
       >>> make_loss("dpo", beta=0.5).hyper["beta"]
       0.5
-      >>> make_loss("dpo", bta=0.5)
+      >>> make_loss("sft", beta=0.5)
       Traceback (most recent call last):
-      prefalign_jax.types.UserError: loss 'dpo' has no hyper-parameter 'bta'; it has beta, label_smoothing, reference_free
+      prefalign_jax.types.UserError: loss 'sft' has no hyper-parameter 'beta'; it has over, mean
     """
-    if name not in LOSSES:
-        near = difflib.get_close_matches(name, LOSSES, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"loss.name={name!r} is unknown; {hint}The losses are {', '.join(LOSSES)}")
-    defaults = hyper_parameters(name)
-    for key, value in hyper.items():
-        if key not in defaults:
-            raise UserError(f"loss {name!r} has no hyper-parameter {key!r}; it has {', '.join(defaults)}")
-        if key in VALID and not VALID[key][0](value):
-            raise UserError(f"loss.{key}={value!r} is out of range; write {VALID[key][1]}")
+    defaults = hyper_parameters(choose("loss.name", name, LOSSES).function)
+    check_hyper(f"loss {name!r}", hyper, defaults, VALID)
     hyper = {**defaults, **hyper}
     return BoundLoss(name, hyper, frozenset(LOSSES[name].needs(hyper)))

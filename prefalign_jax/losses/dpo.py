@@ -57,7 +57,8 @@ def dpo(
     Raises:
       ValueError: a reference is missing, or given though `reference_free`.
 
-    Source: Rafailov et al., arXiv 2305.18290, Eq. 7; label smoothing: their code and E. Mitchell's note on conservative DPO.
+    Source: Rafailov et al., arXiv 2305.18290, Eq. 7; label smoothing: their code and E. Mitchell's note on conservative
+      DPO.
 
     Example:
       >>> logps = PairLogps(jnp.array([-3.0]), jnp.array([-3.0]), jnp.ones(1), jnp.ones(1))

@@ -31,8 +31,8 @@ def orpo(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """NLL(chosen) - lambda log sigmoid(log odds(chosen) - log odds(rejected)), the odds of mean log-probabilities.
 
-    The gradient of the second term is -delta h with delta = 1 / (1 + odds_w / odds_l) and h = grad log P_w / (1 - P_w) -
-    grad log P_l / (1 - P_l); the paper's Eq. 8 to 10 print it with the opposite sign.
+    The gradient of the second term is -lambda delta h, where delta = 1 / (1 + odds_w / odds_l) and
+    h = grad log P_w / (1 - P_w) - grad log P_l / (1 - P_l); the paper's Eq. 8 to 10 print it with the opposite sign.
 
     Args:
       policy: [B] float32 log-probabilities, summed over each response, and token counts.

@@ -17,8 +17,8 @@ def nll(policy: PairLogps, *, over: str, mean: str) -> jax.Array:
     Args:
       policy: [B] float32 log-probabilities and token counts.
       over: 'chosen' for the response's tokens, 'prompt+chosen' for those of the prompt after its first as well.
-      mean: 'pair' divides by the pair's own tokens, so that every pair counts alike; 'batch' by the mean number of tokens
-        per pair over the global batch, so that every token counts alike once the pairs are averaged.
+      mean: 'pair' divides by the pair's own tokens, so that every pair counts alike; 'batch' by the mean number of
+        tokens per pair over the global batch, so that every token counts alike once the pairs are averaged.
 
     Returns:
       [B] float32.

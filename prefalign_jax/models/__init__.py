@@ -1,0 +1,1 @@
+"""Decoders as pure functions, and their Hugging Face files."""

@@ -47,6 +47,7 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (features_in, features_out), param_dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., in] -> [..., out]."""
         return x @ self.kernel[...].astype(x.dtype)
 
 
@@ -58,6 +59,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D]."""
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)[None, None, :]
@@ -75,6 +77,7 @@ class Attention(nnx.Module):
         self.head_dim = c.head_dim
 
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, mask: jax.Array) -> jax.Array:
+        """[R, L, D] -> [R, L, D]."""
         rows, length, _ = x.shape
         q, k, v = (project(x).reshape(rows, length, -1, self.head_dim) for project in (self.q, self.k, self.v))
         out = attend(rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v, mask)
@@ -91,6 +94,7 @@ class MLP(nnx.Module):
         self.down = Linear(c.intermediate_size, c.hidden_size, c.init_std, rngs, param_dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[R, L, D] -> [R, L, D]."""
         return self.down(nnx.silu(self.gate(x)) * self.up(x))
 
 
@@ -104,6 +108,7 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs, param_dtype)
 
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, mask: jax.Array) -> jax.Array:
+        """[R, L, D] -> [R, L, D]."""
         x = x + self.attention(self.attention_norm(x), cos, sin, mask)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -134,6 +139,7 @@ class Decoder(nnx.Module):
             self.head = Table(config, "kernel", rngs, param_dtype)
 
     def __call__(self, tokens, positions, segments, branches, *, dtype, remat: str) -> jax.Array:
+        """Tokens, positions, segments and branches, each [R, L] -> hidden states [R, L, D]."""
         c = self.config
         cos, sin = rope.rotation(positions, c.head_dim, c.rope_theta, c.rope_scaling)
         mask = tree_mask(segments, branches)

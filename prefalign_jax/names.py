@@ -1,0 +1,75 @@
+"""What a config chooses by name: look it up, check its hyper-parameters, say what was meant if it is not there."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from prefalign_jax.types import UserError
+
+# A hyper-parameter's name -> (is this value valid?, what is, in words).
+Checks = Mapping[str, tuple[Callable[[Any], bool], str]]
+
+
+def did_you_mean(name: Any, names: Iterable[str]) -> str:
+    """'did you mean NEAREST? ' for a name that resembles one of `names`, else nothing.
+
+    Example:
+      >>> did_you_mean("adamm", ["adamw", "sgd"])
+      "did you mean 'adamw'? "
+    """
+    near = difflib.get_close_matches(str(name), list(names), 1)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
+def choose(field: str, name: Any, table: Mapping[str, Any]) -> Any:
+    """table[name].
+
+    Args:
+      field: of the config, for the message.
+      name: a key of the table.
+      table: what there is to choose from.
+
+    Returns:
+      The entry.
+
+    Raises:
+      UserError: there is no such entry; the line names the nearest and all of them.
+    """
+    if name not in table:
+        raise UserError(f"{field}={name!r} is unknown; {did_you_mean(name, table)}write one of {', '.join(table)}")
+    return table[name]
+
+
+def hyper_parameters(function: Callable[..., Any]) -> dict[str, Any]:
+    """The keyword-only parameters of a function and their defaults.
+
+    Example:
+      >>> hyper_parameters(lambda x, *, beta=0.1: x)
+      {'beta': 0.1}
+    """
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def check_hyper(what: str, given: Mapping[str, Any], known: Iterable[str], checks: Checks) -> None:
+    """Checks that what is given exists and is in range.
+
+    Args:
+      what: whose hyper-parameters they are, such as "loss 'dpo'".
+      given: name -> value.
+      known: the names it has.
+      checks: for some of the names.
+
+    Raises:
+      UserError: a name is not known, or a value is out of range.
+    """
+    known = list(known)
+    for key, value in given.items():
+        if key not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise UserError(f"{what} has no hyper-parameter {key!r}; {did_you_mean(key, known)}{has}")
+        if key in checks and not checks[key][0](value):
+            raise UserError(f"{what}: {key}={value!r} is out of range; write {checks[key][1]}")

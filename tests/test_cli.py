@@ -1,0 +1,264 @@
+import pathlib
+import sys
+import types
+
+import pytest
+import yaml
+from absl import logging
+
+from prefalign_jax import cli
+from prefalign_jax.types import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections'
+DPO = f"--config={ROOT}/experiments/dpo.py:model=m,data=d"
+
+
+@pytest.fixture(autouse=True)
+def _leaves_no_trace(monkeypatch, tmp_path):
+    """Undoes what a launch leaves in the process: absl's verbosity, jax's cache directory, the experiment's module."""
+    verbosity = logging.get_verbosity()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_cache_compilations", lambda: None)
+    yield
+    logging.set_verbosity(verbosity)
+    sys.modules.pop("config_config", None)
+
+
+@pytest.fixture
+def launch(monkeypatch, capsys):
+    """launch(*arguments, main) -> (status, stdout, stderr, [(config, workdir) that main was called with])."""
+
+    def run(*arguments, main=lambda config, workdir: None):
+        calls = []
+
+        def called(config, workdir):
+            calls.append((config, workdir))
+            return main(config, workdir)
+
+        argv = ["train.py", *arguments]
+        monkeypatch.setattr(sys, "argv", argv)
+        sys.modules.pop("config_config", None)  # ml_collections runs the next experiment in the same module
+        status = cli.launch(called, argv)
+        return status, *capsys.readouterr(), calls
+
+    return run
+
+
+@pytest.fixture
+def fails(launch):
+    """fails(*arguments) -> what the one line says; main is not reached and the status is 2."""
+
+    def run(*arguments, **options):
+        status, out, err, calls = launch(*arguments, **options)
+        assert (status, out) == (2, "")
+        lines = err.splitlines()
+        errors = [line for line in lines if line.startswith("error: ")]
+        assert len(errors) == 1
+        assert [line for line in lines if line not in errors and not line.startswith("workdir: ")] == []
+        if "main" not in options:
+            assert calls == []
+        assert "Traceback" not in err
+        assert len(errors[0]) < 250
+        return errors[0]
+
+    return run
+
+
+def write(path: pathlib.Path, body: str) -> str:
+    path.write_text("from prefalign_jax import config, types\n\n\ndef get_config(arg=''):\n" + body)
+    return f"--config={path}"
+
+
+# What works
+
+
+def test_config_overrides_and_workdir_reach_main(launch):
+    status, out, err, [(config, workdir)] = launch(
+        DPO, "--config.batch_size=8", "--config.loss.beta=0.5", "--config.data.limit", "9", "--workdir=here"
+    )
+    assert (status, out, err, workdir) == (0, "", "", pathlib.Path("here"))
+    assert (config.model.path, config.data.path) == ("m", "d")
+    assert (config.batch_size, config.loss.beta, config.data.limit, config.seed) == (8, 0.5, 9, 0)
+
+
+def test_the_command_line_given_is_the_one_that_counts(launch, monkeypatch):
+    calls = []
+    monkeypatch.setattr(sys, "argv", ["another.py"])
+    assert cli.launch(lambda config, workdir: calls.append(config.seed), ["train.py", DPO, "--config.seed=7"]) == 0
+    assert calls == [7]
+
+
+@pytest.mark.parametrize("no_shuffle", ["--config.data.shuffle=false", "--noconfig.data.shuffle"])
+def test_a_boolean_is_set_either_way(launch, no_shuffle):
+    *_, [(config, _)] = launch(DPO, no_shuffle)
+    assert config.data.shuffle is False
+
+
+@pytest.mark.parametrize("config", [[DPO], ["--config", DPO.partition("=")[2]], [DPO[1:]]])
+def test_the_working_directory_is_named_after_the_experiment(launch, config):
+    status, _, err, [(_, workdir)] = launch(*config)
+    assert (status, workdir) == (0, pathlib.Path("runs/dpo"))
+    assert err == "workdir: runs/dpo\n"
+
+
+def test_the_status_of_main_is_passed_on(launch):
+    assert [launch(DPO, main=lambda config, workdir, s=s: s)[0] for s in (None, 0, 1, cli.STOPPED)] == [0, 0, 1, 143]
+
+
+def test_print_config_prints_what_a_run_would_use_and_runs_nothing(launch):
+    status, out, err, calls = launch(DPO, "--config.loss.beta=0.3", "--print_config")
+    assert (status, err, calls) == (0, "", [])
+    plain = yaml.safe_load(out)
+    assert plain["loss"] == dict(name="dpo", beta=0.3, label_smoothing=0.0, reference_free=False)
+    assert plain["data"]["path"] == "d"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], [DPO, "--help"], ["--help", "--workdir=x"]])
+def test_help_names_the_options(launch, arguments):
+    status, out, err, calls = launch(*arguments)
+    assert (status, err, calls) == (0, "", [])
+    assert all(option in out for option in ("usage: train.py", "--config", "--workdir", "print_config"))
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("override", "wrong", "right"),
+    [
+        ("--config.batchsize=4", "batchsize", "batch_size"),
+        ("--config.loss.bta=1", "bta", "beta"),
+        ("--config.mesh.dataa=1", "dataa", "data"),
+    ],
+)
+def test_a_mistyped_field_names_the_nearest(fails, override, wrong, right):
+    said = fails(DPO, override)
+    assert f"no field {wrong!r}" in said
+    assert f"did you mean {right!r}" in said
+
+
+def test_a_field_unlike_any_other_is_named(fails):
+    assert "no field 'zzzzz'" in fails(DPO, "--config.zzzzz=4")
+
+
+def test_a_mistyped_argument_names_the_nearest(fails):
+    assert "'modle' is unknown; did you mean 'model'" in fails(f"--config={ROOT}/experiments/dpo.py:modle=m")
+
+
+def test_a_mistyped_loss_names_the_nearest(fails):
+    said = fails(f"--config={ROOT}/experiments/dpo.py:model=m,loss=dppo")
+    assert "'dppo'" in said
+    assert "did you mean 'dpo'" in said
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("batch_size", "many"), ("batch_size", "1.5"), ("steps", "x"), ("learning_rate", "low"), ("data.shuffle", "maybe")]
+    + [("optimizer.b1", "x"), ("loss", "ipo"), ("model", "5")],
+)
+def test_a_value_of_the_wrong_type_names_the_field(fails, field, value):
+    said = fails(DPO, f"--config.{field}={value}")
+    assert f"config.{field}" in said
+    assert value in said
+
+
+def test_a_field_of_a_field_that_has_none_is_one_line(fails):
+    assert "loss.name" in fails(DPO, "--config.loss.name.first=1")
+
+
+@pytest.mark.parametrize("more", [[], ["--print_config"], ["--config.seed=1"], ["--config.seed=1", "--print_config"]])
+def test_a_missing_file_is_named(fails, more):
+    assert "'missing.py'" in fails("--config=missing.py:model=m", *more)
+
+
+def test_a_directory_is_no_experiment(fails, tmp_path):
+    assert repr(str(tmp_path)) in fails(f"--config={tmp_path}")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--config="], ["--workdir=x"]])
+def test_no_experiment_says_what_to_write(fails, arguments):
+    assert "--config=" in fails(*arguments)
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("wrkdir=x", "workdir"), ("print_confg", "print_config")])
+def test_an_unknown_flag_names_the_nearest(fails, wrong, right):
+    said = fails(DPO, f"--{wrong}")
+    assert wrong.split("=")[0] in said
+    assert right in said
+
+
+@pytest.mark.parametrize("arguments", [[DPO, "extra"], ["extra", DPO]])
+def test_a_stray_word_is_named(fails, arguments):
+    assert "'extra'" in fails(*arguments)
+
+
+def test_a_flag_without_its_value_is_named(fails):
+    assert "workdir" in fails(DPO, "--workdir")
+    assert "config.seed" in fails(DPO, "--config.seed")
+
+
+def test_a_contradiction_is_found_before_anything_is_printed(fails):
+    assert "'lam'" in fails(DPO, "--config.loss.lam=3", "--print_config")
+    assert "model.path" in fails(f"--config={ROOT}/experiments/dpo.py", "--print_config")
+
+
+def test_what_an_experiment_refuses_is_one_line(fails, tmp_path):
+    body = "    raise types.UserError(f'no such world: {arg}')\n"
+    assert fails(write(tmp_path / "mine.py", body) + ":mars") == "error: no such world: mars"
+
+
+def test_a_mistyped_field_in_an_experiment_names_the_nearest(fails, tmp_path):
+    said = fails(write(tmp_path / "mine.py", "    c = config.defaults()\n    c.learning_ratee = 1\n    return c\n"))
+    assert "no field 'learning_ratee'" in said
+    assert "did you mean 'learning_rate'" in said
+
+
+def test_a_wrong_type_in_an_experiment_is_one_line(fails, tmp_path):
+    body = "    c = config.defaults()\n    c.batch_size = 'x'\n    return c\n"
+    assert "batch_size" in fails(write(tmp_path / "mine.py", body))
+
+
+def test_an_experiment_that_returns_nothing_is_refused(launch, tmp_path):
+    status, _, err, calls = launch(write(tmp_path / "mine.py", "    config.defaults()\n"))
+    assert (status, calls) == (2, [])
+    assert "error: " in err
+
+
+def test_a_mistake_found_by_main_is_one_line(fails):
+    def main(config, workdir):
+        raise UserError("row 3 of d: no prompt")
+
+    assert fails(DPO, main=main) == "error: row 3 of d: no prompt"
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(launch):
+    def main(config, workdir):
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        launch(DPO, main=main)
+
+
+def test_an_interrupt_ends_with_130(launch):
+    def main(config, workdir):
+        raise KeyboardInterrupt
+
+    status, out, err, _ = launch(DPO, "--workdir=w", main=main)
+    assert (status, out) == (130, "")
+    assert err == "interrupted\n"
+
+
+# The compilation cache
+
+
+@pytest.mark.parametrize(("mine", "kept"), [(None, False), ("/my/place", True)])
+def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, mine, kept):
+    monkeypatch.undo()  # the real function
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    set_to = {"jax_compilation_cache_dir": mine}
+    stub = types.SimpleNamespace(jax_compilation_cache_dir=mine, update=set_to.__setitem__)
+    monkeypatch.setattr(cli, "jax", types.SimpleNamespace(config=stub))
+    cli._cache_compilations()
+    found = set_to["jax_compilation_cache_dir"]
+    assert found == mine if kept else found.startswith("/somewhere/prefalign_jax")

@@ -1,0 +1,207 @@
+import hashlib
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from prefalign_jax.data.packing import Layout, mean_tokens
+from prefalign_jax.data.pipeline import batch_of, digest_of, eval_batches, make_pair_set, train_batches
+from prefalign_jax.types import CHOSEN, REJECTED, Pair, PairLogps, UserError
+from small import make_pairs
+
+PAIRS = make_pairs(10)
+DATA = make_pair_set(PAIRS, 4)
+
+
+def order(data=DATA, stop: int = 15, **options) -> list[int]:
+    """The numbers of the pairs of the first batches, one after the other."""
+    options = dict(seed=0, shuffle=True, start=0, stop=stop) | options
+    return [int(i) for batch in train_batches(data, **options) for i in batch.index.reshape(-1)]
+
+
+def equal(one, other) -> bool:
+    one, other = jax.tree.leaves(one), jax.tree.leaves(other)
+    return len(one) == len(other) and all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def responses(batch) -> dict[tuple[int, int], list[int]]:
+    """{(number of the pair in its data set, side): the response's tokens}, read back from slots and targets."""
+    found = {}
+    for m, index in enumerate(batch.index):
+        for slot, target in zip(batch.slot[m].flat, batch.target[m].flat, strict=True):
+            if slot < 3 * len(index):
+                found.setdefault((int(index[slot // 3]), int(slot % 3)), []).append(int(target))
+    return found
+
+
+# Training order
+
+
+def test_a_run_resumes_by_its_step_alone():
+    whole = list(train_batches(DATA, seed=3, shuffle=True, start=0, stop=9))
+    for start in (1, 4, 8):
+        rest = list(train_batches(DATA, seed=3, shuffle=True, start=start, stop=9))
+        assert len(rest) == 9 - start
+        assert all(equal(one, other) for one, other in zip(rest, whole[start:], strict=True))
+    assert not equal(whole[0], whole[1])
+
+
+def test_batches_are_the_same_in_every_run():
+    assert order(seed=5) == order(seed=5)
+
+
+def test_an_epoch_holds_every_pair_once_and_is_shuffled_anew():
+    """Ten pairs, four a batch: batches span epochs and epochs do not start with a batch."""
+    epochs = list(itertools.batched(order(), 10)) if hasattr(itertools, "batched") else np.array(order()).reshape(-1, 10)
+    epochs = [tuple(int(i) for i in epoch) for epoch in epochs]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 6
+    assert len(set(epochs)) == 6
+    assert tuple(range(10)) not in epochs
+
+
+def test_without_shuffling_every_epoch_is_in_the_order_of_the_file():
+    assert order(shuffle=False, seed=9) == [*range(10)] * 6
+
+
+def test_another_seed_gives_another_order():
+    assert len({tuple(order(seed=seed)) for seed in range(4)}) == 4
+
+
+def test_the_order_does_not_depend_on_how_batches_are_cut():
+    data = make_pair_set(PAIRS, 6, micro_steps=2)
+    assert order(data, stop=10) == order(DATA, stop=15)
+
+
+def test_the_shuffle_favours_no_place():
+    """The first of six pairs over many seeds: each comes first about equally often."""
+    data = make_pair_set(PAIRS[:6], 1)
+    counts = np.bincount([order(data, stop=1, seed=seed)[0] for seed in range(240)], minlength=6)
+    assert counts.min() >= 18
+    assert counts.max() <= 70
+
+
+def test_more_pairs_in_a_batch_than_in_the_set_are_repeated():
+    data = make_pair_set(PAIRS[:3], 4)
+    found = order(data, stop=3)
+    assert [sorted(found[i : i + 3]) for i in range(0, 12, 3)] == [[0, 1, 2]] * 4
+
+
+@pytest.mark.parametrize(("micro_steps", "groups"), [(1, 1), (2, 1), (2, 2)])
+def test_a_batch_holds_the_tokens_of_the_pairs_it_names(micro_steps, groups):
+    data = make_pair_set(PAIRS, 4, micro_steps=micro_steps, groups=groups)
+    for batch in train_batches(data, seed=1, shuffle=True, start=0, stop=5):
+        assert batch.index.shape == batch.weight.shape == (micro_steps, 4 // micro_steps)
+        assert batch.source.shape[:2] == (micro_steps, groups)
+        found = responses(batch)
+        # A pair may be in a batch twice where two epochs meet.
+        for number, times in zip(*np.unique(batch.index, return_counts=True), strict=True):
+            assert found[number, CHOSEN] == PAIRS[number].chosen.tolist() * times
+            assert found[number, REJECTED] == PAIRS[number].rejected.tolist() * times
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 8, 10])
+def test_evaluation_covers_every_pair_once_and_fills_with_weight_zero(count):
+    pairs = [Pair(p.prompt, p.chosen, p.rejected, 1.5) for p in PAIRS[:count]]
+    batches = list(eval_batches(make_pair_set(pairs, 4)))
+    index = np.concatenate([batch.index[0] for batch in batches])
+    weight = np.concatenate([batch.weight[0] for batch in batches])
+    filler = -count % 4
+    assert index.tolist() == [*range(count)] + [-1] * filler
+    assert weight.tolist() == [1.5] * count + [0.0] * filler
+    found = {key: value for batch in batches for key, value in responses(batch).items()}
+    assert found.keys() == {(number, side) for number in range(count) for side in (CHOSEN, REJECTED)}
+    assert all(found[number, CHOSEN] == pair.chosen.tolist() for number, pair in enumerate(pairs))
+
+
+def test_token_means_are_of_the_whole_set_in_evaluation_and_of_the_batch_in_training():
+    means = {tuple(batch.mean_tokens[0].tolist()) for batch in eval_batches(DATA)}
+    assert means == {tuple(mean_tokens(PAIRS).tolist())}
+    for batch in train_batches(DATA, seed=0, shuffle=True, start=0, stop=3):
+        np.testing.assert_array_equal(batch.mean_tokens[0], mean_tokens([PAIRS[i] for i in batch.index[0]]))
+
+
+# Reference columns
+
+
+def with_reference(data):
+    columns = np.arange(4)[:, None] * 100.0 + np.arange(len(data.pairs))[None, :]
+    return data._replace(reference=PairLogps(*columns.astype(np.float32)))
+
+
+@pytest.mark.parametrize("micro_steps", [1, 2])
+def test_cached_logps_follow_their_pairs(micro_steps):
+    data = with_reference(make_pair_set(PAIRS, 4, micro_steps=micro_steps))
+    for batch in train_batches(data, seed=2, shuffle=True, start=0, stop=6):
+        for offset, name in enumerate(("chosen", "rejected", "chosen_tokens", "rejected_tokens")):
+            np.testing.assert_array_equal(getattr(batch.reference, name), 100 * offset + batch.index)
+        assert batch.reference.prompt is None
+
+
+def test_filler_has_a_reference_and_no_weight():
+    *_, last = eval_batches(with_reference(DATA))
+    assert last.index[0].tolist() == [8, 9, -1, -1]
+    np.testing.assert_array_equal(last.reference.chosen[0, :2], [8, 9])
+    assert np.isfinite(last.reference.chosen).all()
+    assert last.weight[0].tolist() == [1, 1, 0, 0]
+
+
+def test_no_reference_stays_none():
+    assert batch_of(DATA, np.arange(4)).reference is None
+
+
+# Errors
+
+
+def test_no_pairs_is_an_error():
+    with pytest.raises(UserError, match="no pairs"):
+        make_pair_set([], 4)
+
+
+def test_a_row_shorter_than_the_longest_pair_is_an_error():
+    with pytest.raises(UserError, match="data.row_length=8"):
+        make_pair_set(make_pairs(10, longest=12), 4, row_length=8, layout=Layout())
+
+
+# Digest
+
+
+def changed_pairs():
+    """Every small change of three pairs, by name."""
+    base = Pair(*(np.array(ids, np.int32) for ids in ([1, 2, 3], [4, 5], [6])))
+    rest = make_pairs(2, seed=7)
+
+    def like(prompt=(1, 2, 3), chosen=(4, 5), rejected=(6,), weight=1.0):
+        return Pair(*(np.array(ids, np.int32) for ids in (prompt, chosen, rejected)), weight)
+
+    return {
+        "base": [base, *rest],
+        "a prompt token": [like(prompt=(1, 2, 9)), *rest],
+        "a chosen token": [like(chosen=(4, 9)), *rest],
+        "a rejected token": [like(rejected=(9,)), *rest],
+        "prompt | chosen": [like(prompt=(1, 2), chosen=(3, 4, 5)), *rest],
+        "chosen | rejected": [like(chosen=(4,), rejected=(5, 6)), *rest],
+        "all in the prompt": [like(prompt=(1, 2, 3, 4, 5, 6), chosen=(), rejected=()), *rest],
+        "sides swapped": [like(chosen=(6,), rejected=(4, 5)), *rest],
+        "no rejected": [like(rejected=()), *rest],
+        "a weight": [like(weight=0.5), *rest],
+        "the order of the pairs": [*rest, base],
+        "a pair less": [base, *rest[:1]],
+        "a pair twice": [base, base, *rest],
+    }
+
+
+def test_the_digest_changes_with_any_token_role_weight_or_order():
+    digests = {name: digest_of(pairs) for name, pairs in changed_pairs().items()}
+    twins = [(a, b) for a, b in itertools.combinations(digests, 2) if digests[a] == digests[b]]
+    assert twins == []
+
+
+def test_the_digest_is_of_values_not_of_their_storage():
+    wide = [Pair(*(ids.astype(np.int64) for ids in (p.prompt, p.chosen, p.rejected)), p.weight) for p in PAIRS]
+    lists = [Pair(p.prompt.tolist(), p.chosen.tolist(), p.rejected.tolist(), 1) for p in PAIRS]
+    assert digest_of(PAIRS) == digest_of(wide) == digest_of(lists) == digest_of(make_pairs(10))
+    assert len(digest_of(PAIRS)) == len(hashlib.sha256().hexdigest())

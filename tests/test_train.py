@@ -1,0 +1,256 @@
+"""Whole runs: TRL's reproduced, killed and resumed, on eight devices, and what a run refuses."""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from prefalign_jax.config import defaults
+from prefalign_jax.train import train
+from prefalign_jax.types import UserError
+
+TRL = pathlib.Path(__file__).parent / "goldens" / "trl"
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def config_of(loss: str = "dpo", **fields):
+    """TRL's reference run as a config; fields with dots for those in a group."""
+    c = defaults(loss)
+    c.model.path, c.data.path = str(TRL), str(TRL / "pairs.jsonl")
+    c.update(
+        {"batch_size": 4, "steps": 10, "max_length": 256, "learning_rate": 1e-3, "schedule": "constant", "log_steps": 1}
+    )
+    c.data.shuffle = False
+    c.tensorboard = False
+    c.mesh.data = 1 if jax.device_count() == 1 else -1
+    if loss == "orpo":
+        c.loss.nll_over, c.loss.nll_mean = "prompt+chosen", "batch"
+    c.update_from_flattened_dict(fields)
+    return c
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def column(workdir, name="loss"):
+    return [row[name] for row in rows(workdir / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """The DPO and the ORPO run of TRL, made here: {name: (workdir, Result)}."""
+    made = {}
+    for loss in ("dpo", "orpo"):
+        workdir = tmp_path_factory.mktemp(loss)
+        # One device's worth of rows on each of eight: fsdp 4 x tensor 2 for ORPO, data 8 for DPO.
+        mesh = {"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2} if loss == "orpo" else {}
+        made[loss] = workdir, train(config_of(loss, **mesh), workdir)
+    return made
+
+
+@pytest.mark.parametrize("loss", ["dpo", "orpo"])
+def test_ten_steps_of_trl_are_reproduced(runs, loss):
+    workdir, _ = runs[loss]
+    ours, theirs = rows(workdir / "metrics.jsonl"), rows(TRL / f"{loss}.jsonl")
+    assert [row["step"] for row in ours] == list(range(1, 11))
+    for mine, wanted in zip(ours, theirs, strict=True):
+        assert abs(mine["loss"] - wanted["loss"]) < 1e-5
+        assert abs(mine["grad_norm"] - wanted["grad_norm"]) < 1e-4
+        for name in wanted.keys() - {"step", "loss", "grad_norm"}:
+            np.testing.assert_allclose(mine[name], wanted[name], rtol=1e-5, atol=1e-5, err_msg=name)
+    final, wanted = load_file(workdir / "export" / "model.safetensors"), load_file(TRL / f"final_{loss}.safetensors")
+    assert final.keys() == wanted.keys()
+    moved = load_file(TRL / "model.safetensors")
+    for name, weights in wanted.items():
+        assert np.abs(final[name] - weights).max() < 1e-4, name
+        assert np.abs(moved[name] - weights).max() > 1e-3, name  # the bar is far below what training changes
+
+
+def test_dpo_starts_at_log_2(runs):
+    assert abs(column(runs["dpo"][0])[0] - np.log(2)) < 1e-6
+
+
+def test_a_run_leaves_its_curves_checkpoint_and_model_card(runs):
+    workdir, _ = runs["dpo"]
+    assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert any((workdir / "checkpoints").iterdir())
+    card = (workdir / "export" / "README.md").read_text()
+    assert "dpo" in card and "64" in card
+    for name in ("step_time", "tokens_per_second", "pairs_per_second", "packing_efficiency"):
+        assert rows(workdir / "metrics.jsonl")[-1][name] > 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"micro_steps": 2},
+        {"data.layout": "ordinary"},
+        {"reference.kind": "cached"},
+        {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2},
+    ],
+    ids=str,
+)
+def test_how_it_is_computed_changes_no_number(runs, fields, tmp_path):
+    train(config_of(**{"steps": 4, "export.enabled": False, **fields}), tmp_path)
+    np.testing.assert_allclose(column(tmp_path), column(runs["dpo"][0])[:4], atol=1e-5)
+    np.testing.assert_allclose(column(tmp_path, "grad_norm"), column(runs["dpo"][0], "grad_norm")[:4], atol=1e-4)
+
+
+def test_the_reference_cache_is_used_and_belongs_to_one_model(tmp_path):
+    fields = {
+        "steps": 1,
+        "reference.kind": "cached",
+        "reference.cache_dir": str(tmp_path / "cache"),
+        "export.enabled": False,
+    }
+    train(config_of(**fields), tmp_path / "a")
+    (made,) = (tmp_path / "cache").iterdir()
+    before = made.stat().st_mtime_ns
+    train(config_of(**fields), tmp_path / "b")
+    assert made.stat().st_mtime_ns == before
+    train(config_of(**fields, max_length=40), tmp_path / "c")  # other pairs stay, so other numbers
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+COMMAND = """
+import sys
+sys.path.insert(0, {tests!r})
+import conftest
+from pathlib import Path
+from test_train import config_of
+from prefalign_jax.train import train
+fields = {{"steps": 40, "save_steps": 3, "eval_steps": 6, "data.shuffle": True, "data.eval_fraction": 0.2}}
+result = train(config_of(**fields), Path(sys.argv[1]))
+sys.exit(143 if result.stopped else 0)
+"""
+
+
+@contextlib.contextmanager
+def running(workdir):
+    """The run as a process of its own; what it says goes to WORKDIR.log."""
+    command = [sys.executable, "-c", COMMAND.format(tests=str(ROOT / "tests")), str(workdir)]
+    with workdir.with_suffix(".log").open("w") as log:
+        process = subprocess.Popen(command, env={**os.environ, "PYTHONWARNINGS": "ignore"}, stderr=log)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+
+def said(workdir) -> str:
+    return workdir.with_suffix(".log").read_text()
+
+
+def wait_for_step(workdir, step, process):
+    """Blocks until the run has written that step."""
+    path = workdir / "metrics.jsonl"
+    for _ in range(6000):
+        if path.exists() and len(path.read_text().splitlines()) >= step:
+            return
+        assert process.poll() is None, said(workdir)
+        time.sleep(0.02)
+    raise AssertionError("the run does not get on")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nothing disturbs."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    with running(workdir) as process:
+        assert process.wait() == 0, said(workdir)
+    return workdir
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+def test_killed_and_resumed_is_bit_for_bit_the_run_that_was_not(number, whole, tmp_path):
+    broken = tmp_path / "broken"
+    at = int(np.random.default_rng().integers(7, 30))
+    with running(broken) as process:
+        wait_for_step(broken, at, process)
+        process.send_signal(number)
+        assert process.wait() == (-9 if number == signal.SIGKILL else 143), said(broken)
+    with running(broken) as process:
+        assert process.wait() == 0, said(broken)
+    resumed = int(re.search(r"resumed at step (\d+)", said(broken))[1])
+    assert resumed >= (at if number == signal.SIGTERM else 3)
+    measured = re.compile("step_time|per_second|memory")
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        ours, theirs = (
+            [{k: v for k, v in row.items() if not measured.search(k)} for row in rows(workdir / name)]
+            for workdir in (broken, whole)
+        )
+        assert ours == theirs, f"killed at step {at}, resumed at {resumed}"
+    ours, theirs = (workdir / "export" / "model.safetensors" for workdir in (broken, whole))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"loss.beta": 0.5}, "loss.beta=0.1, not 0.5"),
+        ({"seed": 1}, "seed=0, not 1"),
+        ({"data.limit": 32}, "data.limit"),
+    ],
+    ids=str,
+)
+def test_another_run_is_not_resumed(runs, fields, says, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(runs["dpo"][0] / "checkpoints", workdir / "checkpoints")
+    with pytest.raises(UserError, match=says) as error:
+        train(config_of(**fields), workdir)
+    assert "\n" not in str(error.value)
+
+
+def test_changed_data_are_not_resumed(runs, tmp_path):
+    workdir, data = tmp_path / "run", tmp_path / "pairs.jsonl"
+    lines = (TRL / "pairs.jsonl").read_text().splitlines(keepends=True)
+    data.write_text("".join(lines))
+    train(config_of(**{"steps": 1, "data.path": str(data), "export.enabled": False}), workdir)
+    data.write_text("".join(lines[::-1]))
+    with pytest.raises(UserError, match="training pairs have changed"):
+        train(config_of(**{"steps": 2, "data.path": str(data), "export.enabled": False}), workdir)
+
+
+def test_a_longer_run_goes_on_where_the_shorter_ended(runs, tmp_path):
+    train(config_of(**{"steps": 3, "export.enabled": False}), tmp_path)
+    train(config_of(**{"steps": 5, "export.enabled": False}), tmp_path)
+    np.testing.assert_array_equal(column(tmp_path), column(runs["dpo"][0])[:5])
+
+
+def test_the_best_checkpoint_by_a_held_out_metric_stays(tmp_path):
+    fields = {
+        "data.eval_fraction": 0.3,
+        "eval_steps": 1,
+        "save_steps": 1,
+        "checkpoint.keep": 1,
+        "export.enabled": False,
+    }
+    # A rate that soon does harm, so that the best is not the last.
+    train(config_of(**fields, **{"steps": 6, "checkpoint.best_metric": "eval/loss", "learning_rate": 0.05}), tmp_path)
+    losses = {row["step"]: row["eval/loss"] for row in rows(tmp_path / "eval.jsonl") if row["step"] > 0}
+    best = min(losses, key=losses.get)
+    assert best != 6
+    assert {int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()} == {best, 6}
+
+
+def test_nothing_left_to_train_on_says_what_was_dropped(tmp_path):
+    with pytest.raises(UserError, match="64"):
+        train(config_of(max_length=3), tmp_path)
+
+
+def test_divergence_stops_the_run(tmp_path):
+    with pytest.raises(UserError, match="diverged at step"):
+        train(config_of(learning_rate=1e30), tmp_path)
