@@ -193,9 +193,9 @@ def test_zero_and_false_are_values():
 
 @pytest.mark.parametrize(
     ("loss", "name", "value"),
-    [("dpo", "lam", 0.1), ("orpo", "beta", 0.1), ("ipo", "beta", 0.1), ("sft", "nll_over", "chosen"), ("hinge", "tau", 1.0)]
-    + [("sft", "label_smoothing", 0.0), ("orpo", "reference_free", False)],
-)  # fmt: skip
+    [("dpo", "lam", 0.1), ("orpo", "beta", 0.1), ("ipo", "beta", 0.1), ("hinge", "tau", 1.0)]
+    + [("sft", "nll_over", "chosen"), ("sft", "label_smoothing", 0.0), ("orpo", "reference_free", False)],
+)
 def test_a_hyper_parameter_of_another_loss_is_refused(loss, name, value):
     said = complaint(ready(loss, **{f"loss.{name}": value}))
     assert repr(loss) in said

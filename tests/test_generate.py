@@ -75,6 +75,12 @@ def test_a_seed_gives_its_samples_and_another_seed_others():
     assert once != other
 
 
+def test_every_step_draws_anew():
+    """Where all tokens are as likely, the draws of eight steps would all agree if they shared their noise."""
+    for row in draw(PROMPTS, seed=0, eos=NEVER, temperature=1e6):
+        assert len(set(row.tolist())) > 4
+
+
 def test_nearly_no_temperature_is_greedy():
     cold = as_lists(draw(PROMPTS, seed=0, eos=NEVER, temperature=1e-5))
     assert cold == as_lists(draw(PROMPTS, seed=0, eos=NEVER, temperature=0.0))

@@ -53,8 +53,7 @@ def test_batches_are_the_same_in_every_run():
 
 def test_an_epoch_holds_every_pair_once_and_is_shuffled_anew():
     """Ten pairs, four a batch: batches span epochs and epochs do not start with a batch."""
-    epochs = list(itertools.batched(order(), 10)) if hasattr(itertools, "batched") else np.array(order()).reshape(-1, 10)
-    epochs = [tuple(int(i) for i in epoch) for epoch in epochs]
+    epochs = [tuple(epoch) for epoch in np.array(order()).reshape(-1, 10).tolist()]
     assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 6
     assert len(set(epochs)) == 6
     assert tuple(range(10)) not in epochs
@@ -75,10 +74,24 @@ def test_the_order_does_not_depend_on_how_batches_are_cut():
 
 def test_the_shuffle_favours_no_place():
     """The first of six pairs over many seeds: each comes first about equally often."""
-    data = make_pair_set(PAIRS[:6], 1)
+    data = make_pair_set(PAIRS[:6], 2)
     counts = np.bincount([order(data, stop=1, seed=seed)[0] for seed in range(240)], minlength=6)
     assert counts.min() >= 18
     assert counts.max() <= 70
+
+
+def test_one_pair_may_be_a_batch():
+    found = order(make_pair_set(PAIRS, 1), stop=20)
+    assert [sorted(found[:10]), sorted(found[10:])] == [list(range(10))] * 2
+
+
+def test_the_longest_pair_fits_twice_where_two_epochs_meet():
+    """Last of one epoch and first of the next: one batch holds it twice."""
+    short = np.ones(1, np.int32)
+    pairs = [Pair(short, *np.ones((2, 60), np.int32)), *[Pair(short, short, short)] * 2]
+    batches = list(train_batches(make_pair_set(pairs, 2), seed=0, shuffle=True, start=0, stop=60))
+    assert len(batches) == 60
+    assert [0, 0] in [batch.index[0].tolist() for batch in batches], "it never happens here"
 
 
 def test_more_pairs_in_a_batch_than_in_the_set_are_repeated():

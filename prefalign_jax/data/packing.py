@@ -261,7 +261,8 @@ def choose_shapes(
             f"data.row_length={row_length} is shorter than the longest pair, {longest} tokens with both sides"
         )
     per_pair = max(len(pieces) for pieces in sizes)
-    most = sum(sorted((sum(trained for _, trained in pieces) for pieces in sizes), reverse=True)[:batch_size])
+    # A batch that spans two epochs may hold a pair twice, so the worst is the longest pair all over.
+    most = batch_size * max(sum(trained for _, trained in pieces) for pieces in sizes)
     rng = np.random.default_rng(0)
     drawn = [rng.choice(len(pairs), batch_size, replace=len(pairs) < batch_size) for _ in range(trials)]
 

@@ -1,0 +1,139 @@
+"""One update: exactly weighted whatever the micro-steps, compiled once, sharded as asked."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from prefalign_jax.data.packing import Layout, choose_shapes, pack
+from prefalign_jax.losses import make_loss
+from prefalign_jax.sharding import groups_of, make_mesh, param_shardings
+from prefalign_jax.train_step import init_state, make_eval_step, make_train_step, pair_losses
+from small import MODEL, first, make_pairs, make_params, packed
+
+ONE = make_mesh({"data": -1})
+SGD = optax.sgd(1.0)  # so that the update is the gradient
+
+
+def weighted(pairs, weights):
+    return [pair.__class__(pair.prompt, pair.chosen, pair.rejected, w) for pair, w in zip(pairs, weights, strict=True)]
+
+
+def state_of(mesh, reference=True, optimizer=SGD, seed=0):
+    place = lambda seed: jax.device_put(make_params(seed), param_shardings(mesh, make_params(seed)))  # noqa: E731
+    return init_state(place(seed), optimizer, mesh, place(1) if reference else None)
+
+
+def gradient(loss, batch, mesh=ONE):
+    """(gradient as a step of SGD at rate 1 takes it, metrics)."""
+    state = state_of(mesh, "reference" in loss.needs)
+    before = jax.device_get(state.params)
+    state, metrics = make_train_step(MODEL, loss, SGD, mesh)(state, batch)
+    return jax.tree.map(lambda a, b: a - np.asarray(b), before, state.params), jax.device_get(metrics)
+
+
+LOSSES = {
+    "dpo": make_loss("dpo", beta=0.5),
+    "orpo over the batch's tokens": make_loss("orpo", nll_over="prompt+chosen", nll_mean="batch"),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_micro_steps_filler_and_unequal_weights_give_the_plain_weighted_mean(name):
+    loss = LOSSES[name]
+    layout = Layout(prompt="prompt" in loss.needs)
+    pairs = weighted(make_pairs(5, seed=2), [1.0, 3.0, 0.5, 1.0, 2.0])
+    params, reference = make_params(0), make_params(1) if "reference" in loss.needs else None
+    whole = first(packed(pairs, layout=layout))  # one group, no micro-steps, no filler
+
+    def mean(params):
+        losses, metrics = pair_losses(MODEL, loss, params, reference, whole)
+        return (losses * whole.weight).sum() / whole.weight.sum(), metrics
+
+    (value, metrics), wanted = jax.jit(jax.value_and_grad(mean, has_aux=True))(params)
+    for micro_steps in (1, 3):  # three micro-steps of two pairs, the last with a filler
+        batch = packed(pairs, batch_size=6, micro_steps=micro_steps, groups=groups_of(ONE), layout=layout)
+        grads, got = gradient(loss, batch)
+        np.testing.assert_allclose(got["loss"], value, rtol=1e-5)
+        for key, per_pair in metrics.items():
+            np.testing.assert_allclose(got[key], np.average(per_pair, weights=whole.weight), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(got["grad_norm"], optax.tree.norm(wanted), rtol=1e-4)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), grads, wanted)
+
+
+def test_the_order_of_the_pairs_changes_nothing():
+    pairs = make_pairs(6, seed=4)
+    grads, metrics = gradient(LOSSES["dpo"], packed(pairs, groups=groups_of(ONE)))
+    again, metrics_again = gradient(LOSSES["dpo"], packed(pairs[::-1], groups=groups_of(ONE)))
+    np.testing.assert_allclose(metrics["loss"], metrics_again["loss"], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), grads, again)
+
+
+def test_equal_policy_and_reference_give_log_2():
+    loss = LOSSES["dpo"]
+    state = state_of(ONE, seed=1)
+    _, metrics = make_train_step(MODEL, loss, SGD, ONE)(state, packed(make_pairs(4), groups=groups_of(ONE)))
+    np.testing.assert_allclose(metrics["loss"], np.log(2), atol=1e-6)
+
+
+def test_the_step_compiles_once_a_shape_moves_nothing_to_the_host_and_donates_its_state():
+    optimizer = optax.adamw(1e-3)
+    pairs = make_pairs(12)
+    shapes = choose_shapes(pairs, 4, groups=groups_of(ONE))[-1:]
+    batches = [pack(pairs[i : i + 4], range(4), 4, shapes, groups=groups_of(ONE)) for i in (0, 4, 8)]
+    state = state_of(ONE, optimizer=optimizer)
+    step = make_train_step(MODEL, LOSSES["dpo"], optimizer, ONE)
+    state, _ = step(state, batches[0])
+    with jax.log_compiles(False), jax.transfer_guard_device_to_host("disallow"):
+        for batch in batches[1:]:
+            old = state
+            state, metrics = step(state, batch)
+    assert all(x.is_deleted() for x in jax.tree.leaves((old.params, old.opt_state)))
+    assert step.__closure__ is not None
+    compiled = next(cell.cell_contents for cell in step.__closure__ if hasattr(cell.cell_contents, "_cache_size"))
+    assert compiled._cache_size() == 1
+    assert int(state.step) == 3 and np.isfinite(metrics["loss"])
+
+
+def test_the_reference_stays_as_it_is():
+    state = state_of(ONE)
+    before = jax.device_get(state.reference)
+    state, _ = make_train_step(MODEL, LOSSES["dpo"], SGD, ONE)(state, packed(make_pairs(4), groups=groups_of(ONE)))
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.reference))
+
+
+def test_state_and_moments_keep_their_shardings():
+    mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
+    optimizer = optax.adamw(1e-3)
+    state = state_of(mesh, optimizer=optimizer)
+    wanted = param_shardings(mesh, state.params)
+    step = make_train_step(MODEL, LOSSES["dpo"], optimizer, mesh)
+    after, _ = step(state, packed(make_pairs(4), groups=groups_of(mesh)))
+    moments = after.opt_state[0]
+    for tree in (after.params, after.reference, moments.mu, moments.nu):
+        assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), tree, wanted))
+    assert any(not s.is_fully_replicated for s in jax.tree.leaves(wanted))
+
+
+def test_evaluation_is_per_pair():
+    batch = packed(make_pairs(3), batch_size=4)
+    out = make_eval_step(MODEL, LOSSES["dpo"])(make_params(0), make_params(1), batch)
+    losses, metrics = pair_losses(MODEL, LOSSES["dpo"], make_params(0), make_params(1), first(batch))
+    np.testing.assert_allclose(out["loss"], losses, rtol=1e-5)
+    assert out.keys() == {"loss", *metrics} and out["loss"].shape == (4,)
+
+
+def test_a_needed_reference_that_is_nowhere_is_an_error():
+    with pytest.raises(ValueError, match="needs a reference"):
+        pair_losses(MODEL, LOSSES["dpo"], make_params(), None, first(packed(make_pairs(2))))
+
+
+def test_bfloat16_activations_keep_the_loss_in_float32():
+    from prefalign_jax.models.decoder import make_decoder
+    from small import CONFIG
+
+    low = make_decoder(CONFIG, dtype="bfloat16")
+    batch = first(packed(make_pairs(3)))
+    losses, _ = pair_losses(low, LOSSES["dpo"], make_params(0), make_params(1), batch)
+    assert losses.dtype == jnp.float32 and np.isfinite(losses).all()
