@@ -11,7 +11,7 @@ from prefalign_jax import config
 
 
 def get_config(arg: str = ""):
-    arg = config.parse_arg(arg, size="large", model=None, data="Anthropic/hh-rlhf", eval_fraction=0.25)
+    arg = config.parse_arg(arg, size=("large", "small"), model=None, data="Anthropic/hh-rlhf", eval_fraction=0.25)
     c = config.defaults("dpo")
     c.model.path = arg.model
     c.data.path = arg.data

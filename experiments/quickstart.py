@@ -11,7 +11,7 @@ from prefalign_jax import config
 
 
 def get_config(arg: str = ""):
-    arg = config.parse_arg(arg, loss="dpo")
+    arg = config.parse_arg(arg, loss=("dpo", "orpo", "ipo", "hinge"))
     c = config.defaults(arg.loss)
     c.job = "quickstart"
     c.batch_size = 32

@@ -31,7 +31,9 @@ def launch(main: Callable[[ConfigDict, Path], int | None], argv: Sequence[str] |
     """
     argv = list(sys.argv if argv is None else argv)
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "Experiment, FILE.py or FILE.py:arg=value,...", flag_values=values)
+    config_flags.DEFINE_config_file(
+        "config", None, "Experiment, FILE.py or FILE.py:arg=value,...", flag_values=values, sys_argv=argv
+    )
     flags.DEFINE_string(
         "workdir", None, "Directory for metrics, checkpoints and the exported model", flag_values=values
     )
@@ -62,27 +64,38 @@ def launch(main: Callable[[ConfigDict, Path], int | None], argv: Sequence[str] |
 
 
 def _parse(values: flags.FlagValues, argv: list[str]) -> ConfigDict | None:
+    """The config, None if only help is asked for."""
+    path = _option(argv, "config")
+    if path and not Path(path.split(":")[0]).is_file():
+        raise UserError(f"--config: no file {path.split(':')[0]!r}")
     try:
         rest = values(argv)
-    except AttributeError as error:  # ml_collections': a field that the config does not have
-        words = re.findall(r"'(\w+)'", str(error))
-        near = re.search(r'Did you mean "(\w+)"', str(error))
-        hint = f", did you mean {near[1]!r}?" if near else ""
-        field = words[0] if words else str(error)
+    except (AttributeError, KeyError) as error:  # ml_collections': a field that the config does not have
+        text = str(error)
+        if near := re.search(r'Did you mean \\?"(\w+)\\?" instead of \\?"(\w+)', text):
+            field, hint = near[2], f", did you mean {near[1]!r}?"
+        else:
+            words = re.search(r"[Kk]ey \W*(\w+)", text) or re.search(r"(\w+)", text)
+            field, hint = words[1] if words else text, ""
         raise UserError(f"the config has no field {field!r}{hint} (--print_config lists the fields)") from None
+    except TypeError:  # ml_collections': a field of a value that has none
+        wrong = [word for word in argv if word.startswith(("--config.", "-config."))]
+        raise UserError(f"{' '.join(wrong)}: a field of a field that has none (--print_config lists them)") from None
     except flags.Error as error:
         # A file that fails to load arrives as a whole traceback in the message: its last line says what happened.
         last = [line for line in str(error).splitlines() if line.strip()][-1]
+        group = re.match(r"flag --(config\.\w+)=(\w+): Failed to parse .* as a ConfigDict", last)
+        if group:
+            last = f"--{group[1]} is a group of fields; did you mean --{group[1]}.name={group[2]}?"
         raise UserError(re.sub(r"^\S*UserError: ", "", last)) from None
     if values.help:
         return None
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; options are written --name=value")
-    path = _option(argv, "config")
     if not path:
         raise UserError("no experiment given; write --config=experiments/quickstart.py, for one")
-    if not Path(path.split(":")[0]).is_file():
-        raise UserError(f"--config: no file {path.split(':')[0]!r}")
+    if not isinstance(values.config, ConfigDict):
+        raise UserError(f"{path.split(':')[0]}: get_config returned no ConfigDict; it must return its config")
     return values.config
 
 

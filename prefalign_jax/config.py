@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,8 +10,10 @@ from ml_collections import ConfigDict, config_dict
 
 from prefalign_jax.losses import LOSSES, BoundLoss, make_loss
 from prefalign_jax.names import choose, did_you_mean, hyper_parameters
+from prefalign_jax.optim import SCHEDULES, make_optimizer
 from prefalign_jax.types import UserError
 
+UNITS = ("steps", "examples", "epochs")  # of a duration
 DTYPES = ("float32", "bfloat16")
 CHOICES = {
     "dtype": DTYPES,
@@ -20,9 +23,13 @@ CHOICES = {
     "reference.kind": ("copy", "cached", "none"),
     "data.layout": ("tree", "ordinary"),
     "checkpoint.best_mode": ("min", "max"),
+    "model.remat": ("none", "dots", "full"),
+    "schedule": tuple(SCHEDULES),
+    "job": ("train", "quickstart"),
 }
 POSITIVE = ("batch_size", "micro_steps", "max_length", "log_steps", "steps", "epochs", "examples")
 POSITIVE += ("eval_steps", "save_steps", "grad_clip", "checkpoint.keep", "vocabulary_chunk")
+POSITIVE += ("data.limit", "data.eval_limit", "data.row_length")
 
 
 def defaults(loss: str = "dpo") -> ConfigDict:
@@ -111,7 +118,8 @@ def parse_arg(arg: str, **fields: Any) -> ConfigDict:
 
     Args:
       arg: 'a=1,b=two'; a bare word sets the first field.
-      **fields: names and defaults; None stands for a string that may be missing.
+      **fields: names and defaults; None stands for a string that may be missing, a tuple for its members, of which the
+        first is the default.
 
     Returns:
       A ConfigDict of the fields.
@@ -123,6 +131,8 @@ def parse_arg(arg: str, **fields: Any) -> ConfigDict:
       >>> dict(parse_arg("orpo,steps=5", loss="dpo", steps=0))
       {'loss': 'orpo', 'steps': 5}
     """
+    choices = {name: value for name, value in fields.items() if isinstance(value, tuple)}
+    fields |= {name: value[0] for name, value in choices.items()}
     out = dict(fields)
     for part in filter(None, (arg or "").split(",")):
         name, equals, text = part.partition("=")
@@ -132,6 +142,8 @@ def parse_arg(arg: str, **fields: Any) -> ConfigDict:
             raise UserError(
                 f"config argument {name!r} is unknown; {did_you_mean(name, fields)}it takes {', '.join(fields)}"
             )
+        if name in choices:
+            choose(name, text, dict.fromkeys(choices[name]))
         kind = str if fields[name] is None else type(fields[name])
         try:
             out[name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
@@ -166,6 +178,14 @@ def validate(config: ConfigDict) -> None:
     for name in POSITIVE:
         if flat[name] is not None and not flat[name] > 0:
             raise UserError(f"{name}={flat[name]!r} must be positive")
+    if config.seed < 0:
+        raise UserError(f"seed={config.seed} must be at least 0")
+    make_optimizer(resolved(config)["optimizer"], 0.0, config.grad_clip)  # names what is wrong with it
+    if not 0 <= config.learning_rate < math.inf:
+        raise UserError(f"learning_rate={config.learning_rate} must be a number >= 0")
+    warmups = [f"warmup_{unit}" for unit in UNITS if config[f"warmup_{unit}"]]
+    if len(warmups) > 1:
+        raise UserError(f"{' and '.join(warmups)} are both set; set one (warmup_steps=0 unsets it)")
     if config.batch_size % config.micro_steps:
         raise UserError(f"batch_size={config.batch_size} is not a multiple of micro_steps={config.micro_steps}")
     if not 0 <= config.data.eval_fraction < 1:
@@ -181,8 +201,10 @@ def validate(config: ConfigDict) -> None:
         raise UserError("reference.path is set but reference.kind=none keeps no reference; set copy or cached")
     if kind != "cached" and config.reference.cache_dir:
         raise UserError(f"reference.cache_dir applies to reference.kind=cached, not {kind!r}")
-    if config.checkpoint.best_metric and not (config.data.eval_path or config.data.eval_fraction):
-        raise UserError("checkpoint.best_metric needs held-out data; set data.eval_path or data.eval_fraction")
+    if config.job == "train" and not (config.data.eval_path or config.data.eval_fraction):
+        for name in ("checkpoint.best_metric", "eval_steps", "data.eval_limit"):
+            if flat[name]:
+                raise UserError(f"{name} is set without held-out data; set data.eval_path or data.eval_fraction")
     if config.job == "train":
         for name, what in (("model.path", "a Hugging Face directory"), ("data.path", "a file, a directory")):
             if not flat[name]:
@@ -212,13 +234,10 @@ def duration(config: ConfigDict, name: str, pairs: int) -> int | None:
       Steps, or None if no field is set.
     """
     prefix = f"{name}_" if name else ""
-    steps, examples, epochs = (config.get(prefix + unit) for unit in ("steps", "examples", "epochs"))
-    if steps:
+    steps, examples, epochs = (config.get(prefix + unit) for unit in UNITS)
+    if steps or not (examples or epochs):
         return steps
-    if examples is None and epochs is None:
-        return steps
-    examples = examples if examples is not None else epochs * pairs
-    return max(1, int(examples) // config.batch_size)
+    return max(1, (examples or round(epochs * pairs)) // config.batch_size)
 
 
 def resolved(config: ConfigDict) -> dict[str, Any]:

@@ -46,7 +46,9 @@ def summary(columns: Mapping[str, np.ndarray], prefix: str = "eval/") -> dict[st
     """
     weight = columns["weight"] / columns["weight"].sum()
     means = {
-        name: float((weight * values).sum(where=weight > 0)) for name, values in columns.items() if name != "weight"
+        name: float((weight * np.where(weight > 0, values, 0.0)).sum())
+        for name, values in columns.items()
+        if name != "weight"
     }
     if "rewards/accuracies" in means:
         size = 1 / float(np.square(weight).sum())  # effective number of pairs; their count where all weights are equal

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -92,13 +92,17 @@ def cached(path: Path, make: Callable[[], PairLogps]) -> PairLogps:
     names = ("chosen", "rejected", "chosen_tokens", "rejected_tokens")
     if path.exists():
         try:
-            with np.load(path, allow_pickle=False) as stored:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 return PairLogps(*(stored[name] for name in names))
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             pass
     logps = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-        np.savez(file, **{name: getattr(logps, name) for name in names})
-    os.replace(file.name, path)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            np.savez(file, **{name: getattr(logps, name) for name in names})
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
     return logps

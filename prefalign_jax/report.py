@@ -37,9 +37,10 @@ def plot_curves(workdir: Path) -> Path:
         "learning rate": ["learning_rate"],
     }
     shown = {title: names for title, names in panels.items() if any(name in row for row in train for name in names)}
-    figure = matplotlib.figure.Figure(figsize=(12, 3.2 * -(-len(shown) // 3)), layout="constrained")
+    lines = max(1, -(-len(shown) // 3))
+    figure = matplotlib.figure.Figure(figsize=(12, 3.2 * lines), layout="constrained")
     for number, (title, names) in enumerate(shown.items(), 1):
-        axes = figure.add_subplot(-(-len(shown) // 3), 3, number)
+        axes = figure.add_subplot(lines, 3, number)
         for name, style in zip(names, ("-", "--"), strict=False):
             for rows, key, colour, label in (
                 (train, name, TRAIN_COLOUR, "training"),

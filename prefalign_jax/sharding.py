@@ -83,13 +83,22 @@ def param_shardings(mesh: Mesh, params: Params, rules: Sequence[tuple[str, P]] =
         spec = next((spec for pattern, spec in rules if re.fullmatch(pattern, name)), None)
         if spec is None:
             raise UserError(f"no sharding rule matches parameter {name!r} {leaf.shape}; add one to sharding.RULES")
+        if len(spec) > len(leaf.shape):
+            raise UserError(f"the sharding rule for {name!r} has {len(spec)} axes, the parameter {len(leaf.shape)}")
+        sizes = [_size(mesh, axis) for axis in spec]
         fits = [
-            axis and (axis if size % mesh.shape[axis] == 0 else None)
-            for axis, size in zip(spec, leaf.shape, strict=False)
+            axis if devices and size % devices == 0 else None
+            for axis, devices, size in zip(spec, sizes, leaf.shape, strict=False)
         ]
         return NamedSharding(mesh, P(*fits))
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _size(mesh: Mesh, axis: str | tuple[str, ...] | None) -> int:
+    """Devices along an entry of a spec: an axis, several, or none (0)."""
+    names = (axis,) if isinstance(axis, str) else axis or ()
+    return math.prod(mesh.shape[name] for name in names) if names else 0
 
 
 def state_shardings(mesh: Mesh, state: TrainState, optimizer: optax.GradientTransformation) -> TrainState:

@@ -285,7 +285,10 @@ def choose_shapes(
 
 
 def _smallest(shapes: Sequence[Shape], rows: int, trained: int) -> Shape:
-    return next(shape for shape in shapes if shape.rows >= rows and shape.trained >= trained)
+    fitting = [shape for shape in shapes if shape.rows >= rows and shape.trained >= trained]
+    if not fitting:  # an iterator would take a StopIteration for the end of the data
+        raise ValueError(f"{rows} rows with {trained} trained tokens fit none of {shapes}")
+    return fitting[0]
 
 
 def pack(

@@ -110,7 +110,8 @@ def train_batches(data: PairSet, *, seed: int, shuffle: bool, start: int, stop: 
     order = grain.MapDataset.source(range(len(data.pairs))).seed(seed)
     if shuffle:
         order = order.shuffle()
-    batches = order.repeat().batch(data.batch_size).map(lambda index: batch_of(data, index))
+    epochs = 1 + stop * data.batch_size // len(data.pairs)  # endless would overflow Grain's lengths
+    batches = order.repeat(epochs).batch(data.batch_size).map(lambda index: batch_of(data, index))
     # Slicing before iteration is what makes resuming cost nothing.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     return iter(batches.slice(slice(start, stop)).to_iter_dataset(options))
