@@ -30,6 +30,9 @@ def open_checkpoints(
 
     Returns:
       Orbax's checkpointer; close it, which waits for what is being written.
+
+    Raises:
+      UserError: the directory cannot be made.
     """
     policies = ocp.training.preservation_policies
     policy: Any = policies.LatestN(keep)
@@ -39,6 +42,10 @@ def open_checkpoints(
             get_metric_fn=lambda metrics: sign * metrics[best_metric], n=1, keep_checkpoints_without_metrics=False
         )
         policy = policies.AnyPreservationPolicy([policy, best])
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {error.strerror}") from None
     return ocp.training.Checkpointer(Path(directory).absolute(), preservation_policy=policy)
 
 
@@ -46,7 +53,7 @@ def save(
     checkpoints: ocp.training.Checkpointer,
     state: TrainState,
     config: Mapping[str, Any],
-    data_digest: str,
+    digests: Mapping[str, str],
     metrics: Mapping[str, float] | None = None,
 ) -> None:
     """Starts writing a state; returns before it is on disk. A step that is there already is left alone.
@@ -55,7 +62,7 @@ def save(
       checkpoints: from `open_checkpoints`.
       state: its reference is not written: it comes from where the run got it.
       config: plain dict, stored inside.
-      data_digest: of the training pairs, stored inside.
+      digests: of what the run reads besides its config, by what it is; stored inside.
       metrics: evaluation metrics at this step.
     """
     step = int(state.step)
@@ -70,7 +77,7 @@ def save(
         {"state": tree},
         force=True,
         metrics=dict(metrics) if metrics else None,
-        custom_metadata={"config": dict(config), "data": data_digest},
+        custom_metadata={"config": dict(config), "digests": dict(digests)},
     )
 
 
@@ -79,7 +86,7 @@ def _tree(state: TrainState) -> dict[str, Any]:
 
 
 def restore(
-    checkpoints: ocp.training.Checkpointer, state: TrainState, config: Mapping[str, Any], data_digest: str
+    checkpoints: ocp.training.Checkpointer, state: TrainState, config: Mapping[str, Any], digests: Mapping[str, str]
 ) -> TrainState:
     """The latest saved state, or `state` itself where none is saved.
 
@@ -87,7 +94,7 @@ def restore(
       checkpoints: from `open_checkpoints`.
       state: freshly initialised; gives structure, types and shardings, and the reference.
       config: of this run.
-      data_digest: of this run's training pairs.
+      digests: of what this run reads.
 
     Returns:
       The state to go on from.
@@ -100,21 +107,25 @@ def restore(
         return state
     where = f"{checkpoints.directory} (step {latest.step})"
     stored = checkpoints.checkpointables_metadata(latest).custom_metadata or {}
-    ours, theirs = _flatten(config), _flatten(stored.get("config", {}))
-    for name in sorted(ours.keys() | theirs.keys()):
+    if "config" not in stored:
+        raise UserError(f"cannot resume {where}: it is no checkpoint of this program; use another --workdir")
+    ours, theirs = _flatten(config), _flatten(stored["config"])
+    for name in sorted(ours.keys() | theirs.keys(), key=lambda name: (not name.endswith("name"), name)):
         if name.split(".")[0] in IDENTITY and name not in FREE and ours.get(name) != theirs.get(name):
             raise UserError(
                 f"cannot resume {where}: it was trained with {name}={theirs.get(name)!r}, not {ours.get(name)!r}; "
                 "set it back or use another --workdir"
             )
-    if stored.get("data") != data_digest:
-        raise UserError(f"cannot resume {where}: the training pairs have changed since; use another --workdir")
+    for name, digest in digests.items():
+        if stored.get("digests", {}).get(name) != digest:
+            raise UserError(f"cannot resume {where}: the {name} have changed since; use another --workdir")
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _tree(state))
     try:
         tree = checkpoints.load_checkpointables(latest, {"state": abstract})["state"]
     except Exception as error:  # Orbax raises many kinds, each over many lines
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"cannot resume {where}: its arrays do not fit this model: {reason[:200]}") from error
+        raise UserError(
+            f"cannot resume {where}: its arrays cannot be read, or do not fit this model; use another --workdir"
+        ) from error
     return state._replace(**tree)
 
 

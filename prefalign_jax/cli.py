@@ -16,6 +16,17 @@ from ml_collections import ConfigDict, config_flags
 from prefalign_jax.config import resolved, validate
 from prefalign_jax.types import UserError
 
+# What other trainers and habit call a field.
+USUAL_NAMES = {
+    "lr": "learning_rate",
+    "lr_scheduler_type": "schedule",
+    "beta": "loss.beta",
+    "max_steps": "steps",
+    "num_train_epochs": "epochs",
+    "gradient_accumulation_steps": "micro_steps",
+    "max_grad_norm": "grad_clip",
+    "per_device_train_batch_size": "batch_size",
+}
 STOPPED = 143  # what a shell reports of a process that SIGTERM ended: launchers restart it
 
 
@@ -47,7 +58,7 @@ def launch(main: Callable[[ConfigDict, Path], int | None], argv: Sequence[str] |
             print(values)
             return 0
         if values.print_config:
-            validate(config)
+            validate(config, complete=False)
             print(yaml.safe_dump(resolved(config), sort_keys=False), end="")
             return 0
         if not values.workdir:
@@ -72,11 +83,15 @@ def _parse(values: flags.FlagValues, argv: list[str]) -> ConfigDict | None:
         rest = values(argv)
     except (AttributeError, KeyError) as error:  # ml_collections': a field that the config does not have
         text = str(error)
+        if "'get_config'" in text:
+            raise UserError(f"{path.split(':')[0]}: it has no get_config; name an experiment") from None
         if near := re.search(r'Did you mean \\?"(\w+)\\?" instead of \\?"(\w+)', text):
             field, hint = near[2], f", did you mean {near[1]!r}?"
         else:
             words = re.search(r"[Kk]ey \W*(\w+)", text) or re.search(r"(\w+)", text)
             field, hint = words[1] if words else text, ""
+        if field in USUAL_NAMES:
+            hint = f", did you mean {USUAL_NAMES[field]!r}?"
         raise UserError(f"the config has no field {field!r}{hint} (--print_config lists the fields)") from None
     except TypeError:  # ml_collections': a field of a value that has none
         wrong = [word for word in argv if word.startswith(("--config.", "-config."))]

@@ -17,7 +17,6 @@ UNITS = ("steps", "examples", "epochs")  # of a duration
 DTYPES = ("float32", "bfloat16")
 CHOICES = {
     "dtype": DTYPES,
-    "model.param_dtype": DTYPES,
     "export.dtype": DTYPES,
     "too_long": ("drop", "truncate_prompt", "truncate_response"),
     "reference.kind": ("copy", "cached", "none"),
@@ -25,6 +24,8 @@ CHOICES = {
     "checkpoint.best_mode": ("min", "max"),
     "model.remat": ("none", "dots", "full"),
     "schedule": tuple(SCHEDULES),
+    "model.param_dtype": DTYPES,
+    "matmul_precision": ("highest", "high", "default"),
     "job": ("train", "quickstart"),
 }
 POSITIVE = ("batch_size", "micro_steps", "max_length", "log_steps", "steps", "epochs", "examples")
@@ -79,9 +80,10 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     c.model = ConfigDict()
     c.model.path = maybe(str)  # Hugging Face directory or hub name
     c.model.random_init = False  # take only the shape and the tokenizer from model.path
-    c.model.param_dtype = "float32"  # master weights
+    c.model.param_dtype = "float32"  # weights and optimizer moments; bfloat16 loses updates below 2^-9 of a weight
     c.model.remat = "none"  # what the backward pass keeps of a layer: none (everything), dots, full (only its input)
     c.dtype = "float32"  # activations and matrix products; losses and log-softmax are float32 always
+    c.matmul_precision = "highest"  # of float32 products on GPUs and TPUs: highest, high, default (TF32 or less)
     c.vocabulary_chunk = 8192  # columns of logits in memory at once
     c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # devices along each axis; -1 takes the rest
 
@@ -162,11 +164,12 @@ def loss_of(config: ConfigDict) -> BoundLoss:
     return make_loss(config.loss.name, **given(config.loss))
 
 
-def validate(config: ConfigDict) -> None:
+def validate(config: ConfigDict, *, complete: bool = True) -> None:
     """Checks what can be checked without data or devices.
 
     Args:
       config: with the fields of `defaults`.
+      complete: it must name a model and data too.
 
     Raises:
       UserError: naming the field, its value and what it takes.
@@ -183,6 +186,9 @@ def validate(config: ConfigDict) -> None:
     make_optimizer(resolved(config)["optimizer"], 0.0, config.grad_clip)  # names what is wrong with it
     if not 0 <= config.learning_rate < math.inf:
         raise UserError(f"learning_rate={config.learning_rate} must be a number >= 0")
+    for unit in UNITS:
+        if (config[f"warmup_{unit}"] or 0) < 0:
+            raise UserError(f"warmup_{unit}={config[f'warmup_{unit}']} must be at least 0")
     warmups = [f"warmup_{unit}" for unit in UNITS if config[f"warmup_{unit}"]]
     if len(warmups) > 1:
         raise UserError(f"{' and '.join(warmups)} are both set; set one (warmup_steps=0 unsets it)")
@@ -205,7 +211,7 @@ def validate(config: ConfigDict) -> None:
         for name in ("checkpoint.best_metric", "eval_steps", "data.eval_limit"):
             if flat[name]:
                 raise UserError(f"{name} is set without held-out data; set data.eval_path or data.eval_fraction")
-    if config.job == "train":
+    if complete and config.job == "train":
         for name, what in (("model.path", "a Hugging Face directory"), ("data.path", "a file, a directory")):
             if not flat[name]:
                 raise UserError(

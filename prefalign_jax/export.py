@@ -98,12 +98,15 @@ def end_of_turn(tokenizer: Any) -> int | None:
       tokenizer: a Hugging Face tokenizer.
 
     Returns:
-      Its id; None if there is no template, or it ends a turn with ordinary text.
+      Its id; None if there is no template, it fails, or it ends a turn with ordinary text.
     """
     if not tokenizer.chat_template:
         return None
     chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _PROBE}]
-    tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(_PROBE)[2].lstrip()
+    try:
+        tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(_PROBE)[2].lstrip()
+    except Exception:  # a template raises whatever it likes; one that was never used must not cost a finished run
+        return None
     # all_special_ids lacks tokens that the tokenizer's configuration does not name, such as Llama 3's <|eot_id|>.
     special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return max(((len(text), i) for text, i in special.items() if tail.startswith(text)), default=(0, None))[1]

@@ -165,7 +165,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
 
     Args:
       config: experiments/quickstart.py's.
-      workdir: gets data/, base/, pretrain/, sft/, aligned/ and the table and plots.
+      workdir: gets data/, base/, pretrain/, sft/, one named after the loss, and the table and plots.
 
     Returns:
       The exit status: 0, or cli.STOPPED if a stage was told to stop.
@@ -202,7 +202,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
     align.job = "train"
     align.model.path = str(workdir / "sft" / "export")
     align.data.path, align.data.eval_path = str(data / "train.jsonl"), str(data / "held_out.jsonl")
-    after = train(align, workdir / "aligned")
+    name = config.loss.name
+    after = train(align, workdir / name)
     if after.stopped:
         return cli.STOPPED
 
@@ -221,11 +222,11 @@ def run(config: ConfigDict, workdir: Path) -> int:
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     table = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    (workdir / "table.txt").write_text(table + "\n")
-    plot_rewards(workdir / "rewards.png", old_rewards, new_rewards)
+    (workdir / f"table_{name}.txt").write_text(table + "\n")
+    plot_rewards(workdir / f"rewards_{name}.png", old_rewards, new_rewards)
     print(f"\n{table}\n\n{questions[0]['prompt']}\n  before:{old_texts[0]}\n  after: {new_texts[0]}\n")
-    aligned = workdir / "aligned"
-    print(f"plots: {workdir / 'rewards.png'}, {aligned / 'curves.png'}; model: {aligned / 'export'}")
+    aligned = workdir / name
+    print(f"plots: {workdir / f'rewards_{name}.png'}, {aligned / 'curves.png'}; model: {aligned / 'export'}")
     print(f"{time.monotonic() - began:.0f} s on {jax.device_count()} {jax.default_backend()} device(s)")
     return 0
 

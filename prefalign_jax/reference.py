@@ -10,9 +10,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from prefalign_jax.data.pipeline import PairSet, digest_of, eval_batches
 from prefalign_jax.logps import VOCABULARY_CHUNK, preference_logps
+from prefalign_jax.sharding import place_batch
 from prefalign_jax.types import LanguageModel, Pair, PairLogps, Params
 
 FORMAT = 1  # raise it whenever the numbers of an old cache would no longer be right
@@ -23,6 +25,7 @@ def compute(
     params: Params,
     data: PairSet,
     *,
+    mesh: Mesh | None = None,
     chunk: int = VOCABULARY_CHUNK,
     progress: Callable[[int], None] = lambda done: None,
 ) -> PairLogps:
@@ -32,6 +35,7 @@ def compute(
       model: pure functions of params.
       params: of the reference.
       data: the pairs, with micro_steps 1.
+      mesh: deals the rows of a batch to its devices; None computes on one.
       chunk: columns of logits at once.
       progress: called with the number of pairs done.
 
@@ -47,7 +51,7 @@ def compute(
     out = np.zeros((4, len(data.pairs)), np.float32)
     for batch in eval_batches(data):
         real = batch.index[0] >= 0
-        out[:, batch.index[0][real]] = np.stack(jax.device_get(logps(params, batch)))[:, real]
+        out[:, batch.index[0][real]] = np.stack(jax.device_get(logps(params, place_batch(mesh, batch))))[:, real]
         progress(int(batch.index.max()) + 1)
     return PairLogps(*out)
 
@@ -67,12 +71,17 @@ def cache_key(model: LanguageModel, params: Params, pairs: Sequence[Pair], dtype
     Returns:
       64 hexadecimal digits.
     """
-    digest = hashlib.sha256(f"{FORMAT} {model.config} {dtype}".encode())
+    what = f"{FORMAT} {model.config} {dtype} {params_digest(params)} {digest_of(pairs)}"
+    return hashlib.sha256(what.encode()).hexdigest()
+
+
+def params_digest(params: Params) -> str:
+    """SHA-256 of every array's name, type, shape and bytes, one array at a time: 64 hexadecimal digits."""
+    digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         array = np.asarray(jax.device_get(leaf))
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-    digest.update(digest_of(pairs).encode())
     return digest.hexdigest()
 
 

@@ -45,7 +45,11 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
         if name not in AXES:
             raise UserError(f"mesh.{name} is unknown; the axes are {', '.join(AXES)}")
     shape = [sizes.get(name, 1) for name in AXES]
-    devices = jax.device_count()
+    try:
+        devices = jax.device_count()
+    except (RuntimeError, AssertionError) as error:  # a platform was asked for that is not there
+        reason = next(iter(str(error).splitlines()), "is JAX_PLATFORMS right?")
+        raise UserError(f"no device: {reason}") from None
     known = math.prod(size for size in shape if size != -1)
     if shape.count(-1) == 1 and known > 0 and devices % known == 0:
         shape[shape.index(-1)] = devices // known
@@ -118,6 +122,11 @@ def state_shardings(mesh: Mesh, state: TrainState, optimizer: optax.GradientTran
         optimizer, lambda _, s: s, state.opt_state, params, transform_non_params=lambda _: replicated
     )
     return TrainState(replicated, params, opt_state, None if state.reference is None else params)
+
+
+def place_batch(mesh: Mesh | None, batch: PreferenceBatch) -> PreferenceBatch:
+    """The batch on its shardings; without a mesh, as it is."""
+    return batch if mesh is None else jax.device_put(batch, batch_shardings(mesh, batch))
 
 
 def batch_shardings(mesh: Mesh, batch: PreferenceBatch) -> PreferenceBatch:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import fcntl
 import math
 import signal
 import sys
@@ -18,11 +20,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from prefalign_jax import checkpoint, report
-from prefalign_jax import reference as reference_logps
 from prefalign_jax.config import duration, loss_of, resolved, validate
 from prefalign_jax.data.chat import load_tokenizer, tokenize_records
 from prefalign_jax.data.packing import Layout
-from prefalign_jax.data.pipeline import digest_of, make_pair_set, train_batches
+from prefalign_jax.data.pipeline import PairSet, digest_of, make_pair_set, train_batches
 from prefalign_jax.data.records import Record, ascii_quotes, read_records, split_by_prompt
 from prefalign_jax.evaluate import evaluate, summary
 from prefalign_jax.export import export
@@ -32,9 +33,10 @@ from prefalign_jax.models.decoder import make_decoder
 from prefalign_jax.models.hf_io import load_config, load_params, resize_embeddings, resolve
 from prefalign_jax.names import did_you_mean
 from prefalign_jax.optim import make_optimizer, make_schedule
+from prefalign_jax.reference import cache_key, cached, compute, params_digest
 from prefalign_jax.sharding import groups_of, make_mesh, param_shardings
 from prefalign_jax.train_step import init_state, make_eval_step, make_train_step
-from prefalign_jax.types import LanguageModel, Pair, Params, UserError
+from prefalign_jax.types import LanguageModel, Pair, PairLogps, Params, UserError
 
 
 class Result(NamedTuple):
@@ -63,13 +65,22 @@ def train(config: ConfigDict, workdir: str | Path) -> Result:
       UserError: for a mistake in the config, the data or the model, before any step is taken.
     """
     validate(config)
+    if jax.process_count() > 1:
+        raise UserError("several processes are not supported; start one that sees all devices")
     workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(workdir))
+        stack.enter_context(jax.default_matmul_precision(config.matmul_precision))
+        return _train(config, workdir, stack)
+
+
+def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Result:
     loss = loss_of(config)
     mesh = make_mesh(config.mesh)
     plain = resolved(config)
 
     # Data: records -> pairs of token ids -> sets that know how to make batches.
+    load_config(resolve(config.model.path))  # a model that does not fit is found before a long reading of data
     tokenizer = load_tokenizer(config.model.path, config.data.chat_template)
     train_pairs, eval_pairs, dropped = load_pairs(config, loss, tokenizer)
     layout = Layout(config.data.layout == "tree", "rejected" in loss.needs, "prompt" in loss.needs)
@@ -77,18 +88,24 @@ def train(config: ConfigDict, workdir: str | Path) -> Result:
     share = config.batch_size // config.micro_steps
     train_set = make_pair_set(train_pairs, config.batch_size, micro_steps=config.micro_steps, **packing)
     eval_set = make_pair_set(eval_pairs, share, **packing) if eval_pairs else None
+    digests = {"training pairs": digest_of(train_pairs)}
 
     # Model: the policy, and what the loss compares it with.
-    model, params = load_model(config, config.model.path, mesh, len(tokenizer))
+    model, params = load_model(config, config.model.path, mesh, len(tokenizer), config.model.random_init)
+    digests["weights in model.path"] = params_digest(params)
     frozen = None
-    if config.reference.kind != "none":
-        if config.reference.path:
-            frozen = load_model(config, config.reference.path, mesh, len(tokenizer), like=model)[1]
-        else:
-            frozen = jax.tree.map(jnp.copy, params)  # the step donates the policy's buffers
+    if config.reference.path:
+        other, frozen = load_model(config, config.reference.path, mesh, len(tokenizer))
+        if other.config != model.config:
+            raise UserError(
+                f"reference.path={config.reference.path!r} has another shape than model.path; they must match"
+            )
+        digests["weights in reference.path"] = params_digest(frozen)
+    elif config.reference.kind != "none":
+        frozen = jax.tree.map(jnp.copy, params)  # the step donates the policy's buffers
     if config.reference.kind == "cached":
         directory = Path(config.reference.cache_dir or workdir / "reference")
-        sets = [set_ and cached_reference(set_, model, frozen, config, directory) for set_ in (train_set, eval_set)]
+        sets = [set_ and with_reference(set_, model, frozen, config, mesh, directory) for set_ in (train_set, eval_set)]
         train_set, eval_set = sets
         frozen = None  # its memory is free again
 
@@ -98,94 +115,96 @@ def train(config: ConfigDict, workdir: str | Path) -> Result:
     schedule = make_schedule(config.schedule, config.learning_rate, warmup, total)
     optimizer = make_optimizer(plain["optimizer"], schedule, config.grad_clip)
     train_step = make_train_step(model, loss, optimizer, mesh, schedule=schedule, chunk=config.vocabulary_chunk)
-    eval_step = make_eval_step(model, loss, config.vocabulary_chunk)
-    digest = digest_of(train_pairs)
+    eval_step = make_eval_step(model, loss, mesh, config.vocabulary_chunk)
 
-    with contextlib.ExitStack() as open_files:
-        checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", **config.checkpoint)
-        open_files.callback(checkpoints.close)
-        state = checkpoint.restore(checkpoints, init_state(params, optimizer, mesh, frozen), plain, digest)
-        del params
-        start = int(state.step)
-        writer, eval_writer = (
-            open_files.enter_context(
-                contextlib.closing(open_writer(workdir, name, tensorboard=config.tensorboard, resume_step=start))
-            )
-            for name in ("metrics", "eval")
-        )
-        resumed = f", resumed at step {start}" if start else ""
-        pairs = f"{len(train_pairs)} pairs, {len(eval_pairs)} held out"
-        note(f"{loss.name}: {pairs}, {total} steps of {config.batch_size}{resumed}")
+    # Where an earlier run in this directory stopped, or the beginning.
+    checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", **config.checkpoint)
+    stack.callback(checkpoints.close)
+    state = checkpoint.restore(checkpoints, init_state(params, optimizer, mesh, frozen), plain, digests)
+    del params
+    start = int(state.step)
+    kept = min(start, total - 1)  # a complete run's last evaluation is made again
+    writer = open_writer(workdir, tensorboard=config.tensorboard, resume_step=start)
+    eval_writer = open_writer(workdir, "eval", tensorboard=config.tensorboard, resume_step=kept)
+    stack.callback(writer.close)
+    stack.callback(eval_writer.close)
+    pairs = f"{len(train_pairs)} pairs, {len(eval_pairs)} held out"
+    resumed = f", resumed at step {start}" if 0 < start < total else ", already complete" if start else ""
+    note(f"{loss.name}: {pairs}, {total} steps of {config.batch_size}{resumed}")
 
-        def evaluate_now(step: int) -> dict[str, float]:
-            if eval_set is None:
-                return {}
-            means = summary(evaluate(eval_step, state.params, state.reference, eval_set))
-            best = config.checkpoint.best_metric
-            if best and best not in means:
-                raise UserError(
-                    f"checkpoint.best_metric={best!r} is not measured; {did_you_mean(best, means)}there are "
-                    f"{', '.join(means)}"
-                )
-            eval_writer.write(step, means)
-            return means
+    def evaluate_now(step: int) -> dict[str, float]:
+        if eval_set is None:
+            return {}
+        means = summary(evaluate(eval_step, state.params, state.reference, eval_set))
+        best = config.checkpoint.best_metric
+        if best and best not in means:
+            hint = did_you_mean(best, means)
+            raise UserError(f"checkpoint.best_metric={best!r} is not measured; {hint}there are {', '.join(means)}")
+        eval_writer.write(step, means)
+        return means
 
-        means = {}
-        if start == 0 and eval_set is not None:
-            means = evaluate_now(0)
-        progress = Progress(total, "step")
-        meter = Meter(config.batch_size)
-        waiting = None  # the step whose metrics are not yet fetched
-        batches = train_batches(train_set, seed=config.seed, shuffle=config.data.shuffle, start=start, stop=total)
-        saved = {"config": plain, "data_digest": digest}
-        step = start
-        with stop_requested() as stop:
-            for step, batch in enumerate(batches, start + 1):
-                state, metrics = train_step(state, batch)
-                meter.add(batch)
-                # Step n runs while the host reads step n - 1: the device never waits for logging.
-                if waiting:
-                    log(*waiting, writer, progress)
-                logged = step in (1, total) or step % config.log_steps == 0
-                waiting = (step, metrics, meter.read() if logged else None)
-                if config.eval_steps and step % config.eval_steps == 0 and step < total:
-                    means = evaluate_now(step)
-                if stop.is_set():
-                    break
-                if config.save_steps and step % config.save_steps == 0 and step < total:
-                    # The line of this step must be on disk before its checkpoint: a resumed run starts after it.
-                    log(*waiting, writer, progress)
-                    waiting = None
-                    at_this_step = means if config.eval_steps and step % config.eval_steps == 0 else None
-                    checkpoint.save(checkpoints, state, metrics=at_this_step, **saved)
+    def save(metrics: dict[str, float] | None = None) -> None:
+        checkpoint.save(checkpoints, state, plain, digests, metrics)
+
+    if start == 0:
+        evaluate_now(0)
+    progress = Progress(total, "step")
+    meter = Meter(config.batch_size)
+    waiting = None  # the step whose metrics are not yet fetched
+    step, means = start, {}
+    batches = train_batches(train_set, seed=config.seed, shuffle=config.data.shuffle, start=start, stop=total)
+    with stop_requested() as stop:
+        for step, batch in enumerate(batches, start + 1):
+            state, metrics = train_step(state, batch)
+            meter.add(batch)
+            # Step n runs while the host reads step n - 1: the device never waits for logging.
+            if waiting:
+                log(*waiting, writer, progress)
+            logged = step in (1, total) or step % config.log_steps == 0
+            waiting = (step, metrics, meter.read() if logged else None)
+            if stop.is_set() or step == total:
+                break
+            evaluating = config.eval_steps and step % config.eval_steps == 0
+            saving = config.save_steps and step % config.save_steps == 0
+            saving = saving or (evaluating and config.checkpoint.best_metric)  # only what is saved can be the best
+            if evaluating or saving:
+                # The line of this step must be on disk before its checkpoint: a resumed run starts after it.
+                log(*waiting, writer, progress)
+                waiting = None
+                with meter.paused():
+                    means = evaluate_now(step) if evaluating else {}
+                    if saving:
+                        save(means or None)
         if waiting:
             log(*waiting, writer, progress)
         progress.close()
         if step < total:
-            checkpoint.save(checkpoints, state, **saved)
-            checkpoints.wait()
-            note(f"stopped at step {step} of {total}, saved; the same command goes on from there")
+            save()
         else:
             means = evaluate_now(total)
-            checkpoint.save(checkpoints, state, metrics=means or None, **saved)
+            save(means or None)
+        checkpoints.wait()
 
-    before = report.read_metrics(workdir / "eval.jsonl")
-    before = before[0] if before and before[0]["step"] == 0 else {}
-    if step >= total:
-        report.plot_curves(workdir)
-        if config.export.enabled:
-            card = {
-                "base_model": config.model.path,
-                "loss": loss.name,
-                "formula": LOSSES[loss.name].function.__doc__.splitlines()[0],
-                "hyper_parameters": loss.hyper,
-                "data": {"training pairs": len(train_pairs), "held-out pairs": len(eval_pairs), "dropped": dropped},
-                "metrics": means,
-                "config": plain,
-            }
-            export(state.params, model.config, tokenizer, workdir / "export", dtype=config.export.dtype, card=card)
-            note(f"exported to {workdir / 'export'}")
-    return Result(step, step < total, before, means, model, state.params, tokenizer)
+    evaluations = report.read_metrics(workdir / "eval.jsonl")
+    before = evaluations[0] if evaluations and evaluations[0]["step"] == 0 else {}
+    result = Result(step, step < total, before, means, model, state.params, tokenizer)
+    if result.stopped:
+        note(f"stopped at step {step} of {total}, saved; the same command goes on from there")
+        return result
+    report.plot_curves(workdir)
+    if config.export.enabled:
+        card = {
+            "base_model": config.model.path,
+            "loss": loss.name,
+            "formula": LOSSES[loss.name].function.__doc__.splitlines()[0],
+            "hyper_parameters": loss.hyper,
+            "data": {"training pairs": len(train_pairs), "held-out pairs": len(eval_pairs), "dropped": dropped},
+            "metrics": means,
+            "config": plain,
+        }
+        export(state.params, model.config, tokenizer, workdir / "export", dtype=config.export.dtype, card=card)
+        note(f"exported to {workdir / 'export'}")
+    return result
 
 
 def load_pairs(
@@ -207,60 +226,63 @@ def load_pairs(
     data = config.data
     responses = ("chosen", "rejected") if "rejected" in loss.needs else ("chosen",)
     records, counts = read_records(data.path, split=data.split, responses=responses, limit=data.limit)
-    dropped = {data.path: dict(counts)}
+    dropped = {"training": dict(counts), "held out": {}}
     held_out: list[Record] = []
     if data.eval_path:
         held_out, counts = read_records(
             data.eval_path, split=data.eval_split, responses=responses, limit=data.eval_limit
         )
-        dropped[data.eval_path] = dict(counts)
+        dropped["held out"] = dict(counts)
     elif data.eval_fraction:
         records, held_out = split_by_prompt(records, data.eval_fraction, config.seed)
         held_out = held_out[: data.eval_limit]
     if data.ascii_quotes:
         records, held_out = ([ascii_quotes(record) for record in part] for part in (records, held_out))
-    pairs = []
-    for part, path in ((records, data.path), (held_out, data.eval_path or data.path)):
+    pairs, reasons = [], {}
+    for part, which in ((records, "training"), (held_out, "held out")):
         tokenized, counts = tokenize_records(
             part, tokenizer, max_length=config.max_length, too_long=config.too_long, keep_end=data.keep_end
         )
         pairs.append(tokenized)
         for reason, count in counts.items():
-            dropped[path][reason] = dropped[path].get(reason, 0) + count
-    for path, counts in dropped.items():
-        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count) or "none"
-        note(f"{path}: dropped {reasons}")
+            dropped[which][reason] = dropped[which].get(reason, 0) + count
+        reasons[which] = ", ".join(f"{count} {reason}" for reason, count in dropped[which].items() if count) or "none"
+        if part:
+            note(f"{which} data: {len(tokenized)} pairs; dropped {reasons[which]}")
     if not pairs[0]:
         raise UserError(
-            f"{data.path}: no pairs left to train on, dropped {dropped[data.path]}; max_length is {config.max_length}"
+            f"{data.path}: no pairs left to train on at max_length={config.max_length}; dropped {reasons['training']}"
         )
-    if held_out and not pairs[1]:
-        raise UserError(f"{data.eval_path or data.path}: no held-out pairs left; max_length is {config.max_length}")
+    if (data.eval_path or data.eval_fraction) and not pairs[1]:
+        raise UserError(f"{data.eval_path or data.path}: no held-out pairs left; dropped {reasons['held out']}")
     return pairs[0], pairs[1], dropped
 
 
 def load_model(
-    config: ConfigDict, path: str, mesh: jax.sharding.Mesh, tokens: int, like: LanguageModel | None = None
+    config: ConfigDict, path: str, mesh: jax.sharding.Mesh, tokens: int, random_init: bool = False
 ) -> tuple[LanguageModel, Params]:
     """A model and its parameters on their shardings, the embeddings grown where the tokenizer has more tokens.
 
     Args:
-      config: its model fields, dtype and seed.
+      config: its model fields, dtype, max_length and seed.
       path: Hugging Face directory or hub name.
       mesh: the mesh.
       tokens: len(tokenizer).
-      like: a model that this one must have the shape of.
+      random_init: take only the shape from `path` and draw the parameters.
 
     Returns:
       (model, params).
 
     Raises:
-      UserError: files are missing or do not fit.
+      UserError: files are missing or do not fit, or max_length exceeds what the model was made for.
     """
     directory = resolve(path)
     shape = load_config(directory)
+    if config.max_length > shape.max_position:
+        raise UserError(f"max_length={config.max_length} exceeds the {shape.max_position} positions of {path}")
     options = dict(dtype=config.dtype, param_dtype=config.model.param_dtype, remat=config.model.remat)
-    if config.model.random_init:
+    if random_init:
+        shape = dataclasses.replace(shape, vocab_size=max(shape.vocab_size, tokens))
         model = make_decoder(shape, **options)
         shardings = param_shardings(mesh, jax.eval_shape(model.init, jax.random.key(0)))
         return model, jax.jit(model.init, out_shardings=shardings)(jax.random.key(config.seed))
@@ -270,36 +292,50 @@ def load_model(
         note(f"embeddings grown from {shape.vocab_size} to {tokens} rows for the tokens added to the vocabulary")
         params, shape = resize_embeddings(params, shape, tokens)
         params = jax.device_put(params, param_shardings(mesh, params))
-    if like is not None and shape != like.config:
-        raise UserError(
-            f"reference.path={path!r} has another shape than model.path; a pair's two models share one vocabulary"
-        )
     return make_decoder(shape, **options), params
 
 
-def cached_reference(data, model: LanguageModel, params: Params, config: ConfigDict, directory: Path):
+def with_reference(
+    data: PairSet,
+    model: LanguageModel,
+    params: Params,
+    config: ConfigDict,
+    mesh: jax.sharding.Mesh,
+    directory: Path,
+) -> PairSet:
     """The set with the reference's log-probabilities, from the cache or computed now with progress."""
-    path = directory / f"{reference_logps.cache_key(model, params, data.pairs, config.dtype)}.npz"
+    path = directory / f"{cache_key(model, params, data.pairs, config.dtype)}.npz"
 
-    def make():
+    def make() -> PairLogps:
         progress = Progress(len(data.pairs), "reference pair")
-        one = make_pair_set(
-            data.pairs, data.batch_size // data.micro_steps, groups=data.groups,
-            layout=data.layout._replace(prompt=False), row_length=config.data.row_length,
-        )  # fmt: skip
-        logps = reference_logps.compute(model, params, one, chunk=config.vocabulary_chunk, progress=progress.update)
+        share = data.batch_size // data.micro_steps
+        layout = data.layout._replace(prompt=False)
+        plain = make_pair_set(data.pairs, share, groups=data.groups, layout=layout, row_length=config.data.row_length)
+        logps = compute(model, params, plain, mesh=mesh, chunk=config.vocabulary_chunk, progress=progress.update)
         progress.close()
         return logps
 
-    return data._replace(reference=reference_logps.cached(path, make))
+    return data._replace(reference=cached(path, make))
 
 
 class Meter:
     """Tokens, pairs and seconds since the last logged step, counted on the host from the batches."""
 
     def __init__(self, pairs: int):
-        self.pairs, self.began = pairs, time.monotonic()
+        self.pairs = pairs
+        self.reset()
+
+    def reset(self) -> None:
+        """Counts from nothing, from now."""
+        self.began = time.monotonic()
         self.steps = self.tokens = self.trained = self.positions = 0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out the time of what is no training, such as evaluation."""
+        stopped = time.monotonic()
+        yield
+        self.began += time.monotonic() - stopped
 
     def add(self, batch) -> None:
         """Counts one batch."""
@@ -319,7 +355,7 @@ class Meter:
             "packing_efficiency": self.tokens / self.positions,
             **device_memory(),
         }
-        self.__init__(self.pairs)
+        self.reset()
         return out
 
 
@@ -357,6 +393,29 @@ def stop_requested() -> Iterator[threading.Event]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Makes the directory and holds it: two runs that write the same files would leave neither's.
+
+    Args:
+      workdir: of the run.
+
+    Raises:
+      UserError: it cannot be made, or another run holds it.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
+        except OSError:
+            raise UserError(f"--workdir={workdir}: another run is writing there; use another") from None
+        yield
 
 
 def note(text: str) -> None:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from prefalign_jax.logps import VOCABULARY_CHUNK, preference_logps
 from prefalign_jax.losses import BoundLoss
 from prefalign_jax.metrics import weighted_sum
-from prefalign_jax.sharding import batch_shardings, state_shardings
+from prefalign_jax.sharding import batch_shardings, place_batch, state_shardings
 from prefalign_jax.types import LanguageModel, PairLogps, Params, PreferenceBatch, TrainState
 
 Metrics = dict[str, jax.Array]
@@ -149,20 +149,21 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: LanguageModel, loss: BoundLoss, chunk: int = VOCABULARY_CHUNK
+    model: LanguageModel, loss: BoundLoss, mesh: Mesh | None = None, chunk: int = VOCABULARY_CHUNK
 ) -> Callable[[Params, Params | None, PreferenceBatch], Metrics]:
     """evaluate(params, reference, batch) -> {name: [B]} with the loss under 'loss': per pair, for the host to average.
 
     Args:
       model, loss, chunk: as in `make_train_step`.
+      mesh: deals the rows of a batch to its devices; None computes on one.
 
     Returns:
       The jitted function. Its batch has a leading axis of one micro-step.
     """
 
     @jax.jit
-    def evaluate(params: Params, reference: Params | None, batch: PreferenceBatch) -> Metrics:
+    def on_devices(params: Params, reference: Params | None, batch: PreferenceBatch) -> Metrics:
         losses, metrics = pair_losses(model, loss, params, reference, jax.tree.map(lambda x: x[0], batch), chunk)
         return {"loss": losses, **metrics}
 
-    return evaluate
+    return lambda params, reference, batch: on_devices(params, reference, place_batch(mesh, batch))

@@ -106,14 +106,14 @@ HEADER = f"<|im_start|>user\n{SKY}{EOS}\n<|im_start|>assistant\n"
         (Record(SKY, BLUE + EOS, NO + EOS + EOS), (SKY, BLUE + EOS, NO + EOS)),
         (Record(SKY, BLUE + EOS + "\n", NO), (SKY, BLUE + EOS, NO + EOS)),
         (chat(SKY, "It is blue." + EOS, "No."), (HEADER, f"It is blue.{EOS}", f"No.{EOS}")),
-        # An EOS inside a text is no end.
-        (Record(SKY, f" It{EOS} is", NO), (SKY, f" It{EOS} is{EOS}", NO + EOS)),
         # Without prompt and BOS nothing predicts the first token; TRL counts it as trained all the same.
         (Record("", " It is blue.", " It was."), (" It", f" is blue.{EOS}", f" was.{EOS}")),
         (Record("", BLUE, NO), "no prompt"),
         # TRL trains on pairs that say nothing.
         (Record(SKY, BLUE, BLUE), "identical responses"),
         (Record(SKY, BLUE, BLUE + EOS), "identical responses"),
+        # Nothing may be trained after an EOS, and the text is not ours to cut.
+        (Record(SKY, f" It{EOS} is", NO), "end token inside the response"),
         # Demonstrations.
         (Record(SKY, BLUE, ""), (SKY, BLUE + EOS, "")),
         (chat(SKY, "It is blue.", None), (HEADER, f"It is blue.{EOS}", "")),

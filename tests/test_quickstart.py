@@ -1,11 +1,16 @@
 import json
+import os
+import pathlib
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from prefalign_jax.quickstart import KIND, PLACES, QUESTIONS, RUDE, THINGS, draw_answer, interval, reward, write_world
 
+ROOT = pathlib.Path(__file__).parents[1]
 SIZES = dict(texts=60, demonstrations=50, pairs=400)
 FILES = ("pretrain", "sft", "train", "held_out")
 
@@ -151,3 +156,23 @@ def test_a_seed_gives_its_world_and_another_seed_another(world, tmp_path):
 def test_the_interval_is_mean_and_half_width():
     """Values 0 and 2, a hundred of each: mean 1, deviation 1.0025, half-width 1.96 * 1.0025 / sqrt(200) = 0.139."""
     assert interval(np.repeat([0.0, 2.0], 100)) == "+1.00 ± 0.14"
+
+
+@pytest.mark.slow
+def test_the_command_of_the_readme_at_a_third_of_its_size(tmp_path):
+    """On one device, as on a laptop; the second loss finds the first stages done."""
+    sizes = ["texts=1200", "demonstrations=1200", "pairs=800"]
+    env = {**os.environ, "XLA_FLAGS": ""}
+    for loss in ("dpo", "orpo"):
+        command = [sys.executable, ROOT / "scripts" / "train.py", f"--config={ROOT}/experiments/quickstart.py:{loss}"]
+        command += [f"--config.quickstart.{size}" for size in sizes] + [f"--workdir={tmp_path}"]
+        run = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        table = (tmp_path / f"table_{loss}.txt").read_text().splitlines()
+        assert all(line.strip() in run.stdout for line in table)
+        before, after = (float(x) for x in re.findall(r"([+-][\d.]+) ±", table[1]))
+        assert after > before + 0.5
+        assert float(re.findall(r"([+-][\d.]+) ±", table[3])[0]) > 0  # it moved away from the reference
+        for picture in (f"rewards_{loss}.png", f"{loss}/curves.png"):
+            assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    assert run.stderr.count("already complete") == 2

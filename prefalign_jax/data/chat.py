@@ -151,6 +151,9 @@ def tokenize_records(
                 ids = [prefix + x for x in ids]
             n = len(os.path.commonprefix(ids))
             responses = [_ended(x[n:], tokenizer, special if chat else {eos}, keep_end) for x in ids[1:]]
+            if any(response.count(eos) > 1 for response in responses):
+                dropped["end token inside the response"] += 1  # nothing may be trained after it
+                continue
             pair = _fit(ids[1][:n], responses, max_length, too_long, tokenizer.bos_token_id)
             if isinstance(pair, str):
                 dropped[pair] += 1

@@ -365,5 +365,6 @@ def _dataset_rows(name: str, split: str, saved: bool) -> Iterator[tuple[str, Any
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error of another library, for a UserError."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of an error of another library, for a UserError; the next too where the first announces it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].rstrip().endswith(":") else 1])

@@ -50,6 +50,8 @@ def resolve(name: str | pathlib.Path) -> pathlib.Path:
     path = pathlib.Path(name).expanduser()
     if path.is_dir():
         return path
+    if str(name).startswith(("/", ".", "~")):
+        raise UserError(f"model {str(name)!r}: no such directory")
     try:
         return pathlib.Path(
             huggingface_hub.snapshot_download(str(name), allow_patterns=_DOWNLOAD, ignore_patterns=_IGNORE)
@@ -301,7 +303,7 @@ def _read_json(path: pathlib.Path, missing: dict[str, Any] | None = None) -> dic
     except FileNotFoundError:
         raise UserError(f"{path.parent} is not a Hugging Face model directory: it has no {path.name}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {_first_line(error)}") from error
+        raise UserError(f"{path} cannot be read as JSON: {_first_line(error)}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} cannot be read: it is not a JSON object")
     return value
