@@ -250,9 +250,8 @@ def load_pairs(
         if part:
             note(f"{which} data: {len(tokenized)} pairs; dropped {reasons[which]}")
     if not pairs[0]:
-        raise UserError(
-            f"{data.path}: no pairs left to train on at max_length={config.max_length}; dropped {reasons['training']}"
-        )
+        why = f"dropped {reasons['training']}; max_length is {config.max_length}"
+        raise UserError(f"{data.path}: no pairs left to train on, {why}")
     if (data.eval_path or data.eval_fraction) and not pairs[1]:
         raise UserError(f"{data.eval_path or data.path}: no held-out pairs left; dropped {reasons['held out']}")
     return pairs[0], pairs[1], dropped

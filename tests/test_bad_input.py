@@ -84,7 +84,7 @@ OPTIONS = [  # what is written, in which experiment, what the line must say
     ("mesh.data=-1 mesh.fsdp=-1", "dpo", "mesh one may be -1"),
     ("data.row_length=8", "dpo", "data.row_length=8 longest tokens"),
     ("max_length=1", "dpo", "max_length 2 found 1"),
-    ("max_length=4", "dpo", "pairs.jsonl too long max_length is 4"),
+    ("max_length=4", "dpo", "pairs.jsonl: no pairs left 64 too long max_length is 4"),
     ("warmup_steps=10", "dpo", "warmup_steps=10 1 steps at most"),
     ("warmup_epochs=3", "dpo", "warmup_ 1 steps at most"),
     ("learning_rate=-1", "dpo", "learning_rate=-1.0 >= 0"),
