@@ -6,8 +6,8 @@
 `data` may be a file as well, such as harmless-base/test.jsonl.gz; a share of its prompts is then held out, and no
 prompt is on both sides. `small` sets the learning rate for models of about a million parameters: `:small,model=...`.
 
-Seen with TinyStories-656K on harmless-base/test.jsonl.gz (`:small`, 142 steps): held-out NLL 5.217 to 3.908, accuracy 0.527 to
-0.575 (95% interval 0.531 to 0.617) on 510 pairs.
+Seen with TinyStories-656K on harmless-base/test.jsonl.gz (`:small`, 142 steps): held-out NLL 5.217 to 3.908, accuracy
+0.527 to 0.575 (95% interval 0.531 to 0.617) on 510 pairs.
 """
 
 from prefalign_jax import config

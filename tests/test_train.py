@@ -14,10 +14,10 @@ import time
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from prefalign_jax.config import defaults
-from prefalign_jax.train import train
+from prefalign_jax.train import locked, train
 from prefalign_jax.types import UserError
 
 TRL = pathlib.Path(__file__).parent / "goldens" / "trl"
@@ -130,7 +130,7 @@ sys.path.insert(0, {tests!r})
 import conftest
 from pathlib import Path
 from test_train import config_of
-from prefalign_jax.train import train
+from prefalign_jax.train import locked, train
 fields = {{"steps": 40, "save_steps": 3, "eval_steps": 6, "data.shuffle": True, "data.eval_fraction": 0.2}}
 result = train(config_of(**fields), Path(sys.argv[1]))
 sys.exit(143 if result.stopped else 0)
@@ -222,6 +222,32 @@ def test_changed_data_are_not_resumed(runs, tmp_path):
     data.write_text("".join(lines[::-1]))
     with pytest.raises(UserError, match="training pairs have changed"):
         train(config_of(**{"steps": 2, "data.path": str(data), "export.enabled": False}), workdir)
+
+
+def test_two_runs_do_not_write_in_one_directory(tmp_path):
+    with locked(tmp_path), pytest.raises(UserError, match="another run is writing there"):
+        train(config_of(), tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_changed_weights_are_not_resumed(tmp_path):
+    model = shutil.copytree(TRL, tmp_path / "model")
+    fields = {"model.path": str(model), "export.enabled": False}
+    train(config_of(**fields, steps=1), tmp_path / "run")
+    weights = load_file(model / "model.safetensors")
+    save_file({name: x * 1.5 for name, x in weights.items()}, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="weights in model.path have changed"):
+        train(config_of(**fields, steps=2), tmp_path / "run")
+
+
+def test_random_weights_have_a_row_for_every_token_and_another_reference_is_read(tmp_path):
+    model = shutil.copytree(TRL, tmp_path / "model")
+    shape = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**shape, "vocab_size": 300}))
+    fields = {"model.path": str(model), "model.random_init": True, "reference.path": str(TRL), "steps": 1}
+    result = train(config_of(**fields), tmp_path / "run")
+    assert result.model.config.vocab_size == 512  # the tokenizer's
+    assert abs(column(tmp_path / "run")[0] - np.log(2)) > 1e-3  # policy and reference differ from the start
 
 
 def test_a_longer_run_goes_on_where_the_shorter_ended(runs, tmp_path):
