@@ -6,7 +6,7 @@
 `data` may be a file as well, such as harmless-base/test.jsonl.gz; a share of its prompts is then held out, and no
 prompt is on both sides. `small` sets the learning rate for models of about a million parameters: `:small,model=...`.
 
-Seen with TinyStories-656K on harmless-base/test.jsonl.gz (`:small`, 142 steps, 10 minutes on 2 CPU cores): held-out loss
+Seen with TinyStories-656K on harmless-base/test.jsonl.gz (`:small`, 142 steps, 10 min on 2 CPU cores): held-out loss
 0.6931 to 0.6372, reward accuracy 0.651 (95% interval 0.609 to 0.691) on 510 pairs.
 """
 
