@@ -123,7 +123,7 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
     state = checkpoint.restore(checkpoints, init_state(params, optimizer, mesh, frozen), plain, digests)
     del params
     start = int(state.step)
-    kept = min(start, total - 1)  # a complete run's last evaluation is made again
+    kept = start if start < total else start - 1  # a complete run's last evaluation is made again
     writer = open_writer(workdir, tensorboard=config.tensorboard, resume_step=start)
     eval_writer = open_writer(workdir, "eval", tensorboard=config.tensorboard, resume_step=kept)
     stack.callback(writer.close)
@@ -146,8 +146,13 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
     def save(metrics: dict[str, float] | None = None) -> None:
         checkpoint.save(checkpoints, state, plain, digests, metrics)
 
-    if start == 0:
-        evaluate_now(0)
+    def due(step: int, every: int | None) -> bool:
+        return bool(every) and step % every == 0
+
+    # At the start, and where the earlier run was stopped after the step but before its evaluation.
+    evaluated = {row["step"] for row in report.read_metrics(workdir / "eval.jsonl")}
+    if start == 0 or (due(start, config.eval_steps) and start not in evaluated and start < total):
+        evaluate_now(start)
     progress = Progress(total, "step")
     meter = Meter(config.batch_size)
     waiting = None  # the step whose metrics are not yet fetched
@@ -164,9 +169,9 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
             waiting = (step, metrics, meter.read() if logged else None)
             if stop.is_set() or step == total:
                 break
-            evaluating = config.eval_steps and step % config.eval_steps == 0
-            saving = config.save_steps and step % config.save_steps == 0
-            saving = saving or (evaluating and config.checkpoint.best_metric)  # only what is saved can be the best
+            evaluating = due(step, config.eval_steps)
+            # Only what is saved can be the best.
+            saving = due(step, config.save_steps) or (evaluating and config.checkpoint.best_metric)
             if evaluating or saving:
                 # The line of this step must be on disk before its checkpoint: a resumed run starts after it.
                 log(*waiting, writer, progress)
@@ -181,7 +186,7 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
         if step < total:
             save()
         else:
-            means = evaluate_now(total)
+            means = evaluate_now(step)
             save(means or None)
         checkpoints.wait()
 

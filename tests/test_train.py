@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from prefalign_jax import train as module
 from prefalign_jax.config import defaults
 from prefalign_jax.train import locked, train
 from prefalign_jax.types import UserError
@@ -130,7 +131,7 @@ sys.path.insert(0, {tests!r})
 import conftest
 from pathlib import Path
 from test_train import config_of
-from prefalign_jax.train import locked, train
+from prefalign_jax.train import train
 fields = {{"steps": 40, "save_steps": 3, "eval_steps": 6, "data.shuffle": True, "data.eval_fraction": 0.2}}
 result = train(config_of(**fields), Path(sys.argv[1]))
 sys.exit(143 if result.stopped else 0)
@@ -222,6 +223,24 @@ def test_changed_data_are_not_resumed(runs, tmp_path):
     data.write_text("".join(lines[::-1]))
     with pytest.raises(UserError, match="training pairs have changed"):
         train(config_of(**{"steps": 2, "data.path": str(data), "export.enabled": False}), workdir)
+
+
+def test_an_evaluation_that_a_stop_cut_off_is_made_on_resuming(tmp_path, monkeypatch):
+    """SIGTERM at the very step that is to be evaluated."""
+    fields = {"data.eval_fraction": 0.3, "eval_steps": 2, "steps": 5, "export.enabled": False}
+    train(config_of(**fields), tmp_path / "whole")
+    step = module.log
+
+    def log(number, *rest):
+        if number == 1:  # read while step 2 runs
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(number, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "log", log)
+        assert train(config_of(**fields), tmp_path / "broken").step == 2
+    assert not train(config_of(**fields), tmp_path / "broken").stopped
+    assert rows(tmp_path / "broken" / "eval.jsonl") == rows(tmp_path / "whole" / "eval.jsonl")
 
 
 def test_two_runs_do_not_write_in_one_directory(tmp_path):
