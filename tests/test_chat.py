@@ -292,7 +292,10 @@ def test_chat_template_from_a_file_and_from_text(tmp_path, variant):
     assert pairs == [("[user]q[assistant]", f"Blue <|pad|> {EOS}", f"No.{EOS}")]
 
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from([" ", "\n", " It", "s", " the"])
+# Without the special tokens' own texts, which hypothesis finds in the sources: what those do has its tests above.
+TEXT = (
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from([" ", "\n", " It", "s", " the"])
+).filter(lambda text: "<|" not in text)
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
