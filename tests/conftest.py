@@ -23,7 +23,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+
+# Where CI is set the examples are always the same ones; elsewhere every run tries new ones.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 # What made the reference numbers needs PyTorch and is no test.
 collect_ignore = ["goldens"]
