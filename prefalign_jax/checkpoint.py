@@ -106,7 +106,8 @@ def restore(
     if latest is None:
         return state
     where = f"{checkpoints.directory} (step {latest.step})"
-    stored = checkpoints.checkpointables_metadata(latest).custom_metadata or {}
+    metadata = checkpoints.checkpointables_metadata(latest)
+    stored = metadata.custom_metadata or {}
     if "config" not in stored:
         raise UserError(f"cannot resume {where}: it is no checkpoint of this program; use another --workdir")
     ours, theirs = _flatten(config), _flatten(stored["config"])
@@ -116,6 +117,14 @@ def restore(
                 f"cannot resume {where}: it was trained with {name}={theirs.get(name)!r}, not {ours.get(name)!r}; "
                 "set it back or use another --workdir"
             )
+    # Orbax, given other shapes, fails in many lines and leaves reads unfinished: so they are compared first.
+    ours, theirs = _shapes(state.params), _shapes(metadata.metadata["state"]["params"])
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise UserError(
+                f"cannot resume {where}: parameter {name} is {theirs.get(name, 'missing')} there and "
+                f"{ours.get(name, 'missing')} in this model; use the same model or another --workdir"
+            )
     for name, digest in digests.items():
         if stored.get("digests", {}).get(name) != digest:
             raise UserError(f"cannot resume {where}: the {name} have changed since; use another --workdir")
@@ -124,9 +133,14 @@ def restore(
         tree = checkpoints.load_checkpointables(latest, {"state": abstract})["state"]
     except Exception as error:  # Orbax raises many kinds, each over many lines
         raise UserError(
-            f"cannot resume {where}: its arrays cannot be read, or do not fit this model; use another --workdir"
+            f"cannot resume {where}: its arrays cannot be read; use an earlier copy or another --workdir"
         ) from error
     return state._replace(**tree)
+
+
+def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {"/".join(str(key.key) for key in path): tuple(leaf.shape) for path, leaf in leaves}
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
