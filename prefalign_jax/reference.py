@@ -56,7 +56,7 @@ def compute(
     return PairLogps(*out)
 
 
-def cache_key(model: LanguageModel, params: Params, pairs: Sequence[Pair], dtype: str) -> str:
+def cache_key(model: LanguageModel, weights: str, pairs: Sequence[Pair], dtype: str) -> str:
     """A digest of everything that changes a cached number.
 
     That is: the weights, the shape of the model, the compute type, and the tokens of every pair, which hold whatever
@@ -64,14 +64,14 @@ def cache_key(model: LanguageModel, params: Params, pairs: Sequence[Pair], dtype
 
     Args:
       model: its config enters.
-      params: every array's name, type and bytes enter.
+      weights: `params_digest` of the reference.
       pairs: every token enters, with the roles.
       dtype: compute type.
 
     Returns:
       64 hexadecimal digits.
     """
-    what = f"{FORMAT} {model.config} {dtype} {params_digest(params)} {digest_of(pairs)}"
+    what = f"{FORMAT} {model.config} {dtype} {weights} {digest_of(pairs)}"
     return hashlib.sha256(what.encode()).hexdigest()
 
 

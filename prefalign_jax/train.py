@@ -105,8 +105,11 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
         frozen = jax.tree.map(jnp.copy, params)  # the step donates the policy's buffers
     if config.reference.kind == "cached":
         directory = Path(config.reference.cache_dir or workdir / "reference")
-        sets = [set_ and with_reference(set_, model, frozen, config, mesh, directory) for set_ in (train_set, eval_set)]
-        train_set, eval_set = sets
+        weights = digests.get("weights in reference.path", digests["weights in model.path"])
+        train_set, eval_set = (
+            set_ and with_reference(set_, model, frozen, weights, config, mesh, directory)
+            for set_ in (train_set, eval_set)
+        )
         frozen = None  # its memory is free again
 
     # Optimizer, state, steps.
@@ -303,12 +306,13 @@ def with_reference(
     data: PairSet,
     model: LanguageModel,
     params: Params,
+    weights: str,
     config: ConfigDict,
     mesh: jax.sharding.Mesh,
     directory: Path,
 ) -> PairSet:
-    """The set with the reference's log-probabilities, from the cache or computed now with progress."""
-    path = directory / f"{cache_key(model, params, data.pairs, config.dtype)}.npz"
+    """The set with the reference's log-probabilities, from the cache or computed now; `weights` digests the params."""
+    path = directory / f"{cache_key(model, weights, data.pairs, config.dtype)}.npz"
 
     def make() -> PairLogps:
         progress = Progress(len(data.pairs), "reference pair")

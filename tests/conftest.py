@@ -3,6 +3,7 @@
 import os
 import pathlib
 import platform
+import sys
 
 # Compiled programs are kept between runs and shared by xdist's workers. One directory a machine: a program compiled for
 # one CPU may not run on another. The size limit is there because jax locks the directory only if it has one.
@@ -25,6 +26,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+from absl import logging  # noqa: E402
 
 # Where CI is set the examples are always the same ones; elsewhere every run tries new ones.
 hypothesis.settings.register_profile("ci", derandomize=True)
@@ -77,3 +79,16 @@ def tiny_tokenizer(tmp_path_factory):
     tokenizer.save_pretrained(directory)
     # Loaded back, so that a test sees what a user's directory would give.
     return transformers.AutoTokenizer.from_pretrained(directory)
+
+
+@pytest.fixture
+def launch_leaves_no_trace(monkeypatch, tmp_path):
+    """Undoes what a launch leaves in the process: absl's verbosity, jax's cache directory, the experiment's module."""
+    from prefalign_jax import cli
+
+    verbosity = logging.get_verbosity()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_cache_compilations", lambda: None)
+    yield
+    logging.set_verbosity(verbosity)
+    sys.modules.pop("config_config", None)

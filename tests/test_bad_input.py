@@ -11,7 +11,6 @@ import sys
 
 import numpy as np
 import pytest
-from absl import logging
 from safetensors.numpy import load_file, save_file
 
 from prefalign_jax import cli
@@ -26,17 +25,10 @@ CHAT = [
     {"prompt": [{"role": "user", "content": "a"}]}
     | {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
 ]
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections'
-
-
-@pytest.fixture(autouse=True)
-def _leaves_no_trace(monkeypatch, tmp_path):
-    verbosity = logging.get_verbosity()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_cache_compilations", lambda: None)
-    yield
-    logging.set_verbosity(verbosity)
-    sys.modules.pop("config_config", None)
+pytestmark = [
+    pytest.mark.usefixtures("launch_leaves_no_trace"),
+    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),  # ml_collections'
+]
 
 
 @pytest.fixture

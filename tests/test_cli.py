@@ -4,25 +4,16 @@ import types
 
 import pytest
 import yaml
-from absl import logging
 
 from prefalign_jax import cli
 from prefalign_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections'
+pytestmark = [
+    pytest.mark.usefixtures("launch_leaves_no_trace"),
+    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),  # ml_collections'
+]
 DPO = f"--config={ROOT}/experiments/dpo.py:model=m,data=d"
-
-
-@pytest.fixture(autouse=True)
-def _leaves_no_trace(monkeypatch, tmp_path):
-    """Undoes what a launch leaves in the process: absl's verbosity, jax's cache directory, the experiment's module."""
-    verbosity = logging.get_verbosity()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_cache_compilations", lambda: None)
-    yield
-    logging.set_verbosity(verbosity)
-    sys.modules.pop("config_config", None)
 
 
 @pytest.fixture

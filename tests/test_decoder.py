@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from prefalign_jax.config import CHOICES
 from prefalign_jax.models.decoder import REMAT, make_decoder
 from prefalign_jax.models.rope import RopeScaling
 from prefalign_jax.types import UserError
@@ -91,6 +92,10 @@ def test_compiling_takes_no_longer_for_more_layers():
         return len(jax.jit(model.hidden).lower(params, TOKENS, POSITIONS, ONES, ZEROS).as_text())
 
     assert size(12) < 1.1 * size(2)
+
+
+def test_a_config_may_name_every_remat():
+    assert CHOICES["model.remat"] == tuple(REMAT)
 
 
 def test_unknown_remat_is_named():

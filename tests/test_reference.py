@@ -11,7 +11,7 @@ from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pipeline import make_pair_set
 from prefalign_jax.logps import preference_logps
 from prefalign_jax.models.decoder import make_decoder
-from prefalign_jax.reference import cache_key, cached, compute
+from prefalign_jax.reference import cache_key, cached, compute, params_digest
 from prefalign_jax.types import Pair, PairLogps
 from small import CONFIG, MODEL, first, make_pairs, make_params, packed
 
@@ -65,7 +65,7 @@ def moved(pairs, number: int, **roles) -> list[Pair]:
 
 
 def key(model=MODEL, params=PARAMS, pairs=PAIRS, dtype="float32"):
-    return cache_key(model, params, pairs, dtype)
+    return cache_key(model, params_digest(params), pairs, dtype)
 
 
 def test_the_key_changes_with_all_that_changes_a_number():
