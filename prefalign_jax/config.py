@@ -135,11 +135,13 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     c.data.eval_fraction = 0.0  # without eval_path: part of the training prompts that is held out
     c.data.flip_labels = 0.0  # part of the training pairs whose responses are swapped, to study noise in the labels
     c.data.shuffle = True
+    # Deal shuffled pairs to batches so that all hold about as many tokens, which saves padding; None does as shuffle.
+    c.data.balance = maybe(bool)
     c.data.chat_template = maybe(str)  # chatml, zephyr, a .jinja file; None takes the tokenizer's own
     c.data.ascii_quotes = False  # curly quotes and dashes to ASCII, for vocabularies that lack them
     c.data.keep_end = False  # train on what the template writes after the end-of-turn token, as TRL's DPO does
     c.data.layout = "tree"  # tree: the prompt once; ordinary: a copy of it for each side
-    c.data.row_length = maybe(int)  # tokens in a packed row; None takes the longest pair
+    c.data.row_length = maybe(int)  # tokens in a packed row; None gives each device one row, as long as it takes
 
     # Samples drawn at every evaluation, of prompts in a file of rows with a `prompt`.
     c.samples = ConfigDict({"prompts": maybe(str), "limit": maybe(int), "per_prompt": 1, "max_new_tokens": 64})
@@ -252,6 +254,8 @@ def validate(config: ConfigDict, *, complete: bool = True) -> None:
         raise UserError(f"batch_size={config.batch_size} is not a multiple of micro_steps={config.micro_steps}")
     if not 0 <= config.data.eval_fraction < 1:
         raise UserError(f"data.eval_fraction={config.data.eval_fraction} must lie in [0, 1)")
+    if config.data.balance and not config.data.shuffle:
+        raise UserError("data.balance=True deals pairs anew and data.shuffle=False keeps their order; set one of them")
     if not 0 <= config.data.flip_labels < 1:
         raise UserError(f"data.flip_labels={config.data.flip_labels} must lie in [0, 1)")
     if config.data.flip_labels and ("rejected" not in loss.needs or {"label", "margin"} & loss.needs):

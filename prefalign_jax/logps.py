@@ -344,9 +344,11 @@ def source_hidden(
 ) -> tuple[jax.Array, jax.Array | None]:
     """One pass over the packed rows: hidden states [G, T, D] that predict the trained tokens, the router's loss []."""
     rows = (batch.tokens, batch.positions, batch.segments, batch.branches)
-    drop = {"key": key} if model.drops and key is not None else {}
+    options = {"key": key} if model.drops and key is not None else {}
+    if model.tiled:
+        options["tiles"] = batch.tiles
     hidden, router = (
-        model.routed(params, *rows, **drop) if model.routed else (model.hidden(params, *rows, **drop), None)
+        model.routed(params, *rows, **options) if model.routed else (model.hidden(params, *rows, **options), None)
     )
     hidden = hidden.reshape(batch.source.shape[0], -1, hidden.shape[-1])
     return jnp.take_along_axis(hidden, batch.source[..., None], axis=1), router

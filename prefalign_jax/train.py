@@ -249,7 +249,8 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
     meter = Meter(config.batch_size, lambda batch: count_flops(train_step, abstract, batch))
     waiting = None  # the step whose metrics are not yet fetched
     step, means = start, {}
-    batches = train_batches(train_set, seed=config.seed, shuffle=config.data.shuffle, start=start, stop=total)
+    order = dict(seed=config.seed, shuffle=config.data.shuffle, balance=config.data.balance)
+    batches = train_batches(train_set, **order, start=start, stop=total)
     with stop_requested() as stop:
         for step, batch in enumerate(batches, start + 1):
             state, metrics = train_step(state, batch)

@@ -3,6 +3,7 @@
 B  pairs in a batch             R  packed rows            L  tokens in a row
 G  groups of rows, one for each data-parallel shard (R is a multiple of G)
 T  trained tokens in a group    N  any number of tokens
+A  tiles of attention in a group
 D  width of the hidden states   V  vocabulary             M  micro-steps
 """
 
@@ -22,6 +23,7 @@ Params = Mapping[str, Any]  # nested dict of arrays
 # The side of a trained token: to which log-probability of its pair it belongs.
 CHOSEN, REJECTED, PROMPT, AFTER_CHOSEN, AFTER_REJECTED = range(5)
 SIDES = 5
+TILE = 64  # tokens along each side of a tile of attention; rows are multiples of it
 
 
 class UserError(ValueError):
@@ -71,6 +73,7 @@ class PreferenceBatch(NamedTuple):
     source: Array  # [G, T] int32, position in the R/G * L tokens of the group whose hidden state predicts the target
     target: Array  # [G, T] int32
     slot: Array  # [G, T] int32, SIDES * pair + side; SIDES * B marks filler
+    tiles: Array  # [G, A, 2] int32, (query block, key block) of TILE tokens of the group that are not empty
     weight: Array  # [B] float32; 0 marks a filler pair
     margin: Array  # [B] float32, by how much the chosen response is better; 0 where the data do not say
     label: Array  # [B] float32, 1 for a desirable completion, 0 for an undesirable one
@@ -165,6 +168,7 @@ class LanguageModel(NamedTuple):
       routed: of a mixture of experts, as `hidden`, with the router's auxiliary loss [] beside it.
       drops: `hidden` and `routed` take `key=` in training passes and drop what is drawn from it. Without one, as in
         reference passes, evaluation and generation, nothing is dropped.
+      tiled: `hidden` and `routed` take `tiles=`, the batch's, and need not look anywhere else for what attends to what.
       cached: for generation; without it every token is a pass over the whole text.
     """
 
@@ -177,4 +181,5 @@ class LanguageModel(NamedTuple):
     rules: tuple[tuple[str, Any], ...] | None = None
     join: Callable[[Params, Params], Params] | None = None
     drops: bool = False
+    tiled: bool = False
     cached: Cached | None = None

@@ -24,7 +24,7 @@ import optax
 from safetensors.numpy import save_file
 
 from prefalign_jax import cli
-from prefalign_jax.data.packing import choose_shapes, pack
+from prefalign_jax.data.pipeline import batch_of, make_pair_set
 from prefalign_jax.files import write_json
 from prefalign_jax.generate import sample
 from prefalign_jax.losses import make_loss
@@ -156,7 +156,7 @@ def memory(*, model: str = "", pairs: int = 16, length: int = 64, remat: str = "
     config, rng, out = hf_io.load_config(model), np.random.default_rng(0), {}
     drawn = [[rng.integers(3, config.vocab_size, length).astype(np.int32) for _ in range(3)] for _ in range(pairs)]
     data = [Pair(*ids) for ids in drawn]
-    batch = pack(data, list(range(pairs)), pairs, choose_shapes(data, pairs))
+    batch = batch_of(make_pair_set(data, pairs), np.arange(pairs))
     mesh, optimizer, loss = make_mesh({"data": 1}), optax.adamw(1e-4), make_loss("dpo")
     for name, (lora, bits) in TRAINED.items():
         decoder = make_decoder(config, lora=lora, remat=remat)

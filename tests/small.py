@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 
-from prefalign_jax.data.packing import Layout, choose_shapes, pack
+from prefalign_jax.data.packing import Layout
+from prefalign_jax.data.pipeline import batch_of, make_pair_set
 from prefalign_jax.models.decoder import DecoderConfig, make_decoder
 from prefalign_jax.types import Pair
 
@@ -39,10 +40,7 @@ def make_pairs(count: int, seed: int = 0, longest: int = 12, vocabulary: int = C
 
 def packed(pairs, batch_size=None, **options):
     """One batch of all the pairs."""
-    size = batch_size or len(pairs)
-    shape_options = {key: options[key] for key in ("groups", "layout") if key in options}
-    shapes = choose_shapes(pairs, size // options.get("micro_steps", 1), **shape_options)
-    return pack(pairs, list(range(len(pairs))), size, shapes, **options)
+    return batch_of(make_pair_set(pairs, batch_size or len(pairs), **options), np.arange(len(pairs)))
 
 
 def first(batch):

@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 
-from prefalign_jax.data.packing import Layout, Shape, choose_shapes, fill_rows, make_plan, mean_tokens, pack
-from prefalign_jax.types import CHOSEN, PROMPT, REJECTED, SIDES, Pair, UserError
+from prefalign_jax.data.packing import Layout, Shape, fill_rows, lengths_of, make_plan, mean_tokens, pack
+from prefalign_jax.data.pipeline import make_pair_set
+from prefalign_jax.models.attention import tree_mask
+from prefalign_jax.types import CHOSEN, PROMPT, REJECTED, SIDES, TILE, Pair, UserError
 from small import FULL, ORDINARY, first, make_pairs, packed
 
 
@@ -94,23 +96,39 @@ def test_rows_overflow_nowhere_and_use_little_more_than_needed():
 
 
 def test_groups_get_equally_many_rows_to_within_one():
-    plan = make_plan(make_pairs(23), 64, 4, FULL)
+    plan = make_plan(lengths_of(make_pairs(23), FULL), 4, 64)
     rows = [len(group) for group in plan.groups]
     assert max(rows) - min(rows) <= 1 and sum(rows) > 0
 
 
 def test_few_shapes_and_every_batch_fits():
     pairs = make_pairs(200, longest=40)
-    shapes = choose_shapes(pairs, 8)
+    shapes = make_pair_set(pairs, 8).shapes
     assert len(shapes) <= 4
     longest = max(pairs, key=lambda p: len(p.chosen) + len(p.rejected))
     worst = pack([longest] * 8, range(8), 8, shapes)  # as where two epochs meet
-    assert Shape(worst.tokens.shape[1], worst.tokens.shape[2], worst.source.shape[2]) in shapes
+    assert Shape(*worst.tokens.shape[1:], worst.source.shape[2], worst.tiles.shape[2]) in shapes
 
 
 def test_a_row_shorter_than_a_pair_is_refused():
     with pytest.raises(UserError, match="data.row_length=8"):
-        choose_shapes([pair("prompt", "chosen", "rejected")], 1, row_length=8)
+        make_pair_set([pair("prompt", "chosen", "rejected")], 1, row_length=8)
+
+
+def test_the_tiles_are_those_with_something_to_see():
+    """Against the dense mask, for every layout, over one row and several; filler comes last and is no block."""
+    pairs = make_pairs(20, longest=90)
+    for layout in (FULL, ORDINARY, Layout(rejected=False)):
+        for options in (dict(groups=1), dict(groups=3), dict(groups=2, row_length=320)):
+            batch = first(packed(pairs, layout=layout, **options))
+            groups, length = options["groups"], batch.tokens.shape[1]
+            sees = np.asarray(tree_mask(batch.segments, batch.branches)) & (batch.segments > 0)[:, :, None]
+            blocks = sees.reshape(groups, -1, length // TILE, TILE, length // TILE, TILE).any((3, 5))
+            for g, tiles in enumerate(batch.tiles):
+                r, query, key = np.nonzero(blocks[g])
+                wanted = np.stack([query, key], axis=1) + r[:, None] * (length // TILE)
+                np.testing.assert_array_equal(tiles[: len(wanted)], wanted)
+                assert (tiles[len(wanted) :, 0] == blocks[g].shape[0] * length // TILE).all()
 
 
 def test_packing_is_a_function_of_its_arguments():

@@ -70,15 +70,37 @@ def test_another_seed_gives_another_order():
 
 def test_the_order_does_not_depend_on_how_batches_are_cut():
     data = make_pair_set(PAIRS, 6, micro_steps=2)
-    assert order(data, stop=10) == order(DATA, stop=15)
+    assert order(data, stop=10, balance=False) == order(DATA, stop=15, balance=False)
 
 
 def test_the_shuffle_favours_no_place():
     """The first of six pairs over many seeds: each comes first about equally often."""
     data = make_pair_set(PAIRS[:6], 2)
-    counts = np.bincount([order(data, stop=1, seed=seed)[0] for seed in range(240)], minlength=6)
+    counts = np.bincount([order(data, stop=1, seed=seed, balance=False)[0] for seed in range(240)], minlength=6)
     assert counts.min() >= 18
     assert counts.max() <= 70
+
+
+def test_balanced_batches_hold_about_as_many_tokens_and_every_pair_once_an_epoch():
+    pairs = make_pairs(64, longest=300)
+    data = make_pair_set(pairs, 8, micro_steps=2)
+    for balance, spread in ((False, 1.2), (True, 1.1)):
+        batches = list(train_batches(data, seed=0, shuffle=True, start=0, stop=16, balance=balance))
+        tokens = np.array([np.count_nonzero(batch.segments[m]) for batch in batches for m in (0, 1)])
+        assert (tokens.max() < spread * tokens.min()) == balance
+        for epoch in (batches[:8], batches[8:]):
+            assert sorted(i for batch in epoch for i in batch.index.reshape(-1)) == list(range(64))
+    assert len(data.shapes) <= 4
+
+
+def test_the_longest_pair_comes_at_any_time():
+    data = make_pair_set(make_pairs(64, longest=60), 8)
+    longest = int(np.argmax(data.lengths.pieces.sum(1)))
+    found = set()
+    for seed in range(24):
+        batches = train_batches(data, seed=seed, shuffle=True, start=0, stop=8)
+        found |= {n for n, batch in enumerate(batches) if longest in batch.index}
+    assert len(found) >= 5
 
 
 def test_one_pair_may_be_a_batch():

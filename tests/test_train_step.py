@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from prefalign_jax.data.packing import Layout, choose_shapes, pack
+from prefalign_jax.data.packing import Layout, pack
+from prefalign_jax.data.pipeline import make_pair_set
 from prefalign_jax.losses import make_loss
 from prefalign_jax.reference import mover
 from prefalign_jax.sharding import groups_of, make_mesh, param_shardings
@@ -94,7 +95,7 @@ def test_equal_policy_and_reference_give_log_2():
 def test_the_step_compiles_once_a_shape_moves_nothing_to_the_host_and_donates_its_state():
     optimizer = optax.adamw(1e-3)
     pairs = make_pairs(12)
-    shapes = choose_shapes(pairs, 4, groups=groups_of(ONE))[-1:]
+    shapes = make_pair_set(pairs, 4, groups=groups_of(ONE)).shapes[-1:]
     batches = [pack(pairs[i : i + 4], range(4), 4, shapes, groups=groups_of(ONE)) for i in (0, 4, 8)]
     state = state_of(ONE, optimizer=optimizer)
     step = make_train_step(MODEL, LOSSES["dpo"], optimizer, ONE)

@@ -7,21 +7,35 @@
 
 The last token of a response is a target but predicts nothing, so no row holds it: two tokens a pair less to compute.
 (A reward model reads it, so its rows do.)
+
+A piece is what lies in one segment: a pair, or in the ordinary layout one of its sides. It is laid down as runs: the
+prompt, the chosen response, the rejected one. All of a batch is written at once, run by run, by NumPy.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from prefalign_jax.types import AFTER_CHOSEN, CHOSEN, PROMPT, REJECTED, SIDES, Pair, PreferenceBatch, UserError
+from prefalign_jax.types import (
+    AFTER_CHOSEN,
+    CHOSEN,
+    PROMPT,
+    REJECTED,
+    SIDES,
+    TILE,
+    Pair,
+    PreferenceBatch,
+    UserError,
+)
 
-ROW_MULTIPLE = 64  # row lengths are multiples of this many tokens
 TRAINED_MULTIPLE = 64
-LONG_ROW = 512  # tokens in a row at which attention is taken to cost as much as the rest of a layer (measured on CPU)
+TILES_MULTIPLE = 8
 
 
 class Layout(NamedTuple):
@@ -48,67 +62,75 @@ class Shape(NamedTuple):
     rows: int  # in a group
     length: int  # tokens in a row
     trained: int  # trained tokens in a group
+    tiles: int  # of attention in a group
 
 
-class Piece(NamedTuple):
-    """Consecutive tokens of one segment, and its trained tokens by offset within it."""
+class Lengths(NamedTuple):
+    """Tokens of N pairs by part, known without laying anything out.
 
-    tokens: np.ndarray
-    branches: np.ndarray
-    positions: np.ndarray
-    source: np.ndarray
-    target: np.ndarray
-    slot: np.ndarray
+    Attributes:
+      prompt: [N].
+      responses: [N, sides], targets of each side.
+      inputs: [N, sides], tokens of each side that rows hold.
+      pieces: [N, pieces], tokens of each piece.
+      trained: [N, pieces], trained tokens of each piece.
+    """
+
+    prompt: np.ndarray
+    responses: np.ndarray
+    inputs: np.ndarray
+    pieces: np.ndarray
+    trained: np.ndarray
+
+    def of(self, index: Sequence[int] | np.ndarray) -> Lengths:
+        """Those of the pairs with these numbers."""
+        index = np.asarray(index, np.int64)
+        return Lengths(*(part[index] for part in self))
 
 
-def pieces_of(pair: Pair, number: int, layout: Layout) -> list[Piece]:
-    """Lays one pair out: one piece in the tree layout, one for each side otherwise.
+def lengths_of(pairs: Sequence[Pair], layout: Layout) -> Lengths:
+    """Measures pairs under a layout."""
+    count = len(pairs)
+    prompt = np.fromiter((len(pair.prompt) for pair in pairs), np.int64, count)
+    sides = [np.fromiter((len(pair.chosen) for pair in pairs), np.int64, count)]
+    if layout.rejected:
+        sides.append(np.fromiter((len(pair.rejected) for pair in pairs), np.int64, count))
+    responses = np.stack(sides, axis=1)
+    last = np.minimum(responses, 1)
+    inputs = responses if layout.after or layout.rewards else responses - last
+    trained = last if layout.rewards else responses + last * layout.after
+    of_prompt = (prompt - 1) * layout.prompt
+    if layout.tree:
+        return Lengths(
+            prompt, responses, inputs, (prompt + inputs.sum(1))[:, None], (trained.sum(1) + of_prompt)[:, None]
+        )
+    trained[:, 0] += of_prompt  # only one copy of the prompt is trained on
+    return Lengths(prompt, responses, inputs, prompt[:, None] + inputs, trained)
+
+
+def deal(loads: Sequence[float], bins: int, capacity: int | None = None) -> list[list[int]]:
+    """Deals things to bins so that these carry about the same: the heaviest first, each to the lightest with room.
 
     Args:
-      pair: token ids, the roles known.
-      number: the pair's place in its batch.
-      layout: what to lay out.
+      loads: of the things.
+      bins: how many.
+      capacity: most things in a bin; None for any number.
 
     Returns:
-      The pieces; every trained token's `source` counts from the start of its piece.
+      For each bin the numbers of its things; deterministic.
+
+    Example:
+      >>> deal([5, 4, 3, 2, 2], 2)
+      [[0, 3], [1, 2, 4]]
     """
-    sides = [(CHOSEN, pair.chosen)] + ([(REJECTED, pair.rejected)] if layout.rejected else [])
-    if layout.tree:
-        return [_piece(pair.prompt, sides, number, layout)]
-    # Only one copy of the prompt is trained on.
-    return [_piece(pair.prompt, [s], number, layout._replace(prompt=layout.prompt and s[0] == CHOSEN)) for s in sides]
-
-
-def _piece(prompt: np.ndarray, sides: list[tuple[int, np.ndarray]], number: int, layout: Layout) -> Piece:
-    size = len(prompt)
-    tokens, branches, positions = [prompt], [np.zeros(size, np.int32)], [np.arange(size, dtype=np.int32)]
-    source, target, slot = [], [], []
-
-    def predict(sources: np.ndarray, targets: np.ndarray, side: int) -> None:
-        source.append(sources)
-        target.append(targets)
-        slot.append(np.full(len(targets), SIDES * number + side))
-
-    if layout.prompt:
-        predict(np.arange(size - 1), prompt[1:], PROMPT)
-    at = size
-    for side, response in sides:
-        count = len(response)
-        last = min(count, 1) if layout.after or layout.rewards else 0
-        inputs = max(count - 1, 0) + last
-        tokens.append(response[:inputs])
-        branches.append(np.full(inputs, side + 1, np.int32))
-        positions.append(np.arange(size, size + inputs, dtype=np.int32))
-        # The first token of each response is predicted from the last prompt token, the others from their predecessor.
-        sources = np.concatenate([np.full(min(count, 1), size - 1), np.arange(at, at + inputs)])
-        if not layout.rewards:
-            predict(sources[:count], response, side)
-        if last:
-            predict(sources[count:], response[-1:], side if layout.rewards else AFTER_CHOSEN + side)
-        at += inputs
-    return Piece(
-        *(np.concatenate(parts).astype(np.int32) for parts in (tokens, branches, positions, source, target, slot))
-    )
+    dealt: list[list[int]] = [[] for _ in range(bins)]
+    lightest = [(0.0, number) for number in range(bins)]
+    for thing in np.argsort(-np.asarray(loads), kind="stable").tolist():
+        load, number = heapq.heappop(lightest)
+        dealt[number].append(thing)
+        if capacity is None or len(dealt[number]) < capacity:
+            heapq.heappush(lightest, (load + loads[thing], number))
+    return dealt
 
 
 def fill_rows(lengths: Sequence[int], length: int) -> list[list[int]]:
@@ -139,64 +161,126 @@ def fill_rows(lengths: Sequence[int], length: int) -> list[list[int]]:
     return rows
 
 
-def assign_groups(trained: Sequence[int], groups: int) -> list[list[int]]:
-    """Deals rows to groups, equally many to each (to within one), balancing their trained tokens.
+class Runs(NamedTuple):
+    """The runs of a micro-batch's pieces, [N, pieces, runs] each: of a piece its prompt and the sides that it holds.
 
-    Args:
-      trained: trained tokens of each row.
-      groups: G.
-
-    Returns:
-      For each group the numbers of its rows.
+    Attributes:
+      length: in tokens.
+      at: first token, in the group's rows one after the other.
+      branch: 0 for a prompt, side + 1.
+      position: of the first token.
     """
-    capacity = -(-len(trained) // groups)
-    dealt: list[list[int]] = [[] for _ in range(groups)]
-    loads = [0] * groups
-    for row in sorted(range(len(trained)), key=lambda r: (-trained[r], r)):
-        group = min((g for g in range(groups) if len(dealt[g]) < capacity), key=lambda g: loads[g])
-        dealt[group].append(row)
-        loads[group] += trained[row]
-    return dealt
+
+    length: np.ndarray
+    at: np.ndarray
+    branch: np.ndarray
+    position: np.ndarray
+
+
+def _runs(lengths: Lengths, at: np.ndarray) -> Runs:
+    pairs, pieces = lengths.pieces.shape
+    sides = lengths.inputs.shape[1]
+    prompt = np.broadcast_to(lengths.prompt[:, None, None], (pairs, pieces, 1))
+    length = np.concatenate([prompt, lengths.inputs.reshape(pairs, pieces, -1)], axis=2)
+    branch = np.zeros(length.shape, np.int64)
+    branch[:, :, 1:] = np.arange(1, sides + 1).reshape(pieces, -1)
+    position = np.where(branch > 0, lengths.prompt[:, None, None], 0)
+    return Runs(length, at.reshape(pairs, pieces, 1) + np.cumsum(length, axis=2) - length, branch, position)
 
 
 class Plan(NamedTuple):
-    """Where every piece of a batch goes: for each group, its rows, each a list of piece numbers."""
+    """Where every piece of a micro-batch goes, and what that takes.
 
-    pieces: list[Piece]
+    Attributes:
+      groups: for each group its rows, each a list of piece numbers, `pair * pieces + piece`.
+      at: [N pieces], first token of each piece in its group's rows one after the other.
+      group: [N pieces].
+      segment: [N pieces], in the piece's row, from 1.
+      tiles: for each group [tiles, 2], the (query block, key block) that hold something to attend to, in order; blocks
+        of TILE tokens count through the group's rows.
+      shape: what the fullest group needs.
+    """
+
     groups: list[list[list[int]]]
+    at: np.ndarray
+    group: np.ndarray
+    segment: np.ndarray
+    tiles: list[np.ndarray]
+    shape: Shape
 
-    def needs(self) -> tuple[int, int]:
-        """(rows, trained tokens) of the fullest group."""
-        trained = [sum(len(self.pieces[p].target) for row in group for p in row) for group in self.groups]
-        return max(len(group) for group in self.groups), max(trained)
 
-
-def make_plan(pairs: Sequence[Pair], length: int, groups: int, layout: Layout) -> Plan:
-    """Chooses row and group of every piece of a batch.
+def make_plan(lengths: Lengths, groups: int, row_length: int | None = None) -> Plan:
+    """Chooses group, row and place of every piece of a micro-batch.
 
     Args:
-      pairs: of one micro-batch.
-      length: of a row.
+      lengths: of its pairs.
       groups: G, one for each data-parallel shard.
-      layout: what to lay out.
+      row_length: tokens in a row; None gives each group one row, as long as it takes.
 
     Returns:
       The plan, a function of its arguments alone.
     """
-    pieces = [piece for number, pair in enumerate(pairs) for piece in pieces_of(pair, number, layout)]
-    rows = fill_rows([len(piece.tokens) for piece in pieces], length)
-    trained = [sum(len(pieces[p].target) for p in row) for row in rows]
-    return Plan(pieces, [[rows[r] for r in group] for group in assign_groups(trained, groups)])
+    sizes, trained = lengths.pieces.reshape(-1), lengths.trained.reshape(-1)
+    if row_length is None:
+        dealt = [[sorted(group)] for group in deal(sizes.tolist(), groups)]
+        row_length = max(int(sizes[row].sum()) for (row,) in dealt)
+    else:
+        rows = fill_rows(sizes.tolist(), row_length)
+        loads = [int(trained[row].sum()) for row in rows]
+        dealt = [[rows[r] for r in group] for group in deal(loads, groups, -(-len(rows) // groups))]
+    length = round_up(row_length, TILE)
+    at, group_of, segment = np.zeros((3, len(sizes)), np.int64)
+    for number, group in enumerate(dealt):
+        for r, row in enumerate(group):
+            at[row] = r * length + np.cumsum(sizes[row]) - sizes[row]
+            group_of[row], segment[row] = number, np.arange(1, len(row) + 1)
+    rows = max(map(len, dealt))
+    tiles = _tiles(_runs(lengths, at), group_of, groups, rows * length // TILE)
+    most = int(np.bincount(group_of, trained, groups).max())
+    return Plan(dealt, at, group_of, segment, tiles, Shape(rows, length, most, max(map(len, tiles))))
 
 
-def mean_tokens(pairs: Iterable[Pair]) -> np.ndarray:
+def _tiles(runs: Runs, group: np.ndarray, groups: int, blocks: int) -> list[np.ndarray]:
+    """The tiles of attention that are not empty, see `Plan`: a token sees its own run and its piece's prompt."""
+    length, at = runs.length.reshape(-1), runs.at.reshape(-1)
+    prompt_at, prompt_length = (np.broadcast_to(x[:, :, :1], x.shape).reshape(-1) for x in (runs.at, runs.length))
+    group = np.repeat(group, runs.length.shape[2])
+    first, last = at // TILE, (at + length - 1) // TILE
+    count = np.where(length > 0, last - first + 1, 0)
+    run, step = _spread(count)
+    query = first[run] + step  # a block with tokens of this run
+    # The blocks that they see: from the start of the run to their own, and those of the prompt.
+    starts = np.concatenate([first[run], prompt_at[run] // TILE])
+    ends = np.concatenate([query, np.minimum(query, (prompt_at + prompt_length - 1)[run] // TILE)])
+    number, step = _spread(ends - starts + 1)
+    code = np.tile(group[run] * blocks + query, 2)[number] * blocks + starts[number] + step
+    code = np.unique(code)
+    bounds = np.searchsorted(code, np.arange(groups + 1) * blocks * blocks)
+    code %= blocks * blocks
+    return [np.stack(np.divmod(code[a:b], blocks), axis=1) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+def _spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each of counts[i] copies of i: i, and which copy it is."""
+    number = np.repeat(np.arange(len(counts)), counts)
+    return number, np.arange(len(number)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def mean_tokens(pairs: Sequence[Pair]) -> np.ndarray:
     """[2] float32: weighted mean number of trained (prompt, chosen) tokens a pair."""
-    counts = np.array([[pair.weight, len(pair.prompt) - 1, len(pair.chosen)] for pair in pairs], np.float64)
+    counts = np.array([(pair.weight, len(pair.prompt) - 1, len(pair.chosen)) for pair in pairs], np.float64)
     return (counts[:, :1] * counts[:, 1:]).sum(0).astype(np.float32) / np.float32(counts[:, 0].sum())
 
 
 def lay_out(
-    plan: Plan, shape: Shape, pairs: Sequence[Pair], index: Sequence[int], batch_size: int, means: np.ndarray
+    plan: Plan,
+    shape: Shape,
+    pairs: Sequence[Pair],
+    index: Sequence[int],
+    batch_size: int,
+    means: np.ndarray,
+    lengths: Lengths,
+    layout: Layout,
 ) -> PreferenceBatch:
     """Writes a plan into arrays of a fixed shape.
 
@@ -207,27 +291,50 @@ def lay_out(
       index: each pair's number in its data set.
       batch_size: B.
       means: [2], see `mean_tokens`, over the global batch.
+      lengths, layout: of the pairs.
 
     Returns:
       A `PreferenceBatch` of NumPy arrays.
     """
     groups = len(plan.groups)
+    blocks = shape.rows * shape.length // TILE
+    row, place = np.divmod(plan.at, plan.shape.length)
+    runs = _runs(lengths, row * shape.length + place)
+    group = plan.group.reshape(lengths.pieces.shape)
+
+    # Tokens.
     tokens, segments, branches, positions = np.zeros((4, groups * shape.rows, shape.length), np.int32)
+    length = runs.length.reshape(-1)
+    start = runs.at + group[:, :, None] * (shape.rows * shape.length)
+    run, step = _spread(length)
+    here = start.reshape(-1)[run] + step
+    tokens.reshape(-1)[here] = _joined(_inputs(pair, layout) for pair in pairs)
+    segments.reshape(-1)[here] = np.repeat(plan.segment, runs.length.shape[2])[run]
+    branches.reshape(-1)[here] = runs.branch.reshape(-1)[run]
+    positions.reshape(-1)[here] = runs.position.reshape(-1)[run] + step
+
+    # Trained tokens.
     source, target = np.zeros((2, groups, shape.trained), np.int32)
     slot = np.full((groups, shape.trained), SIDES * batch_size, np.int32)
-    for g, group in enumerate(plan.groups):
-        filled = 0
-        for r, numbers in enumerate(group):
-            row, at = g * shape.rows + r, 0
-            for segment, number in enumerate(numbers, 1):
-                piece = plan.pieces[number]
-                here = slice(at, at + len(piece.tokens))
-                tokens[row, here], segments[row, here] = piece.tokens, segment
-                branches[row, here], positions[row, here] = piece.branches, piece.positions
-                there = slice(filled, filled + len(piece.target))
-                source[g, there] = r * shape.length + at + piece.source
-                target[g, there], slot[g, there] = piece.target, piece.slot
-                at, filled = here.stop, there.stop
+    count, first, of = _targets(lengths, runs, layout)
+    of += SIDES * np.arange(len(pairs)).reshape(-1, 1, 1)
+    owner = np.broadcast_to(group[:, :, None], count.shape).reshape(-1)
+    count = count.reshape(-1)
+    filled = np.zeros(len(count), np.int64)
+    for g in range(groups):
+        mine = owner == g
+        filled[mine] = np.cumsum(count[mine]) - count[mine]
+    run, step = _spread(count)
+    there = (owner * shape.trained + filled)[run] + step
+    source.reshape(-1)[there] = first.reshape(-1)[run] + step
+    target.reshape(-1)[there] = _joined(_outputs(pair, layout) for pair in pairs)
+    slot.reshape(-1)[there] = of.reshape(-1)[run]
+
+    # Attention. Blocks count through rows of another length than the plan's only if there is one row.
+    tiles = np.full((groups, shape.tiles, 2), (blocks, 0), np.int32)
+    for g, mine in enumerate(plan.tiles):
+        tiles[g, : len(mine)] = mine
+
     weight, margin, label = np.zeros((3, batch_size), np.float32)
     weight[: len(pairs)] = [pair.weight for pair in pairs]
     margin[: len(pairs)] = [0.0 if math.isnan(pair.margin) else pair.margin for pair in pairs]
@@ -235,36 +342,84 @@ def lay_out(
     numbers = np.full(batch_size, -1, np.int32)
     numbers[: len(pairs)] = index
     return PreferenceBatch(
-        tokens, segments, branches, positions, source, target, slot, weight, margin, label, numbers, means
+        tokens, segments, branches, positions, source, target, slot, tiles, weight, margin, label, numbers, means
     )
 
 
-def _round_up(x: int, multiple: int) -> int:
+def _joined(parts: Iterable[list[np.ndarray]]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.int32), *itertools.chain.from_iterable(parts)])
+
+
+def _inputs(pair: Pair, layout: Layout) -> list[np.ndarray]:
+    """What rows hold of a pair, in the order of `Runs`."""
+    sides = [pair.chosen, pair.rejected] if layout.rejected else [pair.chosen]
+    if not (layout.after or layout.rewards):
+        sides = [side[:-1] for side in sides]
+    return [pair.prompt, *sides] if layout.tree else [part for side in sides for part in (pair.prompt, side)]
+
+
+def _targets(lengths: Lengths, runs: Runs, layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(count, first source, side) of the runs of trained tokens, [N, pieces, runs] each, in the order of `_outputs`."""
+    pairs, pieces = lengths.pieces.shape
+    responses = lengths.responses.reshape(pairs, pieces, -1)
+    ends = runs.at[:, :, 0] + runs.length[:, :, 0] - 1  # of the prompts
+    parts = []
+    if layout.prompt:
+        counts = np.zeros((pairs, pieces), np.int64)
+        counts[:, 0] = lengths.prompt - 1  # only one copy of the prompt is trained on
+        parts.append((counts, runs.at[:, :, 0], np.full((1, pieces), PROMPT)))
+    for side in range(responses.shape[2]):
+        count, at = responses[:, :, side], runs.at[:, :, side + 1]
+        name = runs.branch[:1, :, side + 1] - 1
+        one = np.minimum(count, 1)
+        if not layout.rewards:
+            # The first token of each response is predicted from the last prompt token, the others from their
+            # predecessor.
+            parts += [(one, ends, name), (count - one, at, name)]
+        if layout.after or layout.rewards:
+            parts.append((one, at + count - 1, name if layout.rewards else AFTER_CHOSEN + name))
+    stacked = [
+        np.stack([np.broadcast_to(x, (pairs, pieces)) for x in column], axis=2) for column in zip(*parts, strict=True)
+    ]
+    return tuple(stacked)
+
+
+def _outputs(pair: Pair, layout: Layout) -> list[np.ndarray]:
+    """The targets of a pair, in the order of `_targets`."""
+    out = []
+    for side, response in ((CHOSEN, pair.chosen), (REJECTED, pair.rejected))[: 1 + layout.rejected]:
+        if layout.prompt and side == CHOSEN:
+            out.append(pair.prompt[1:])
+        if not layout.rewards:
+            out.append(response)
+        if layout.after or layout.rewards:
+            out.append(response[-1:])
+    return out
+
+
+def round_up(x: int, multiple: int) -> int:
+    """The least multiple that is at least x."""
     return -(-x // multiple) * multiple
 
 
 def choose_shapes(
-    pairs: Sequence[Pair],
+    lengths: Lengths,
     batch_size: int,
+    trials: Sequence[Sequence[np.ndarray]],
     *,
     groups: int = 1,
-    layout: Layout = Layout(),
     row_length: int | None = None,
-    trials: int = 48,
 ) -> tuple[Shape, ...]:
     """A few shapes such that almost every batch of these pairs fits closely in one, and every batch fits in the last.
 
-    Packs `trials` batches drawn at random and takes the median, the 90th percentile and the maximum of what they
-    needed;
-    the last shape holds the longest pairs all at once. So at most four programs are compiled, whatever the data.
-
     Args:
-      pairs: the data set.
+      lengths: of the data set.
       batch_size: pairs in a (micro-)batch.
+      trials: lists of such batches, drawn as they will be. The median of what the first list's need is a shape, and of
+        each list the most; another holds the longest pairs all at once. So at most len(trials) + 2 programs are
+        compiled, whatever the data.
       groups: G.
-      layout: what is laid out.
-      row_length: tokens in a row; None takes the longest piece's, or twice or four times that where it is cheaper.
-      trials: batches to try.
+      row_length: tokens in a row; None gives each group one row, as long as it takes.
 
     Returns:
       Shapes in increasing order.
@@ -272,40 +427,37 @@ def choose_shapes(
     Raises:
       UserError: a piece is longer than `row_length`.
     """
-    sizes = [[(len(p.tokens), len(p.target)) for p in pieces_of(pair, 0, layout)] for pair in pairs]
-    longest = max(tokens for pieces in sizes for tokens, _ in pieces)
+    longest = int(lengths.pieces.max())
     if row_length is not None and longest > row_length:
         raise UserError(
             f"data.row_length={row_length} is shorter than the longest pair, {longest} tokens with both sides"
         )
-    per_pair = max(len(pieces) for pieces in sizes)
     # A batch that spans two epochs may hold a pair twice, so the worst is the longest pair all over.
-    most = batch_size * max(sum(trained for _, trained in pieces) for pieces in sizes)
-    rng = np.random.default_rng(0)
-    drawn = [rng.choice(len(pairs), batch_size, replace=len(pairs) < batch_size) for _ in range(trials)]
-
-    def shapes_of(length: int) -> tuple[float, tuple[Shape, ...]]:
-        """(mean cost of the trial batches, shapes) with rows of this length."""
-        wanted = np.array([make_plan([pairs[i] for i in batch], length, groups, layout).needs() for batch in drawn])
-        widest = Shape(-(-batch_size * per_pair // groups), length, _round_up(most, TRAINED_MULTIPLE))
-        shapes = []
-        for quantile in (0.5, 0.9, 1.0):
-            rows, trained = (int(x) for x in np.quantile(wanted, quantile, axis=0, method="higher"))
-            shapes.append(Shape(rows, length, min(_round_up(trained, TRAINED_MULTIPLE), widest.trained)))
-        shapes = tuple(dict.fromkeys([*shapes, widest]))
-        computed = np.mean([_smallest(shapes, *need).rows for need in wanted]) * length
-        return computed * (1 + length / LONG_ROW), shapes
-
-    if row_length is not None:
-        return shapes_of(row_length)[1]
-    lengths = (_round_up(longest * times, ROW_MULTIPLE) for times in (1, 2, 4))
-    return min(map(shapes_of, lengths))[1]
+    pieces = -(-batch_size * lengths.pieces.shape[1] // groups)
+    blocks = -(-longest // TILE) + 1
+    all_trained = batch_size * int(lengths.trained.sum(1).max())
+    tiles = pieces * blocks * (blocks + 1) // 2
+    # Of n pieces in g groups one may get more than its share, where others are lighter.
+    share = (batch_size * int(lengths.pieces.sum(1).max())) // groups + longest
+    rows = (1, round_up(share, TILE)) if row_length is None else (pieces, round_up(row_length, TILE))
+    widest = Shape(*rows, all_trained, tiles if row_length else batch_size * lengths.pieces.shape[1] * blocks**2)
+    shapes = []
+    for number, batches in enumerate(trials):
+        needs = np.array([make_plan(lengths.of(batch), groups, row_length).shape for batch in batches])
+        for quantile in (0.5, 1.0) if number == 0 else (1.0,):
+            shapes.append(_rounded(np.quantile(needs, quantile, axis=0, method="higher"), widest))
+    return tuple(dict.fromkeys([*shapes, _rounded(widest, widest)]))
 
 
-def _smallest(shapes: Sequence[Shape], rows: int, trained: int) -> Shape:
-    fitting = [shape for shape in shapes if shape.rows >= rows and shape.trained >= trained]
+def _rounded(need: Sequence[int], widest: Shape) -> Shape:
+    rows, length, trained, tiles = (int(min(x, most)) for x, most in zip(need, widest, strict=True))
+    return Shape(rows, length, round_up(trained, TRAINED_MULTIPLE), round_up(tiles, TILES_MULTIPLE))
+
+
+def _smallest(shapes: Sequence[Shape], need: Shape) -> Shape:
+    fitting = [shape for shape in shapes if all(np.greater_equal(shape, need))]
     if not fitting:  # an iterator would take a StopIteration for the end of the data
-        raise ValueError(f"{rows} rows with {trained} trained tokens fit none of {shapes}")
+        raise ValueError(f"{need} fits none of {shapes}")
     return fitting[0]
 
 
@@ -318,6 +470,7 @@ def pack(
     micro_steps: int = 1,
     groups: int = 1,
     layout: Layout = Layout(),
+    row_length: int | None = None,
     means: np.ndarray | None = None,
 ) -> PreferenceBatch:
     """Packs exactly `batch_size` pairs into `micro_steps` parts of one shape, the smallest that holds them.
@@ -330,6 +483,7 @@ def pack(
       micro_steps: M.
       groups: G.
       layout: what to lay out.
+      row_length: as `choose_shapes` was given it.
       means: as in `lay_out`; None computes it from these pairs.
 
     Returns:
@@ -337,11 +491,12 @@ def pack(
     """
     share = batch_size // micro_steps
     means = mean_tokens(pairs) if means is None else means
-    parts = [slice(m * share, (m + 1) * share) for m in range(micro_steps)]
-    plans = [make_plan(pairs[part], shapes[0].length, groups, layout) for part in parts]
-    rows, trained = (max(need) for need in zip(*(plan.needs() for plan in plans), strict=True))
-    shape = _smallest(shapes, rows, trained)
+    lengths = lengths_of(pairs, layout)
+    parts = [np.arange(m * share, min((m + 1) * share, len(pairs))) for m in range(micro_steps)]
+    plans = [make_plan(lengths.of(part), groups, row_length) for part in parts]
+    shape = _smallest(shapes, Shape(*np.max([plan.shape for plan in plans], axis=0)))
     micro = [
-        lay_out(plan, shape, pairs[part], index[part], share, means) for plan, part in zip(plans, parts, strict=True)
+        lay_out(plan, shape, [pairs[i] for i in part], [index[i] for i in part], share, means, lengths.of(part), layout)
+        for plan, part in zip(plans, parts, strict=True)
     ]
     return PreferenceBatch(*(np.stack(arrays) for arrays in zip(*(m[:-1] for m in micro), strict=True)))

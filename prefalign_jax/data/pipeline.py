@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
@@ -12,8 +13,11 @@ import grain
 import jax
 import numpy as np
 
-from prefalign_jax.data.packing import Layout, Shape, choose_shapes, mean_tokens, pack
+from prefalign_jax.data.packing import Layout, Lengths, Shape, choose_shapes, deal, lengths_of, mean_tokens, pack
 from prefalign_jax.types import Pair, PairLogps, PreferenceBatch, UserError
+
+STRETCH = 4096  # pairs dealt to batches at once
+TRIALS = 48  # batches that shapes are chosen by
 
 
 class PairSet(NamedTuple):
@@ -25,7 +29,9 @@ class PairSet(NamedTuple):
       micro_steps: M.
       groups: G.
       layout: what is laid out of a pair.
+      lengths: of the pairs, under the layout.
       shapes: the few shapes a batch may have.
+      row_length: of packed rows; None gives each group one row, as long as it takes.
       reference: cached reference log-probabilities, each [len(pairs)], or None.
     """
 
@@ -34,7 +40,9 @@ class PairSet(NamedTuple):
     micro_steps: int
     groups: int
     layout: Layout
+    lengths: Lengths
     shapes: tuple[Shape, ...]
+    row_length: int | None = None
     reference: PairLogps | None = None
 
 
@@ -47,15 +55,33 @@ def make_pair_set(
     layout: Layout = Layout(),
     row_length: int | None = None,
 ) -> PairSet:
-    """Chooses the shapes for these pairs; see `packing.choose_shapes`.
+    """Chooses the shapes for these pairs, by batches as `train_batches` balances them and by others.
+
+    Args:
+      pairs, batch_size, micro_steps, groups, layout: see `PairSet`.
+      row_length: see `PairSet`; a model that is not `tiled` is better off with rows of a few hundred tokens, as its
+        attention costs L^2.
 
     Raises:
       UserError: there are no pairs, or one is longer than `row_length`.
     """
     if not pairs:
         raise UserError("no pairs to batch: every record was dropped")
-    shapes = choose_shapes(pairs, batch_size // micro_steps, groups=groups, layout=layout, row_length=row_length)
-    return PairSet(pairs, batch_size, micro_steps, groups, layout, shapes)
+    lengths, share = lengths_of(pairs, layout), batch_size // micro_steps
+    rng = np.random.default_rng(0)
+    some = rng.permutation(len(pairs))[:STRETCH]
+    random = [rng.choice(len(pairs), share, replace=len(pairs) < share) for _ in range(TRIALS)]
+    dealt = [some[batch] for batch in balanced(lengths.of(some), share)[:TRIALS]]
+    trials = [dealt, random] if dealt else [random]
+    shapes = choose_shapes(lengths, share, trials, groups=groups, row_length=row_length)
+    return PairSet(pairs, batch_size, micro_steps, groups, layout, lengths, shapes, row_length)
+
+
+def balanced(lengths: Lengths, size: int) -> list[np.ndarray]:
+    """Deals pairs to batches of exactly `size` that hold about as many tokens each; what is left over is left out."""
+    tokens = lengths.pieces.sum(1)
+    count = len(tokens) // size
+    return [np.array(batch) for batch in deal(tokens[: count * size].tolist(), count, size)] if count else []
 
 
 def batch_of(data: PairSet, index: np.ndarray, means: np.ndarray | None = None) -> PreferenceBatch:
@@ -77,6 +103,7 @@ def batch_of(data: PairSet, index: np.ndarray, means: np.ndarray | None = None) 
         micro_steps=data.micro_steps,
         groups=data.groups,
         layout=data.layout,
+        row_length=data.row_length,
         means=means,
     )
     if data.reference is None:
@@ -140,26 +167,54 @@ def digest_of(pairs: Sequence[Pair]) -> str:
     return digest.hexdigest()
 
 
-def train_batches(data: PairSet, *, seed: int, shuffle: bool, start: int, stop: int) -> Iterator[PreferenceBatch]:
+def train_batches(
+    data: PairSet, *, seed: int, shuffle: bool, start: int, stop: int, balance: bool | None = None
+) -> Iterator[PreferenceBatch]:
     """Batches start, start + 1, ..., stop - 1 of an endless stream of epochs, each shuffled anew.
 
     Batch n is a function of (pairs, seed, n), so a run resumes by its step alone. Batches span epochs: each holds
     exactly `batch_size` pairs.
+
+    A stretch of the shuffled stream is dealt to its batches so that all hold about as many tokens (`balanced`): rows
+    are then full, and one compiled program fits. Every pair still comes once an epoch, with others at random but for
+    that a long one meets shorter ones.
 
     Args:
       data: the pairs.
       seed: of the order.
       shuffle: False keeps the order of the file in every epoch.
       start, stop: steps.
+      balance: deal; False takes pairs as they come, None does as `shuffle`.
 
     Returns:
       An iterator that packs ahead in a thread.
     """
-    order = grain.MapDataset.source(range(len(data.pairs))).seed(seed)
+    pairs = len(data.pairs)
+    order = grain.MapDataset.source(range(pairs)).seed(seed)
     if shuffle:
         order = order.shuffle()
-    epochs = 1 + stop * data.batch_size // len(data.pairs)  # endless would overflow Grain's lengths
-    batches = order.repeat(epochs).batch(data.batch_size).map(lambda index: batch_of(data, index))
+    order = order.repeat(1 + stop * data.batch_size // pairs)  # endless would overflow Grain's lengths
+    size, micro_steps = data.batch_size, data.micro_steps
+
+    @functools.lru_cache(maxsize=2)
+    def stretch(begin: int, end: int) -> list[np.ndarray]:
+        """Batches begin ... end - 1, dealt."""
+        numbers = np.array([order[slot] for slot in range(begin * size, end * size)])
+        micro = balanced(data.lengths.of(numbers), size // micro_steps)
+        # The heaviest pairs went to the first ones: those come in any order.
+        micro = [numbers[micro[i]] for i in np.random.default_rng((seed, begin)).permutation(len(micro))]
+        return [np.concatenate(micro[i : i + micro_steps]) for i in range(0, len(micro), micro_steps)]
+
+    def numbers_of(step: int) -> np.ndarray:
+        epoch = step * size // pairs
+        first, after = -(-epoch * pairs // size), (epoch + 1) * pairs // size  # the batches that lie in one epoch
+        if not (shuffle if balance is None else balance) or not first <= step < after:
+            return np.array([order[slot] for slot in range(step * size, (step + 1) * size)])
+        most = max(1, STRETCH // size)
+        begin = first + (step - first) // most * most
+        return stretch(begin, min(begin + most, after))[step - begin]
+
+    batches = grain.MapDataset.source(range(stop)).map(lambda step: batch_of(data, numbers_of(step)))
     # Slicing before iteration is what makes resuming cost nothing.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     return iter(batches.slice(slice(start, stop)).to_iter_dataset(options))

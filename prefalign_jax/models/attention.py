@@ -1,11 +1,15 @@
-"""Attention over packed tree rows: who sees whom, and the grouped-query product."""
+"""Attention over packed tree rows: who sees whom, and the grouped-query product, dense or tile by tile."""
 
 from __future__ import annotations
+
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from prefalign_jax.models.dropout import drop
+from prefalign_jax.types import TILE
 
 
 def tree_mask(segments: jax.Array, branches: jax.Array) -> jax.Array:
@@ -69,3 +73,112 @@ def attend(
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = drop(jax.nn.softmax(scores, axis=-1).astype(v.dtype), dropout, key)
     return jnp.einsum("rkgij,rjkd->rikgd", weights, v).reshape(rows, length, heads, dim)
+
+
+class Tiles(NamedTuple):
+    """The parts of the [L, L] matrix of who sees whom that are not empty, TILE by TILE tokens each.
+
+    Attributes:
+      query, key: [G, A] int32, blocks of TILE tokens, counted through the rows of a group; a query block beyond the
+        last marks filler.
+      mask: [G, A, TILE, TILE] bool.
+      distance: [G, A, TILE, TILE] int32, of positions, for layers with a window.
+    """
+
+    query: jax.Array
+    key: jax.Array
+    mask: jax.Array
+    distance: jax.Array
+
+
+def tree_tiles(tiles: jax.Array, segments: jax.Array, branches: jax.Array, positions: jax.Array) -> Tiles:
+    """`tree_mask` where it is not empty; padding sees nothing.
+
+    Args:
+      tiles: [G, A, 2] int32 as in `PreferenceBatch`.
+      segments, branches, positions: [R, L] int32.
+
+    Returns:
+      The `Tiles`.
+    """
+    groups = tiles.shape[0]
+    query, key = tiles[..., 0], tiles[..., 1]
+    blocks = segments.reshape(groups, -1, TILE).shape[1]
+    order = jnp.broadcast_to(jnp.arange(blocks * TILE).reshape(blocks, TILE), (groups, blocks, TILE))
+
+    def pair(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = x.reshape(groups, blocks, TILE)
+        return _blocks(x, query)[..., :, None], _blocks(x, key)[..., None, :]
+
+    (segment, other_segment), (branch, other_branch), (place, other_place), (at, other_at) = map(
+        pair, (segments, branches, order, positions)
+    )
+    mask = (segment == other_segment) & (segment > 0) & (place >= other_place)
+    return Tiles(query, key, mask & ((other_branch == 0) | (branch == other_branch)), at - other_at)
+
+
+def _blocks(x: jax.Array, index: jax.Array) -> jax.Array:
+    """[G, blocks, ...] and [G, A] -> [G, A, ...]."""
+    return jax.vmap(lambda one, at: jnp.take(one, at, axis=0, mode="clip"))(x, index)
+
+
+def tiled_attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    tiles: Tiles,
+    *,
+    window: jax.Array | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """As `attend`, computed where there is something to see: tiles of scores, their softmax joined by query block.
+
+    The backward pass computes the scores again, so a layer keeps no more than its q, k and v.
+
+    Args:
+      q: [R, L, heads, d], L a multiple of TILE.
+      k, v: [R, L, kv_heads, d].
+      tiles: who sees whom.
+      window: [] int32, positions that a token sees, itself included; 0 or None for all.
+      scale, softcap, dropout, key: as in `attend`.
+
+    Returns:
+      [R, L, heads, d] in q's type; 0 where a token sees nothing.
+    """
+    rows, length, heads, dim = q.shape
+    groups, kv_heads = tiles.query.shape[0], k.shape[2]
+    share, blocks = heads // kv_heads, rows * length // groups // TILE
+
+    def by_block(x: jax.Array) -> jax.Array:
+        """[R, L, h, d] -> [G, blocks, kv_heads, h / kv_heads * TILE, d], of which whole blocks are multiplied."""
+        x = x.reshape(groups, blocks, TILE, kv_heads, -1, dim).transpose(0, 1, 3, 4, 2, 5)
+        return x.reshape(groups, blocks, kv_heads, -1, dim)
+
+    def by_query(values: jax.Array) -> jax.Array:
+        """Sums over the tiles of each query block."""
+        total = functools.partial(jax.ops.segment_sum, num_segments=blocks, indices_are_sorted=True)
+        return jax.vmap(total)(values, tiles.query)
+
+    @jax.checkpoint
+    def attended(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        q, k, v = _blocks(q, tiles.query), _blocks(k, tiles.key), _blocks(v, tiles.key)
+        scores = jnp.einsum("gnkad,gnkcd->gnkac", q, k, preferred_element_type=jnp.float32)
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
+        mask = tiles.mask if window is None else tiles.mask & ((window == 0) | (tiles.distance < window))
+        mask = jnp.broadcast_to(mask[:, :, None, None], (*scores.shape[:3], share, TILE, TILE)).reshape(scores.shape)
+        top = jnp.where(mask, scores, jnp.finfo(jnp.float32).min).max(-1)
+        most = functools.partial(jax.ops.segment_max, num_segments=blocks, indices_are_sorted=True)
+        top = _blocks(jax.vmap(most)(jax.lax.stop_gradient(top), tiles.query), tiles.query)
+        weights = jnp.where(mask, jnp.exp(jnp.where(mask, scores - top[..., None], 0.0)), 0.0)
+        total = by_query(weights.sum(-1))
+        weights = drop(weights, dropout, key).astype(v.dtype)
+        out = by_query(jnp.einsum("gnkac,gnkcd->gnkad", weights, v, preferred_element_type=jnp.float32))
+        return (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(q.dtype)
+
+    q = by_block(q * (dim**-0.5 if scale is None else scale))
+    out = attended(q, by_block(k), by_block(v)).reshape(groups, blocks, kv_heads, share, TILE, dim)
+    return out.transpose(0, 1, 4, 2, 3, 5).reshape(rows, length, heads, dim)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prefalign_jax.models import moe, quantize, rope
-from prefalign_jax.models.attention import attend, tree_mask
+from prefalign_jax.models.attention import Tiles, attend, tiled_attend, tree_mask, tree_tiles
 from prefalign_jax.models.dropout import Dropout, drop, fork
 from prefalign_jax.models.lora import Lora, adapter_shapes, delta, join, stretch
 from prefalign_jax.types import Cached, LanguageModel, Params, UserError
@@ -101,6 +101,32 @@ class DecoderConfig:
         return "embed/embedding" if self.tie_embeddings else "head/kernel"
 
 
+@jax.custom_vjp
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x W, with the gradient of W as x' g.
+
+    Autodiff has it as (g' x)', for which XLA's CPU backend writes g once more, transposed, and with it whatever g is
+    fused with. Differentiable in reverse mode, once.
+
+    Args:
+      x: [..., in].
+      kernel: [in, out].
+
+    Returns:
+      [..., out].
+    """
+    return x @ kernel
+
+
+def _matmul_backward(residuals, g):
+    x, kernel = residuals
+    tokens = tuple(range(x.ndim - 1))
+    return g @ kernel.T, jax.lax.dot_general(x, g, ((tokens, tokens), ((), ())))
+
+
+matmul.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _matmul_backward)
+
+
 class Linear(nnx.Module):
     """x W (+ b), with W cast to x's type."""
 
@@ -121,7 +147,7 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """[..., in] -> [..., out]; the key is of the adapter's dropout."""
         kernel = self.weight(x.dtype)
-        out = x @ kernel
+        out = matmul(x, kernel)
         if hasattr(self, "lora_a"):
             seen = drop(x, self.lora.dropout, key)
             out = out + delta(seen, self.lora_a[...], self.lora_b[...], self.lora.scale)
@@ -142,15 +168,19 @@ class Norm(nnx.Module):
         self.eps, self.unit = config.norm_eps, config.norm == "rms_unit"
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., D]."""
+        """[..., D] -> [..., D]. The backward pass keeps no more than x."""
+        parts = (self.scale[...], *((self.bias[...],) if hasattr(self, "bias") else ()))
+        return jax.checkpoint(self._normed)(x, *parts)
+
+    def _normed(self, x: jax.Array, scale: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         x32 = x.astype(jnp.float32)
-        if hasattr(self, "bias"):
+        if bias is not None:
             x32 = x32 - x32.mean(-1, keepdims=True)
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         if self.unit:  # Gemma's product is in float32
-            return (normed * _broadcast(1.0 + self.scale[...].astype(jnp.float32), normed)).astype(x.dtype)
-        out = normed.astype(x.dtype) * _broadcast(self.scale[...].astype(x.dtype), x)
-        return out + _broadcast(self.bias[...], out) if hasattr(self, "bias") else out
+            return (normed * _broadcast(1.0 + scale.astype(jnp.float32), normed)).astype(x.dtype)
+        out = normed.astype(x.dtype) * _broadcast(scale.astype(x.dtype), x)
+        return out if bias is None else out + _broadcast(bias, out)
 
 
 def _broadcast(vector: jax.Array, like: jax.Array) -> jax.Array:
@@ -161,7 +191,7 @@ class Layer(NamedTuple):
     """What is known of one layer besides its parameters.
 
     Attributes:
-      mask: [R, L, S] bool, who sees whom before the window is taken into account. Without a cache S is L.
+      mask: who sees whom before the window is taken into account: [R, L, S] bool, without a cache S is L; or `Tiles`.
       positions: [R, L] int32.
       cos, sin: [R, L, rotated / 2] float32; 1 and 0 in a layer that does not rotate.
       window: [] int32; 0 for none.
@@ -174,7 +204,7 @@ class Layer(NamedTuple):
       seen: [R, S] int32, the cache's positions.
     """
 
-    mask: jax.Array
+    mask: jax.Array | Tiles
     positions: jax.Array
     cos: jax.Array
     sin: jax.Array
@@ -222,21 +252,17 @@ class Attention(nnx.Module):
                 jax.lax.dynamic_update_slice(old, new, (0, layer.at, 0, 0))
                 for old, new in zip(layer.cache, (k, v), strict=True)
             )
+        options = dict(scale=c.query_scale, softcap=c.attention_softcap)
+        options |= dict(dropout=layer.dropout.attention, key=of_weights)
+        if isinstance(layer.mask, Tiles):
+            out = tiled_attend(q, k, v, layer.mask, window=layer.window if any(c.windows) else None, **options)
+            return self.o(out.reshape(*x.shape[:2], -1), of_output), (k, v)
         mask = layer.mask
         if any(c.windows):
             seen = layer.positions if layer.cache is None else layer.seen
             distance = layer.positions[:, :, None] - seen[:, None, :]
             mask = mask & ((layer.window == 0) | (distance < layer.window))
-        out = attend(
-            q,
-            k,
-            v,
-            mask,
-            scale=c.query_scale,
-            softcap=c.attention_softcap,
-            dropout=layer.dropout.attention,
-            key=of_weights,
-        )
+        out = attend(q, k, v, mask, **options)
         return self.o(out.reshape(*x.shape[:2], -1), of_output), (k, v)
 
 
@@ -264,7 +290,10 @@ class MLP(nnx.Module):
         act = ACTIVATIONS[self.config.activation]
         of_gate, of_up, of_down = fork(key, 3)
         up = self.up(x, of_up)
-        return self.down(act(self.gate(x, of_gate)) * up if self.config.gated else act(up), of_down)
+        # The backward pass computes the activation again from what the products gave: less to keep, and faster.
+        if self.config.gated:
+            return self.down(jax.checkpoint(lambda gate, up: act(gate) * up)(self.gate(x, of_gate), up), of_down)
+        return self.down(jax.checkpoint(act)(up), of_down)
 
 
 class ExpertLinear(nnx.Module):
@@ -381,12 +410,12 @@ class Decoder(nnx.Module):
             self.head = Table(rows, config, "kernel", rngs, param_dtype, config.head_bias)
 
     def __call__(
-        self, tokens, positions, segments, branches, *, dtype, remat: str, dropout: Dropout, key: jax.Array | None
+        self, tokens, positions, segments, branches, *, tiles, dtype, remat: str, dropout: Dropout, key
     ) -> tuple[jax.Array, moe.Routing | None]:
         """Tokens, positions, segments and branches, each [R, L] -> hidden states [R, L, D], routing [layers, E]."""
         c = self.config
         turns, kinds = _rotations(c, positions, segments)
-        mask = tree_mask(segments, branches)
+        mask = tree_mask(segments, branches) if tiles is None else tree_tiles(tiles, segments, branches, positions)
 
         def layer(x, block_and_kind):
             block, kind, window, key = block_and_kind
@@ -530,14 +559,14 @@ def make_decoder(
     def widened(out: jax.Array) -> jax.Array:
         return jnp.concatenate([out, jnp.ones_like(out[..., :1])], axis=-1) if biased else out
 
-    def routed(params: Params, tokens, positions, segments, branches, *, key: jax.Array | None = None):
-        options = dict(dtype=jnp.dtype(dtype), remat=remat, dropout=dropout, key=key)
+    def routed(params: Params, tokens, positions, segments, branches, *, tiles=None, key: jax.Array | None = None):
+        options = dict(tiles=tiles, dtype=jnp.dtype(dtype), remat=remat, dropout=dropout, key=key)
         out, routing = filled(params)(tokens, positions, segments, branches, **options)
         out = widened(out)
         return out, None if routing is None else moe.balance(routing)
 
-    def hidden(params: Params, tokens, positions, segments, branches, *, key: jax.Array | None = None) -> jax.Array:
-        return routed(params, tokens, positions, segments, branches, key=key)[0]
+    def hidden(params: Params, tokens, positions, segments, branches, **options: jax.Array | None) -> jax.Array:
+        return routed(params, tokens, positions, segments, branches, **options)[0]
 
     def head(params: Params) -> jax.Array:
         group, name = config.head_path.split("/")
@@ -573,5 +602,6 @@ def make_decoder(
         routed=routed if config.num_experts else None,
         join=join if lora else None,
         drops=dropout != Dropout() or (lora is not None and lora.dropout > 0),
+        tiled=True,
         cached=Cached(prepare, init_cache, extend),
     )
