@@ -47,7 +47,7 @@ def distinct(samples: Sequence[Sequence[Hashable]], n: int) -> float:
       >>> distinct(["a b a".split(), "a b".split()], 1), distinct(["a b a".split(), "a b".split()], 2)
       (0.4, 0.6666666666666666)
     """
-    counts = sum((n_grams(sample, n) for sample in samples), collections.Counter())
+    counts = collections.Counter(itertools.chain.from_iterable(n_grams(sample, n).elements() for sample in samples))
     return len(counts) / counts.total() if counts else 0.0
 
 

@@ -135,7 +135,8 @@ def _pull_back(hidden, head, chunk, softcap, d_logits):
         d = d.astype(hidden.dtype)
         accumulate = dict(preferred_element_type=d_hidden.dtype)
         d_hidden = d_hidden + jnp.einsum("...v,vd->...d", d, rows, **accumulate)
-        d_rows = jnp.einsum("...v,...d->vd", d, hidden, **accumulate)
+        # hidden' d and then transposed: as d' hidden, XLA's CPU backend would compute all of d again, transposed.
+        d_rows = jnp.einsum("...d,...v->dv", hidden, d, **accumulate).T
         old = jax.lax.dynamic_slice_in_dim(d_head, start, columns)
         return (d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, old + d_rows, start, 0)), None
 
