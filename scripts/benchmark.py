@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,10 +22,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
+import tokenizers
 from safetensors.numpy import save_file
 
 from prefalign_jax import cli
-from prefalign_jax.data.pipeline import batch_of, make_pair_set
+from prefalign_jax.data.packing import Layout, lengths_of
+from prefalign_jax.data.pipeline import balanced, batch_of, make_pair_set
+from prefalign_jax.data.records import read_records
 from prefalign_jax.files import write_json
 from prefalign_jax.generate import sample
 from prefalign_jax.losses import make_loss
@@ -129,6 +133,189 @@ def decode(
     return found
 
 
+SHAPES = {
+    "tiny": DecoderConfig(512, 64, 128, 2, num_heads=4, num_kv_heads=2, head_dim=16, tie_embeddings=True),
+    "smollm2-135m": DecoderConfig(49152, 576, 1536, 30, num_heads=9, num_kv_heads=3, head_dim=64, tie_embeddings=True),
+    "smollm2-1.7b": DecoderConfig(
+        49152, 2048, 8192, 24, num_heads=32, num_kv_heads=32, head_dim=64, tie_embeddings=True
+    ),
+    "llama-7b": DecoderConfig(32000, 4096, 11008, 32, num_heads=32, num_kv_heads=32, head_dim=128),
+}
+SIDES = Path(__file__).parent / "sides"
+EOS = 0  # of the pairs below
+
+
+def train(
+    *,
+    peer: str = "trl",
+    python: str = sys.executable,
+    loss: str = "dpo",
+    shape: str = "smollm2-135m",
+    lengths: str = "128+128",
+    pairs: int = 4,
+    max_length: int = 512,
+    steps: int = 3,
+    rounds: int = 2,
+    dtype: str = "float32",
+    param_dtype: str = "float32",
+    lora: int = 0,
+    remat: str = "none",
+    peer_remat: str = "none",
+    reference: str = "copy",
+    device: str = "cpu",
+    learning_rate: float = 1e-6,
+) -> dict[str, Any]:
+    """Training steps beside a peer's in turn: the same weights, pairs, precision and optimizer, in separate processes.
+
+    Args:
+      peer: trl, tunix, or ours with another reference: cached, copy.
+      python: the interpreter of the peer's environment; see docs/performance.md.
+      loss: dpo or orpo.
+      shape: of the model, a key of SHAPES; its weights are random.
+      lengths: P+R, tokens of every prompt and response, or a file of preference pairs, whose text is tokenized by a
+        byte-level BPE trained on it, as large as the model's vocabulary.
+      pairs: in a batch.
+      max_length: longer pairs of a file are left out.
+      steps: of each process; the first is not counted, for compilation.
+      rounds: processes of each side.
+      dtype, param_dtype: of the computation and of the weights.
+      lora: rank of adapters, 0 trains all weights.
+      remat, peer_remat: ours, and whether the peer recomputes activations (none or full).
+      reference: copy, or cached: our log-probabilities of the reference, computed before.
+      device: cpu or gpu.
+      learning_rate: of AdamW without weight decay, constant.
+
+    Returns:
+      What was measured, medians over all steps but the first.
+
+    Raises:
+      UserError: a side failed, or the first two losses of the two differ by more than 1e-3.
+    """
+    choose("--shape", shape, SHAPES)
+    choose("--loss", loss, dict.fromkeys(("dpo", "orpo")))
+    choose("--device", device, dict.fromkeys(("cpu", "gpu")))
+    scripts = {"trl": "trl_side.py", "tunix": "tunix_side.py", "cached": "our_side.py", "copy": "our_side.py"}
+    choose("--peer", peer, scripts)
+    if min(pairs, rounds, steps - 1, max_length) < 1:
+        raise UserError("--pairs, --rounds and --max_length must be positive, --steps at least 2")
+    config = SHAPES[shape]
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
+        model, data = Path(scratch) / "model", Path(scratch) / "pairs.json"
+        hf_io.save_params(make_decoder(config).init(jax.random.key(0)), config, model)
+        data.write_text(json.dumps(pairs_for(lengths, config.vocab_size, pairs, steps, max_length)))
+        spec = dict(model=str(model), pairs=str(data), loss=loss, size=pairs, steps=steps, max_length=max_length)
+        spec |= dict(dtype=dtype, param_dtype=param_dtype, lora=lora, learning_rate=learning_rate, eos=EOS)
+        spec |= dict(vocabulary=config.vocab_size, threads=len(os.sched_getaffinity(0)))
+        ours = spec | dict(remat=remat, reference=reference)
+        theirs = spec | dict(remat=peer_remat, reference=peer if peer in ("cached", "copy") else reference)
+        turns: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        for number in range(rounds):
+            first = side(sys.executable, "our_side.py", ours, device)
+            other = side(python if peer in ("trl", "tunix") else sys.executable, scripts[peer], theirs, device)
+            apart = np.abs(np.subtract(first["losses"][:2], other["losses"][:2])).max()
+            if not apart <= 1e-3:
+                both = f"ours {first['losses'][:2]}, {peer} {other['losses'][:2]}"
+                raise UserError(f"the first losses differ, so nothing is compared: {both}")
+            turns.append((first, other))
+            print(f"round {number + 1}: {ratio_of(first, other):.2f}", file=sys.stderr)
+    return comparison(turns, peer, pairs)
+
+
+def ratio_of(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
+    """The peer's time for a step over ours, by the medians of one round."""
+    return float(np.median(theirs["seconds"][1:]) / np.median(ours["seconds"][1:]))
+
+
+def comparison(turns: Sequence[tuple[dict[str, Any], dict[str, Any]]], peer: str, pairs: int) -> dict[str, Any]:
+    """The figures of `train` from what the sides measured in each round."""
+    found: dict[str, Any] = {"device": turns[0][0]["device"]}
+    for name, results in zip(("ours", peer), zip(*turns, strict=True), strict=True):
+        seconds = np.concatenate([one["seconds"][1:] for one in results])
+        found |= {
+            f"{name}, s a step": float(np.median(seconds)),
+            f"{name}, s a step, least": float(seconds.min()),
+            f"{name}, s a step, most": float(seconds.max()),
+            f"{name}, CPU-s a step": float(np.median(np.concatenate([one["cpu_seconds"][1:] for one in results]))),
+            f"{name}, pairs/s": pairs / float(np.median(seconds)),
+            f"{name}, peak memory, GiB": max(one["peak_bytes"] for one in results) / GIB,
+            f"{name}, first step, s": float(np.median([one["seconds"][0] for one in results])),
+        }
+    ours = [one for one, _ in turns]
+    counted = {name: np.concatenate([one[name][1:] for one in ours]) for name in ("tokens", "positions", "trained")}
+    seconds = np.concatenate([one["seconds"][1:] for one in ours])
+    useful = np.concatenate([one["useful_flops"][1:] for one in ours]) / seconds
+    rounds = [ratio_of(*turn) for turn in turns]
+    return found | {
+        "ours, trained tokens/s": float(counted["trained"].sum() / seconds.sum()),
+        "ours, padding, share of positions": float(1 - counted["tokens"].sum() / counted["positions"].sum()),
+        "ours, input wait, share of time": float(
+            np.concatenate([x["wait_seconds"][1:] for x in ours]).sum() / seconds.sum()
+        ),
+        "ours, programs compiled": max(one["programs"] for one in ours),
+        "ours, compilation, s": float(np.median([one["compile_seconds"] for one in ours])),
+        "ours, GFLOP/s on useful tokens": float(np.median(useful) / 1e9),
+        "ours, share of this machine's matmul rate": float(
+            np.median(useful) / np.median([x["matmul_flops"] for x in ours])
+        ),
+        "times as fast, each round": ", ".join(f"{ratio:.2f}" for ratio in rounds),
+        "times as fast": float(np.median(rounds)),
+        "memory, ours over theirs": found["ours, peak memory, GiB"] / found[f"{peer}, peak memory, GiB"],
+        "largest difference of a loss": float(
+            max(np.abs(np.subtract(a["losses"], b["losses"])).max() for a, b in turns)
+        ),
+        "peer's versions": ", ".join(f"{name} {version}" for name, version in turns[0][1]["versions"].items()),
+    }
+
+
+def pairs_for(lengths: str, vocabulary: int, size: int, steps: int, max_length: int) -> dict[str, list[list[int]]]:
+    """Token ids of {prompt, chosen, rejected}, in balanced batches one after the other."""
+    if re.fullmatch(r"\d+\+\d+", lengths):
+        prompt, response = map(int, lengths.split("+"))
+        rng = np.random.default_rng(0)
+
+        def ids(count: int, end: list[int]) -> list[int]:
+            return [*rng.integers(2, vocabulary, count - len(end)).tolist(), *end]
+
+        drawn = [(ids(prompt, []), ids(response, [EOS]), ids(response, [EOS])) for _ in range(size * steps)]
+    else:
+        records, _ = read_records(lengths)
+        texts = [(record.prompt, record.chosen, record.rejected) for record in records]
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=["</s>", "<unk>"])
+        tokenizer.train_from_iterator((text for three in texts for text in three), trainer)
+        encoded = [[one.ids for one in tokenizer.encode_batch(list(three))] for three in texts]
+        drawn = [(prompt, chosen + [EOS], rejected + [EOS]) for prompt, chosen, rejected in encoded]
+        drawn = [x for x in drawn if len(x[0]) + max(len(x[1]), len(x[2])) <= max_length and x[1] != x[2]]
+        lengths_ = lengths_of([Pair(*map(np.array, x)) for x in drawn], Layout())
+        order = np.random.default_rng(0).permutation(len(drawn))
+        batches = balanced(lengths_.of(order), size)
+        dealt = [order[batches[b]] for b in np.random.default_rng(1).permutation(len(batches))]
+        drawn = [drawn[i] for batch in dealt for i in batch]
+    if len(drawn) < size * steps:
+        raise UserError(f"{lengths}: {len(drawn)} pairs of at most {max_length} tokens are not enough")
+    return dict(zip(("prompt", "chosen", "rejected"), map(list, zip(*drawn, strict=True)), strict=True))
+
+
+def side(python: str, script: str, spec: dict[str, Any], device: str) -> dict[str, Any]:
+    """Runs one side in a process of its own; what it measured.
+
+    Raises:
+      UserError: it failed.
+    """
+    environment = {**os.environ, "JAX_PLATFORMS": {"cpu": "cpu", "gpu": "cuda"}[device], "HF_HUB_OFFLINE": "1"}
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    if script != "our_side.py":
+        environment.pop("PYTHONPATH", None)
+    command = [python, str(SIDES / script), json.dumps(spec)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        last = next(iter(done.stderr.strip().splitlines()[-1:]), "no message")
+        raise UserError(f"{script} ended with status {done.returncode}: {last}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 # What is trained -> its adapters, and the bits of the frozen base.
 TRAINED: dict[str, tuple[Lora | None, str | None]] = {
     "all weights": (None, None),
@@ -176,7 +363,12 @@ def memory(*, model: str = "", pairs: int = 16, length: int = 64, remat: str = "
     return out
 
 
-BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {"import": import_, "memory": memory, "decode": decode}
+BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
+    "import": import_,
+    "memory": memory,
+    "decode": decode,
+    "train": train,
+}
 
 
 def shape_of(params: float) -> DecoderConfig:

@@ -41,6 +41,7 @@ LAYERS = {
     "frontier": 4,
     "export": 4,
     "report": 4,
+    "tabular": 4,
     "token_page": 4,
     "train": 4,
     "cli": 5,

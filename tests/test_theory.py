@@ -4,31 +4,27 @@ Three prompts (X), five responses (K) to each. A policy is its logits [X, K]. La
 (x, y, y') is how often the pair y, y' of prompt x is drawn with y preferred, so that a sum takes in both orders.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import expit, log_softmax, logit, softmax, xlogy
 
+from prefalign_jax import tabular
 from prefalign_jax.losses import make_loss
 from prefalign_jax.losses.orpo import log_odds
 from prefalign_jax.types import PairLogps
 
-X, K = 3, 5
-rng = np.random.default_rng(0)
-REWARD = rng.normal(size=(X, K))
-REFERENCE = log_softmax(rng.normal(size=(X, K)), axis=-1)  # log pi_ref
-PROMPTS = softmax(rng.normal(size=X))  # how often each prompt is drawn
-DRAWN = softmax(rng.normal(size=(X, K)), axis=-1)  # what responses are drawn from: not the reference, on purpose
-TOKENS = rng.integers(2, 9, (X, K)).astype(float)  # what compares with a reference must not care
-
-
-def both_orders(preference):
-    """Weights of the pairs from p(y preferred to y') [X, K, K]: two independent draws, alike ones left out."""
-    return PROMPTS[:, None, None] * DRAWN[:, :, None] * DRAWN[:, None, :] * preference * (1 - np.eye(K))
-
-
-BRADLEY_TERRY = expit(REWARD[:, :, None] - REWARD[:, None, :])
+PROBLEM = tabular.make_problem()
+X, K = PROBLEM.reward.shape
+REWARD, REFERENCE, DRAWN = PROBLEM.reward, PROBLEM.reference, PROBLEM.drawn
+both_orders = functools.partial(tabular.both_orders, PROBLEM)
+expected_reward = functools.partial(tabular.expected_reward, PROBLEM)
+divergence = functools.partial(tabular.divergence, PROBLEM)
+frontier = functools.partial(tabular.frontier, PROBLEM)
+BRADLEY_TERRY = tabular.bradley_terry(PROBLEM)
 # One pair of each prompt has a label, always the same: response 0 beats response 1.
 CERTAIN = np.zeros((X, K, K))
 CERTAIN[:, 0, 1] = 1 / X
@@ -42,20 +38,9 @@ def float64():
 
 def population(loss, weights, reference=None):
     """The expected loss as a function of the policy's logits."""
-    x, w, l = np.nonzero(weights)
     # ORPO's P is a mean over tokens: a response's own probability where it has one.
-    tokens = TOKENS if reference is not None else np.ones_like(TOKENS)
-    counts = {"chosen_tokens": tokens[x, w], "rejected_tokens": tokens[x, l]}
-
-    def pairs(logps):
-        return PairLogps(chosen=logps[x, w], rejected=logps[x, l], **counts)
-
-    @jax.jit
-    def expected(theta):
-        losses, _ = loss(pairs(jax.nn.log_softmax(theta)), None if reference is None else pairs(reference))
-        return jnp.vdot(weights[x, w, l], losses)
-
-    return expected
+    tokens = PROBLEM.tokens if reference is not None else np.ones_like(PROBLEM.tokens)
+    return tabular.population(loss, weights, tokens, reference)
 
 
 def minimum(f, shape=(X, K)) -> np.ndarray:
@@ -82,42 +67,13 @@ def minimum(f, shape=(X, K)) -> np.ndarray:
 
 def descend(f, steps: int, rate: float) -> np.ndarray:
     """Log-probabilities [1 + steps, X, K] along gradient descent from the reference."""
-
-    def step(theta, _):
-        theta = theta - rate * jax.grad(f)(theta)
-        return theta, theta
-
-    path = jax.jit(lambda theta: jax.lax.scan(step, theta, length=steps)[1])(REFERENCE)
-    return log_softmax(np.concatenate([REFERENCE[None], path]), axis=-1)
+    return tabular.descend(f, REFERENCE, steps, rate)
 
 
 def margin(logps: np.ndarray, reference: np.ndarray = REFERENCE) -> np.ndarray:
     """h of response 0 over response 1, [..., X]."""
     log_ratios = logps - reference
     return log_ratios[..., 0] - log_ratios[..., 1]
-
-
-def expected_reward(logps: np.ndarray) -> np.ndarray:
-    return np.einsum("x,...xk,xk->...", PROMPTS, np.exp(logps), REWARD)
-
-
-def divergence(logps: np.ndarray) -> np.ndarray:
-    """KL(policy || reference), the mean over prompts."""
-    return np.einsum("x,...xk,...xk->...", PROMPTS, np.exp(logps), logps - REFERENCE)
-
-
-def frontier(kl: np.ndarray) -> np.ndarray:
-    """The most reward any policy has at this divergence: that of the pi_ref exp(r / lambda) / Z which has the same."""
-
-    def tilted(inverse):
-        return log_softmax(REFERENCE + np.asarray(inverse)[..., None, None] * REWARD, axis=-1)
-
-    low, high = np.zeros_like(kl), np.full_like(kl, 1e5)  # of 1 / lambda, in which the divergence increases
-    for _ in range(80):
-        middle = (low + high) / 2
-        short = divergence(tilted(middle)) < kl
-        low, high = np.where(short, middle, low), np.where(short, high, middle)
-    return expected_reward(tilted(high))
 
 
 @pytest.mark.parametrize("beta", [0.1, 2.0])

@@ -1,0 +1,125 @@
+"""One side of `benchmark.py train`: this package's own training step. Reads a specification, prints JSON."""
+
+import json
+import resource
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from prefalign_jax.data.packing import Layout
+from prefalign_jax.data.pipeline import make_pair_set, train_batches
+from prefalign_jax.losses import make_loss
+from prefalign_jax.models import hf_io
+from prefalign_jax.models.decoder import make_decoder
+from prefalign_jax.models.lora import Lora, init_adapters
+from prefalign_jax.reference import compute
+from prefalign_jax.sharding import make_mesh, param_shardings
+from prefalign_jax.train_step import init_state, make_train_step
+from prefalign_jax.types import Pair
+
+
+def pairs_of(path: str) -> list[Pair]:
+    """The pairs that all sides train on, {'prompt': [[...], ...], 'chosen': ..., 'rejected': ...}."""
+    with open(path, encoding="utf-8") as file:
+        sides = json.load(file)
+    return [Pair(*(np.array(ids, np.int32) for ids in three)) for three in zip(*sides.values(), strict=True)]
+
+
+def matmul_rate(dtype: str, size: int = 4096) -> float:
+    """Operations a second of a plain product here: the median of five."""
+    size = size if jax.default_backend() != "cpu" else size // 4
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda x: x @ x)
+    product(x).block_until_ready()
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        product(x).block_until_ready()
+        times.append(time.perf_counter() - began)
+    return 2 * size**3 / float(np.median(times))
+
+
+def main() -> None:
+    """Trains a few steps."""
+    spec = json.loads(sys.argv[1])
+    compiled: list[float] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: compiled.append(seconds) if name.endswith("backend_compile_duration") else None
+    )
+    config = hf_io.load_config(spec["model"])
+    lora = Lora(rank=spec["lora"]) if spec["lora"] else None
+    model = make_decoder(config, dtype=spec["dtype"], remat=spec["remat"], lora=lora)
+    mesh = make_mesh({"data": 1})
+    shardings = param_shardings(mesh, jax.eval_shape(model.init, jax.random.key(0)))
+    stored = spec["param_dtype"]
+    params = hf_io.load_params(spec["model"], config, dtype=stored, shardings=shardings)
+    # ORPO as TRL computes it: the NLL of prompt and chosen response, over all tokens of the batch.
+    as_trl = {"nll_over": "prompt+chosen", "nll_mean": "batch"} if spec["loss"] == "orpo" else {}
+    loss = make_loss(spec["loss"], **as_trl)
+    pairs = pairs_of(spec["pairs"])
+    used = spec["steps"] * spec["size"]
+    layout = Layout(prompt="prompt" in loss.needs)
+    data = make_pair_set(pairs, spec["size"], layout=layout)  # shapes are those of the whole set
+    data = data._replace(pairs=pairs[:used], lengths=data.lengths.of(np.arange(used)))
+    frozen = None
+    if "reference" in loss.needs:
+        if spec["reference"] == "cached":
+            data = data._replace(reference=compute(model, params, data, mesh=mesh))
+        else:
+            frozen = params if lora else jax.tree.map(jnp.copy, params)
+    if lora:
+        frozen = params
+        params = init_adapters(jax.random.key(0), params, lora, "float32")
+        params = jax.device_put(params, param_shardings(mesh, params))
+    optimizer = optax.adamw(spec["learning_rate"], weight_decay=0.0)
+    step = make_train_step(model, loss, optimizer, mesh)
+    state = init_state(params, optimizer, mesh, frozen)
+    del params
+    programs = len(compiled)
+    losses, seconds, cpu, waits, tokens, trained, positions = [], [], [], [], [], [], []
+    batches = train_batches(data, seed=0, shuffle=False, start=0, stop=spec["steps"])
+    for _ in range(spec["steps"]):
+        began, cpu_began = time.perf_counter(), time.process_time()
+        batch = next(batches)
+        waits.append(time.perf_counter() - began)
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+        seconds.append(time.perf_counter() - began)
+        cpu.append(time.process_time() - cpu_began)
+        tokens.append(int(np.count_nonzero(batch.segments)))
+        positions.append(batch.segments.size)
+        trained.append(int(data.lengths.trained[batch.index.reshape(-1)].sum()))
+    # 2 operations a parameter and token: forward 1, backward 2 units; the frozen reference one more, adapters none for
+    # the kernels' gradients. The head counts on trained tokens alone, attention and what is padding not at all.
+    leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(model.init, jax.random.key(0)))
+    body = sum(x.size for path, x in leaves if "layers" in jax.tree_util.keystr(path))
+    units = (2 if lora else 3) + (1 if frozen is not None and "reference" in loss.needs else 0)
+    head = config.vocab_size * config.hidden_size
+    useful = [2 * units * (body * t + head * n) for t, n in zip(tokens, trained, strict=True)]
+    device = jax.local_devices()[0].memory_stats() or {}
+    peak = device.get("peak_bytes_in_use") or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = {
+        "losses": losses,
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "wait_seconds": waits,
+        "peak_bytes": peak,
+        "tokens": tokens,
+        "positions": positions,
+        "trained": trained,
+        "programs": sum(s > 0.1 for s in compiled[programs:]),
+        "compile_seconds": sum(compiled),
+        "useful_flops": useful,
+        "matmul_flops": matmul_rate(spec["dtype"]),
+        "versions": {"jax": jax.__version__},
+        "device": jax.local_devices()[0].device_kind,
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
