@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 import traceback
@@ -18,6 +17,7 @@ from ml_collections import ConfigDict, config_flags
 
 from prefalign_jax.config import resolved, validate
 from prefalign_jax.data.records import one_line
+from prefalign_jax.files import user_cache
 from prefalign_jax.types import UserError
 
 # What other trainers and habit call a field.
@@ -189,5 +189,4 @@ def _option(argv: Sequence[str], name: str) -> str:
 def _cache_compilations() -> None:
     """Compiled programs outlive the process, unless the user has set a place for them."""
     if not jax.config.jax_compilation_cache_dir:
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(root) / "prefalign_jax" / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(user_cache() / "xla"))

@@ -107,6 +107,8 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     # Of what is trained, and of its moments: float32; bfloat16, which loses updates below 2^-9 of a weight; stored, the
     # type in the file, and float32 for what is in none. A frozen base under adapters always keeps its stored type.
     c.model.param_dtype = "float32"
+    # For bfloat16: round updated weights up or down at random, right on average, and keep float32 moments.
+    c.model.stochastic_rounding = False
     c.model.quantize = maybe(str)  # int8 or nf4: the frozen kernels under adapters (lora.rank)
     c.model.pad_vocabulary = 1  # rows of embedding and head to a multiple of this, without probability, for sharding
     c.model.router_weight = 0.0  # of a mixture of experts' auxiliary loss in the objective; 0.001 to 0.02
@@ -134,6 +136,7 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     c.data.eval_limit = maybe(int)
     c.data.eval_fraction = 0.0  # without eval_path: part of the training prompts that is held out
     c.data.flip_labels = 0.0  # part of the training pairs whose responses are swapped, to study noise in the labels
+    c.data.cache_dir = maybe(str)  # of tokenized data; None is ~/.cache/prefalign_jax/tokens, '' keeps none
     c.data.shuffle = True
     # Deal shuffled pairs to batches so that all hold about as many tokens, which saves padding; None does as shuffle.
     c.data.balance = maybe(bool)
@@ -157,6 +160,7 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     c.on_policy.sharpness = 1.0  # of bradley_terry's labels: sigmoid(sharpness * difference of rewards)
 
     c.log_steps = 10
+    c.profile_steps = maybe(str)  # FIRST:LAST, these steps are traced to WORKDIR/profile, for XProf and Perfetto
     c.eval_steps = maybe(int)  # None evaluates at the start and at the end
     c.save_steps = maybe(int)  # None saves at the end, and when the run is told to stop
     c.checkpoint = ConfigDict()
@@ -256,6 +260,9 @@ def validate(config: ConfigDict, *, complete: bool = True) -> None:
         raise UserError(f"data.eval_fraction={config.data.eval_fraction} must lie in [0, 1)")
     if config.data.balance and not config.data.shuffle:
         raise UserError("data.balance=True deals pairs anew and data.shuffle=False keeps their order; set one of them")
+    if config.model.stochastic_rounding and (config.model.param_dtype != "bfloat16" or config.lora.rank):
+        raise UserError("model.stochastic_rounding is for model.param_dtype=bfloat16 of weights that are trained")
+    profiled(config)
     if not 0 <= config.data.flip_labels < 1:
         raise UserError(f"data.flip_labels={config.data.flip_labels} must lie in [0, 1)")
     if config.data.flip_labels and ("rejected" not in loss.needs or {"label", "margin"} & loss.needs):
@@ -339,6 +346,21 @@ def validate(config: ConfigDict, *, complete: bool = True) -> None:
                     f"{name} is not set; write {what} or a hub name: --config=FILE.py:{name.split('.')[0]}=... "
                     f"or --config.{name}=..."
                 )
+
+
+def profiled(config: ConfigDict) -> range:
+    """The steps that are traced.
+
+    Raises:
+      UserError: profile_steps cannot be read.
+    """
+    if config.profile_steps is None:
+        return range(0)
+    match = re.fullmatch(r"(\d+):(\d+)", config.profile_steps)
+    first, last = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= first <= last:
+        raise UserError(f"profile_steps={config.profile_steps!r}: write FIRST:LAST, two steps counted from 1, as 10:15")
+    return range(first, last + 1)
 
 
 def _flatten(config: ConfigDict, group: str = ""):

@@ -12,6 +12,11 @@ from typing import Any
 from prefalign_jax.types import UserError
 
 
+def user_cache() -> Path:
+    """Where what can be made again is kept between runs: $XDG_CACHE_HOME/prefalign_jax, ~/.cache/prefalign_jax."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prefalign_jax"
+
+
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A file beside its place to write to, which is put there once all went well."""

@@ -177,3 +177,60 @@ def make_optimizer(
     if not 0 < grad_clip < math.inf:
         raise UserError(f"grad_clip={grad_clip!r} is out of range; write a positive number, or None for no clipping")
     return optax.chain(optax.clip_by_global_norm(grad_clip), make(schedule, decay_mask, **hyper))
+
+
+def in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same optimizer with float32 moments and updates, whatever the parameters are stored as.
+
+    Second moments of Adam change by a thousandth in a step, which bfloat16 rounds away.
+    """
+
+    def cast(tree: Params) -> Params:
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    return optax.GradientTransformation(
+        lambda params: optimizer.init(cast(params)),
+        lambda updates, state, params: optimizer.update(cast(updates), state, cast(params)),
+    )
+
+
+def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
+    """float32 -> bfloat16, up or down at random, so that the expectation is x: small updates are not lost on average.
+
+    Args:
+      x: any shape, float32.
+      key: of the draw.
+
+    Returns:
+      bfloat16 of the same shape; what is not finite stays.
+
+    Example:
+      >>> x = jnp.full(10_000, 1 + 2**-10)  # an eighth of the way from 1 to the next bfloat16 number
+      >>> rounded = stochastic_round(x, jax.random.key(0)).astype(jnp.float32)
+      >>> sorted(set(rounded.tolist())), abs(float(rounded.mean()) - (1 + 2**-10)) < 1e-4
+      ([1.0, 1.0078125], True)
+    """
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
+    rounded = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
+
+
+def apply_updates(params: Params, updates: Params, key: jax.Array | None = None) -> Params:
+    """params + updates, in the type that each parameter has.
+
+    Args:
+      params: nested dict.
+      updates: the same.
+      key: with one, bfloat16 parameters are rounded by `stochastic_round`; None rounds to the nearest.
+    """
+    if key is None:
+        return optax.apply_updates(params, updates)
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+
+    def one(leaf: jax.Array, update: jax.Array, key: jax.Array) -> jax.Array:
+        total = leaf.astype(jnp.float32) + update
+        return stochastic_round(total, key) if leaf.dtype == jnp.bfloat16 else total.astype(leaf.dtype)
+
+    return structure.unflatten(map(one, leaves, structure.flatten_up_to(updates), keys))

@@ -179,6 +179,35 @@ def read_mt_bench(answers: str | Path, questions: str | Path) -> list[Sample]:
     return _some(answers, out)
 
 
+def whole_conversations(samples: Iterable[Sample]) -> list[Sample]:
+    """MT-Bench's turns as one sample a conversation, as a judge compares them: all questions, and all answers.
+
+    Two models' second turns answer different conversations, since each holds that model's own first answer; their
+    questions are the same.
+
+    Args:
+      samples: as `read_mt_bench` gives them.
+
+    Returns:
+      The conversations in the same order, their ids those of the questions.
+    """
+    found: list[tuple[str, list[str], list[str], str]] = []
+    for sample in samples:
+        number, _, turn = sample.id.rpartition("/")
+        if turn == "1":
+            found.append((number, [], [], sample.model))
+        found[-1][1].append(sample.prompt[-1]["content"])
+        found[-1][2].append(sample.response)
+
+    def joined(what: str, texts: list[str]) -> str:
+        return texts[0] if len(texts) == 1 else "\n\n".join(f"[{what} {n}]\n{text}" for n, text in enumerate(texts, 1))
+
+    return [
+        Sample(joined("question", asked), joined("answer", answers), model, number)
+        for number, asked, answers, model in found
+    ]
+
+
 def write_mt_bench(path: str | Path, samples: Iterable[Sample]) -> None:
     """Writes samples of one model as MT-Bench answers; their ids must be 'QUESTION/TURN', as `read_mt_bench` gives.
 

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from prefalign_jax import checkpoint, report
-from prefalign_jax.config import duration, given, loss_of, resolved, validate
+from prefalign_jax.config import duration, given, loss_of, profiled, resolved, validate
 from prefalign_jax.data.chat import load_tokenizer, tokenize_records
 from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pipeline import PairSet, digest_of, make_pair_set, mismatched, train_batches
@@ -33,10 +33,11 @@ from prefalign_jax.data.records import (
     read_records,
     split_by_prompt,
 )
+from prefalign_jax.data.token_cache import cached_tokens, token_key
 from prefalign_jax.drawn import draw, measure, scorer_of
 from prefalign_jax.evaluate import evaluate, summary
 from prefalign_jax.export import export, hub_token, push
-from prefalign_jax.files import write_json
+from prefalign_jax.files import user_cache, write_json
 from prefalign_jax.flops import count_flops
 from prefalign_jax.generate import stop_ids
 from prefalign_jax.losses import BoundLoss
@@ -54,13 +55,15 @@ from prefalign_jax.models.lora import Lora, init_adapters, join, merge
 from prefalign_jax.models.peft_io import load_adapters, save_adapters
 from prefalign_jax.models.quantize import quantize_params
 from prefalign_jax.names import did_you_mean
-from prefalign_jax.optim import make_optimizer, make_schedule
+from prefalign_jax.optim import in_float32, make_optimizer, make_schedule
 from prefalign_jax.reference import cache_key, cached, compute, mover, params_digest
 from prefalign_jax.runs import read_metrics
 from prefalign_jax.samples import write_jsonl
 from prefalign_jax.sharding import groups_of, make_mesh, param_shardings
 from prefalign_jax.train_step import init_state, make_eval_step, make_train_step
 from prefalign_jax.types import SIDES, LanguageModel, Pair, PairLogps, Params, PreferenceBatch, UserError
+
+SHOWN = 10_000  # records whose tokenization is too quick to show
 
 
 class Result(NamedTuple):
@@ -167,6 +170,8 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
     warmup = duration(config, "warmup", len(train_pairs)) or 0
     schedule = make_schedule(config.schedule, config.learning_rate, warmup, total)
     optimizer = make_optimizer(plain["optimizer"], schedule, config.grad_clip)
+    if config.model.stochastic_rounding:
+        optimizer = in_float32(optimizer)
     moving = plain["reference"] if config.reference.kind == "moving" else None
     if moving and moving["every"] >= total:
         raise UserError(
@@ -181,6 +186,7 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
         chunk=config.vocabulary_chunk,
         move_reference=moving and mover(moving["mixup"], moving["every"]),
         router_weight=config.model.router_weight,
+        stochastic_rounding=config.model.stochastic_rounding,
         seed=config.seed,
     )
     eval_step = make_eval_step(model, loss, mesh, config.vocabulary_chunk)
@@ -251,10 +257,23 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
     step, means = start, {}
     order = dict(seed=config.seed, shuffle=config.data.shuffle, balance=config.data.balance)
     batches = train_batches(train_set, **order, start=start, stop=total)
-    with stop_requested() as stop:
-        for step, batch in enumerate(batches, start + 1):
+    profile = profiled(config)
+    if profile and profile[-1] > total:
+        raise UserError(f"profile_steps={config.profile_steps!r} ends after the {total} steps of the run")
+    if profile and profile[0] <= start:
+        note(f"profile_steps={config.profile_steps}: passed already, nothing is traced")
+        profile = range(0)
+    with stop_requested() as stop, contextlib.ExitStack() as trace:
+        for step, batch in enumerate(meter.waited(batches), start + 1):
+            if step in profile[:1]:
+                jax.block_until_ready(state)
+                trace.enter_context(jax.profiler.trace(workdir / "profile", create_perfetto_trace=True))
             state, metrics = train_step(state, batch)
             meter.add(batch)
+            if step in profile[-1:]:
+                jax.block_until_ready(state)
+                trace.close()
+                note(f"steps {profile[0]} to {profile[-1]} traced in {workdir / 'profile'}")
             # Step n runs while the host reads step n - 1: the device never waits for logging.
             if waiting:
                 log(*waiting, writer, progress)
@@ -352,9 +371,7 @@ def load_pairs(
         records, held_out = ([ascii_quotes(record) for record in part] for part in (records, held_out))
     pairs, reasons = [], {}
     for part, which in ((records, "training"), (held_out, "held out")):
-        tokenized, counts = tokenize_records(
-            part, tokenizer, max_length=config.max_length, too_long=config.too_long, keep_end=data.keep_end
-        )
+        tokenized, counts = tokenized_pairs(part, tokenizer, config, which)
         pairs.append(tokenized)
         for reason, count in counts.items():
             dropped[which][reason] = dropped[which].get(reason, 0) + count
@@ -370,6 +387,26 @@ def load_pairs(
     if "mismatched" in loss.needs:
         pairs = [part and mismatched(part, config.max_length) for part in pairs]
     return pairs[0], pairs[1], dropped
+
+
+def tokenized_pairs(
+    records: Sequence[Record], tokenizer: Any, config: ConfigDict, which: str
+) -> tuple[list[Pair], dict[str, int]]:
+    """As `tokenize_records`, from the cache if they were tokenized before; many show their progress."""
+    options = dict(max_length=config.max_length, too_long=config.too_long, keep_end=config.data.keep_end)
+    path = None
+    if config.data.cache_dir != "":
+        directory = Path(config.data.cache_dir or user_cache() / "tokens")
+        path = directory / f"{token_key(records, tokenizer, **options)}.npz"
+
+    def make() -> tuple[list[Pair], dict[str, int]]:
+        progress = Progress(len(records), f"{which} record")
+        update = progress.update if len(records) > SHOWN else None
+        out = tokenize_records(records, tokenizer, **options, progress=update)
+        progress.close()
+        return out
+
+    return cached_tokens(path, make)
 
 
 def load_prompts(path: str, limit: int | None) -> list[Text]:
@@ -513,6 +550,7 @@ class Meter:
         """Counts from nothing, from now."""
         self.began = time.monotonic()
         self.steps = self.tokens = self.trained = self.positions = self.flops = 0
+        self.waiting = 0.0
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -521,13 +559,23 @@ class Meter:
         yield
         self.began += time.monotonic() - stopped
 
+    def waited(self, batches: Iterator[PreferenceBatch]) -> Iterator[PreferenceBatch]:
+        """The batches; the time that they are waited for is counted."""
+        while True:
+            began = time.monotonic()
+            batch = next(batches, None)
+            self.waiting += time.monotonic() - began
+            if batch is None:
+                return
+            yield batch
+
     def add(self, batch) -> None:
         """Counts one batch."""
         self.steps += 1
         self.tokens += int(np.count_nonzero(batch.segments))
         self.positions += batch.segments.size
         self.trained += int((batch.slot < SIDES * batch.weight.shape[1]).sum())
-        shapes = batch.tokens.shape, batch.target.shape
+        shapes = batch.tokens.shape, batch.target.shape, batch.tiles.shape
         if shapes not in self.known:
             self.known[shapes] = self.flops_of(batch)
         self.flops += self.known[shapes]
@@ -541,6 +589,7 @@ class Meter:
             "tokens_per_second": self.tokens / seconds,
             "trained_tokens_per_second": self.trained / seconds,
             "packing_efficiency": self.tokens / self.positions,
+            "input_wait": self.waiting / seconds,
             "flops": self.flops,
             **device_memory(),
         }

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from prefalign_jax.logps import VOCABULARY_CHUNK, policy_and_reference_logps, preference_logps
 from prefalign_jax.losses import BoundLoss
 from prefalign_jax.metrics import metric_sums, weighted_sum
+from prefalign_jax.optim import apply_updates
 from prefalign_jax.sharding import batch_shardings, place_batch, state_shardings
 from prefalign_jax.types import LanguageModel, PairLogps, Params, PreferenceBatch, TrainState
 
@@ -93,6 +94,7 @@ def make_train_step(
     chunk: int = VOCABULARY_CHUNK,
     move_reference: Callable[[jax.Array, Params, Params], Params] | None = None,
     router_weight: float = 0.0,
+    stochastic_rounding: bool = False,
     seed: int = 0,
 ) -> Callable[[TrainState, PreferenceBatch], tuple[TrainState, Metrics]]:
     """step(state, batch) -> (state, metrics), jitted with explicit shardings; the state is donated.
@@ -112,8 +114,10 @@ def make_train_step(
       move_reference: (steps done, new parameters, reference) -> new reference; None keeps it frozen.
       router_weight: of a mixture of experts' auxiliary loss in the objective; in any case it is the metric
         router_balance.
-      seed: of the dropout of a model that has some. What is dropped is a function of the seed, the step, the micro-step
-        and the place in the packed rows: a resumed run draws the same, another number of micro-steps does not.
+      stochastic_rounding: of bfloat16 parameters, see `optim.apply_updates`; the optimizer is then `in_float32`.
+      seed: of the rounding, and of the dropout of a model that has some. What is dropped is a function of the seed, the
+        step, the micro-step and the place in the packed rows: a resumed run draws the same, another number of
+        micro-steps does not.
 
     Returns:
       The step; like every jitted function it has `lower`. Its batch has M micro-steps as leading axis; its metrics are
@@ -194,7 +198,8 @@ def make_train_step(
         metrics["grad_norm"] = optax.tree.norm(grads)
         if schedule is not None:
             metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
-        params = optax.apply_updates(state.params, updates)
+        rounding = jax.random.fold_in(jax.random.key(~seed), state.step) if stochastic_rounding else None
+        params = apply_updates(state.params, updates, rounding)
         reference = state.reference
         if move_reference is not None:
             reference = move_reference(state.step + 1, params, reference)

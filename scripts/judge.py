@@ -16,7 +16,14 @@ from prefalign_jax import cli
 from prefalign_jax.data.records import one_line
 from prefalign_jax.judges import endpoint, judge, page, reward_model, rewards, win_rate
 from prefalign_jax.names import check_hyper, choose, hyper_parameters, read_as
-from prefalign_jax.samples import Sample, read_alpaca_eval, read_samples, write_jsonl
+from prefalign_jax.samples import (
+    Sample,
+    read_alpaca_eval,
+    read_mt_bench,
+    read_samples,
+    whole_conversations,
+    write_jsonl,
+)
 from prefalign_jax.types import UserError
 
 
@@ -79,8 +86,10 @@ def make_judge(spec: str, given: Sequence[str], out: Path) -> judge.Judge:
     return make(what, out, **options)
 
 
-def read(path: str) -> list[Sample]:
-    """Our samples, or AlpacaEval's outputs."""
+def read(path: str, questions: str | None) -> list[Sample]:
+    """Our samples, AlpacaEval's outputs, or with a file of questions MT-Bench's answers."""
+    if questions:
+        return whole_conversations(read_mt_bench(path, questions))
     return read_alpaca_eval(path) if path.endswith(".json") else read_samples(path)
 
 
@@ -89,6 +98,7 @@ def main() -> None:
     parser = cli.Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--first", required=True, help="samples of the first model: .jsonl, or .json of AlpacaEval")
     parser.add_argument("--second", required=True, help="samples of the model it is compared with")
+    parser.add_argument("--questions", help="of MT-Bench: --first and --second are answers in its format")
     parser.add_argument("--judge", required=True, help="reward:NAME, model:DIR, endpoint:URL or human:FILE")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the judge; repeatable")
     parser.add_argument("--load", action="append", default=[], metavar="FILE.py", help="adds to rewards.REWARDS")
@@ -99,7 +109,7 @@ def main() -> None:
             runpy.run_path(file)
         except Exception as error:  # a user's own code raises whatever it likes
             raise UserError(f"--load={file}: {type(error).__name__}: {one_line(error)}") from None
-    first, second = read(values.first), read(values.second)
+    first, second = (read(path, values.questions) for path in (values.first, values.second))
     comparisons, dropped = judge.pair_samples(first, second)
     if not comparisons:
         raise UserError(f"{values.first} and {values.second} have no prompt in common: {dropped}")

@@ -14,6 +14,7 @@ _cache = (
     / platform.node()
 )
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache))
+os.environ["XDG_CACHE_HOME"] = str(_cache / "home")  # what runs keep for others is the tests' own
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 * 1024**3))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 

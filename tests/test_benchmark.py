@@ -120,3 +120,47 @@ def test_decoding_beside_transformers(script, tmp_path):
         assert found[f"same tokens, {count} rows"] == 1.0
     with pytest.raises(UserError, match="must be positive"):
         script.decode(rows="0")
+
+
+# Steps beside a peer's
+
+TINY = ["--shape=tiny", "--pairs=2", "--steps=3", "--rounds=1"]
+
+
+def test_a_step_beside_one_with_a_cached_reference(script, tmp_path, capsys):
+    out = tmp_path / "found.json"
+    assert cli.status_of(lambda: script.main(["train", "--peer=cached", "--lengths=20+12", *TINY, f"--out={out}"])) == 0
+    found = json.loads(out.read_text())["found"]
+    assert found["ours, s a step"] > 0 and found["largest difference of a loss"] < 1e-5
+    times = found["cached, s a step"] / found["ours, s a step"]
+    assert found["times as fast"] == pytest.approx(times) and "1: " in capsys.readouterr().err
+    # Two pairs of 20 + 2 (12 - 1) tokens in one row of 128.
+    assert found["ours, padding, share of positions"] == pytest.approx(1 - 2 * 42 / 128)
+    assert found["ours, programs compiled"] >= 1 and found["ours, share of this machine's matmul rate"] < 1
+
+
+def test_losses_that_differ_are_not_compared(script, tmp_path, monkeypatch):
+    measured = iter([[0.69, 0.68], [0.69, 0.66]])
+    monkeypatch.setattr(script, "side", lambda *args: {"losses": next(measured)})
+    with pytest.raises(UserError, match="the first losses differ, so nothing is compared"):
+        script.train(peer="trl", shape="tiny", lengths="8+8", pairs=2)
+
+
+def test_pairs_of_a_file_are_tokenized_dealt_and_ended(script, tmp_path):
+    rows = [{"prompt": "word " * (1 + n % 9), "chosen": "yes " * (1 + n % 5), "rejected": f"no {n}"} for n in range(24)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = script.pairs_for(str(tmp_path / "pairs.jsonl"), 300, 4, 2, 60)
+    assert {len(side) for side in found.values()} == {24}
+    assert all(ids[-1] == script.EOS for name in ("chosen", "rejected") for ids in found[name])
+    loads = [sum(len(found[name][i]) for name in found for i in range(b, b + 4)) for b in range(0, 24, 4)]
+    assert max(loads) < 1.3 * min(loads)
+    with pytest.raises(UserError, match="are not enough"):
+        script.pairs_for(str(tmp_path / "pairs.jsonl"), 300, 4, 7, 60)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("loss", ["dpo", "orpo"])
+def test_trl_and_ours_start_with_the_same_losses(script, loss):
+    pytest.importorskip("trl")
+    found = script.train(peer="trl", loss=loss, lengths="12+8", shape="tiny", pairs=2, steps=3, rounds=1)
+    assert found["largest difference of a loss"] < 1e-4

@@ -859,6 +859,26 @@ def test_the_script_reads_a_persons_verdicts_and_a_reward_of_ones_own(judge_scri
         rewards.REWARDS.pop("shortest", None)
 
 
+def test_the_script_judges_whole_conversations_of_mt_bench(judge_script, tmp_path):
+    questions = [{"question_id": n, "category": "c", "turns": ["Why?", "And then?"][:n]} for n in (1, 2)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    for name, text in (("a", LONG), ("b", SHORT)):
+        rows = [
+            {"question_id": n, "model_id": name, "choices": [{"index": 0, "turns": [text, f"{text} {name}"][:n]}]}
+            for n in (1, 2)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, out, err = judge_script(
+        f"--first={tmp_path / 'a.jsonl'}", f"--second={tmp_path / 'b.jsonl'}", f"--questions={tmp_path / 'q.jsonl'}",
+        "--judge=reward:more_words", f"--out={tmp_path / 'out'}"
+    )  # fmt: skip
+    assert (status, err) == (0, "") and "2, 0, 0 on 2 prompts" in out
+    one, two = (v.comparison for v in read_verdicts(tmp_path / "out" / "verdicts.jsonl"))
+    assert (one.prompt, one.first) == ("Why?", LONG)
+    assert two.prompt == "[question 1]\nWhy?\n\n[question 2]\nAnd then?"
+    assert two.second == f"[answer 1]\n{SHORT}\n\n[answer 2]\n{SHORT} b"
+
+
 def test_the_script_judges_by_a_reward_model(judge_script, files, reward_directory):
     status, out, _ = judge_script(*files, f"--judge=model:{reward_directory[0]}", "--option=batch_size=4")
     assert status == 0 and "on 4 prompts" in out

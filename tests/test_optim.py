@@ -240,3 +240,49 @@ def test_updates_are_pytorchs_own(name):
 def test_mistakes_are_named(call, says):
     with pytest.raises(UserError, match=says):
         call()
+
+
+# bfloat16 parameters
+
+
+def test_stochastic_rounding_is_right_on_average_and_never_further_than_the_next_number():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=500), jnp.float32)
+    drawn = jax.vmap(lambda key: optim.stochastic_round(x, key))(jax.random.split(jax.random.key(0), 2000))
+    assert drawn.dtype == jnp.bfloat16
+    drawn = np.asarray(drawn, np.float64)
+    gap = 2.0 ** (np.floor(np.log2(np.abs(x))) - 7)  # between bfloat16 numbers around x
+    assert (np.abs(drawn - np.float64(x)) < gap).all()
+    assert (np.abs(drawn.mean(0) - x) < 5 * gap / 2 / np.sqrt(2000)).all()
+    exact = jnp.float32([0.0, -0.0, 1.5, -3.0, jnp.inf, -jnp.inf])
+    np.testing.assert_array_equal(optim.stochastic_round(exact, jax.random.key(1)).astype(jnp.float32), exact)
+    assert np.isnan(optim.stochastic_round(jnp.float32(jnp.nan), jax.random.key(1)))
+
+
+def test_updates_far_below_a_weights_precision_add_up():
+    """1000 updates of a 40th of the gap between bfloat16 numbers: rounded to the nearest, none is left."""
+    params = {"w": jnp.ones(400, jnp.bfloat16), "b": jnp.zeros(3, jnp.float32)}
+    update = {"w": jnp.full(400, 2.0**-7 / 40), "b": jnp.ones(3)}
+
+    def many(rounds):
+        def step(params, key):
+            return optim.apply_updates(params, update, key if rounds else None), None
+
+        return jax.jit(lambda: jax.lax.scan(step, params, jax.random.split(jax.random.key(0), 1000))[0])()
+
+    nearest, stochastic = many(False), many(True)
+    np.testing.assert_array_equal(nearest["w"].astype(jnp.float32), 1.0)
+    np.testing.assert_allclose(stochastic["w"].astype(jnp.float32).mean(), 1 + 1000 * 2.0**-7 / 40, rtol=0.01)
+    assert stochastic["w"].dtype == jnp.bfloat16 and stochastic["b"].dtype == jnp.float32
+    np.testing.assert_array_equal(stochastic["b"], 1000.0)
+
+
+def test_moments_of_bfloat16_parameters_can_be_float32():
+    tx = optim.in_float32(optim.make_optimizer({"name": "adamw"}, 1e-2))
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree())
+    state = tx.init(params)
+    assert {x.dtype for x in jax.tree.leaves(state) if x.ndim} == {jnp.dtype("float32")}
+    updates, _ = tx.update(params, state, params)
+    exact = optim.make_optimizer({"name": "adamw"}, 1e-2)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    wanted, _ = exact.update(wide, exact.init(wide), wide)
+    jax.tree.map(np.testing.assert_array_equal, updates, wanted)

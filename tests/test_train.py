@@ -117,6 +117,24 @@ def test_how_it_is_computed_changes_no_number(runs, fields, tmp_path):
     np.testing.assert_allclose(column(tmp_path, "grad_norm"), column(runs["dpo"][0], "grad_norm")[:4], atol=1e-4)
 
 
+def test_chosen_steps_are_traced(tmp_path, capsys):
+    with pytest.raises(UserError, match="profile_steps='2:9' ends after the 3 steps"):
+        train(config_of(**{"steps": 3, "export.enabled": False, "profile_steps": "2:9"}), tmp_path / "a")
+    train(config_of(**{"steps": 3, "export.enabled": False, "profile_steps": "2:3"}), tmp_path / "b")
+    assert "steps 2 to 3 traced" in capsys.readouterr().err
+    traces = [path.name for path in (tmp_path / "b" / "profile").rglob("*")]
+    assert "perfetto_trace.json.gz" in traces and any(name.endswith(".xplane.pb") for name in traces)
+
+
+def test_bfloat16_weights_with_stochastic_rounding_train_like_float32(runs, tmp_path):
+    fields = {"steps": 6, "export.enabled": False, "model.param_dtype": "bfloat16", "model.stochastic_rounding": True}
+    result = train(config_of(**fields), tmp_path)
+    assert {x.dtype.name for x in jax.tree.leaves(result.params)} == {"bfloat16"}
+    np.testing.assert_allclose(column(tmp_path), column(runs["dpo"][0])[:6], atol=0.03)
+    again = train(config_of(**fields), tmp_path / "again")
+    jax.tree.map(np.testing.assert_array_equal, result.params, again.params)
+
+
 def test_the_reference_cache_is_used_and_belongs_to_one_model(tmp_path):
     fields = {
         "steps": 1,

@@ -121,7 +121,7 @@ def deal(loads: Sequence[float], bins: int, capacity: int | None = None) -> list
 
     Example:
       >>> deal([5, 4, 3, 2, 2], 2)
-      [[0, 3], [1, 2, 4]]
+      [[0, 3, 4], [1, 2]]
     """
     dealt: list[list[int]] = [[] for _ in range(bins)]
     lightest = [(0.0, number) for number in range(bins)]
@@ -472,6 +472,7 @@ def pack(
     layout: Layout = Layout(),
     row_length: int | None = None,
     means: np.ndarray | None = None,
+    lengths: Lengths | None = None,
 ) -> PreferenceBatch:
     """Packs exactly `batch_size` pairs into `micro_steps` parts of one shape, the smallest that holds them.
 
@@ -485,13 +486,14 @@ def pack(
       layout: what to lay out.
       row_length: as `choose_shapes` was given it.
       means: as in `lay_out`; None computes it from these pairs.
+      lengths: of these pairs under the layout; None measures them.
 
     Returns:
       A `PreferenceBatch` of NumPy arrays with M as leading axis.
     """
     share = batch_size // micro_steps
     means = mean_tokens(pairs) if means is None else means
-    lengths = lengths_of(pairs, layout)
+    lengths = lengths_of(pairs, layout) if lengths is None else lengths
     parts = [np.arange(m * share, min((m + 1) * share, len(pairs))) for m in range(micro_steps)]
     plans = [make_plan(lengths.of(part), groups, row_length) for part in parts]
     shape = _smallest(shapes, Shape(*np.max([plan.shape for plan in plans], axis=0)))

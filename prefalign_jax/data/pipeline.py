@@ -105,6 +105,7 @@ def batch_of(data: PairSet, index: np.ndarray, means: np.ndarray | None = None) 
         layout=data.layout,
         row_length=data.row_length,
         means=means,
+        lengths=data.lengths.of(index),
     )
     if data.reference is None:
         return batch
