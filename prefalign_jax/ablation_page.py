@@ -178,6 +178,50 @@ def write_page(
     return [_put(path, page.encode()), *(_put(beside / f"{name}.png", png(it)) for name, it in pictures.items())]
 
 
+def markdown(runs: Sequence[Run], group_by: Sequence[str] | None = None, metrics: Sequence[str] | None = None) -> str:
+    """Last values, and their differences from the first group's paired by seed, as tables in Markdown.
+
+    Args:
+      runs, group_by, metrics: as in `write_page`; unfinished runs are left out.
+
+    Returns:
+      Means over seeds with Student's 95% intervals, a row a group; the second table only where there are seeds to pair.
+
+    Raises:
+      UserError: as there.
+    """
+    whole = [run for run in runs if run.finished]
+    groups, metrics = group_runs(whole, group_by), _metrics(whole, metrics)
+
+    def cell(estimate: Estimate | None, sign: bool = False) -> str:
+        if estimate is None or not estimate.seeds:
+            return ""
+        mean, low, high = estimate.interval
+        if not math.isfinite(low) or high == low:
+            return _number(mean, sign)
+        decimals = _decimals((high - low) / 2)
+        return f"{_fixed(mean, decimals, sign)} [{_fixed(low, decimals)}, {_fixed(high, decimals)}]"
+
+    def table(head: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+        return "\n".join(f"| {' | '.join(line)} |" for line in ([head, *names], ["---"] * (1 + len(names)), *rows))
+
+    rows = [
+        [f"{group.label} ({_count(len(group.runs), 'seed')})"]
+        + [cell(over_seeds(group, _final_of(name))) for name in metrics]
+        for group in groups
+    ]
+    tables = [table("", metrics, rows)]
+    usable = [name for name in metrics if comparable(groups, name)]
+    if len(groups) > 1 and usable and all(len(group.runs) > 1 for group in groups):
+        first, *others = groups
+        rows = [
+            [group.label, *(cell(paired(first, group, _final_of(name)), sign=True) for name in usable)]
+            for group in others
+        ]
+        tables.append(table(f"minus {first.label}", usable, rows))
+    return "\n\n".join(tables)
+
+
 def _metrics(runs: Sequence[Run], asked: Sequence[str] | None) -> list[str]:
     """The metrics of the tables."""
     held_out = dict.fromkeys(name for run in runs for row in run.held_out for name in row if name != "step")

@@ -12,6 +12,7 @@ import matplotlib.figure
 import numpy as np
 
 from prefalign_jax.best_of_n import best_of_n, kl_bound
+from prefalign_jax.intervals import Interval, t_interval
 from prefalign_jax.runs import Run
 from prefalign_jax.types import UserError
 
@@ -72,23 +73,26 @@ def best_of_points(pairs: Path) -> list[tuple[int, float, float]]:
     return [(n, kl_bound(n), float(np.mean([best_of_n(known, n) for known in whole]))) for n in range(1, most + 1)]
 
 
-def reward_within(points: Sequence[Point], limits: Sequence[float]) -> dict[str, list[float]]:
-    """For each method the best mean reward of all its evaluations whose KL is at most each limit.
+def reward_within(runs: Sequence[Run], limits: Sequence[float]) -> dict[str, list[Interval]]:
+    """For each method the best mean reward of its evaluations whose KL is at most each limit, over seeds.
+
+    The best of several noisy evaluations is above what the method would give again, the more the more there are.
 
     Args:
-      points: from `points_of`.
+      runs: as for `points_of`.
       limits: in nats.
 
     Returns:
-      {method: [reward at each limit]}.
+      {method: [mean over seeds with Student's 95% interval at each limit]}; NaN where a seed has no such evaluation.
     """
-    methods = dict.fromkeys(point.method for point in points)
+    best = defaultdict(list)
+    for seed in dict.fromkeys(run.config.get("seed") for run in runs):
+        points = points_of([run for run in runs if run.config.get("seed") == seed])
+        for method in dict.fromkeys(point.method for point in points):
+            mine = [point for point in points if point.method == method]
+            best[method].append([max((p.reward for p in mine if p.kl <= x), default=np.nan) for x in limits])
     return {
-        method: [
-            max((p.reward for p in points if p.method == method and p.kl <= limit), default=float("nan"))
-            for limit in limits
-        ]
-        for method in methods
+        method: [t_interval(np.array(column)) for column in zip(*rows, strict=True)] for method, rows in best.items()
     }
 
 

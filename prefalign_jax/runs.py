@@ -141,10 +141,16 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differing(runs: Iterable[Run]) -> list[str]:
-    """The config fields that are not the same in all runs, in the config's order; loss.name first."""
+    """The config fields that are not the same in all runs, in the config's order; loss.name first.
+
+    The steps of runs whose length is given in epochs or examples are none: they follow from how many pairs there are.
+    """
+    runs = list(runs)
     configs = [run.config for run in runs]
     names = dict.fromkeys(name for config in configs for name in config)
     found = [name for name in names if any(config.get(name) != configs[0].get(name) for config in configs)]
+    if all(config.get("epochs") or config.get("examples") for config in configs):
+        found = [name for name in found if name != "steps"]
     return sorted(found, key=lambda name: name != "loss.name")
 
 

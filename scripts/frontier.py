@@ -16,14 +16,16 @@ def main() -> int:
     parser.add_argument("directory", type=Path, metavar="DIR", help="--workdir of a sweep whose runs have `samples`")
     parser.add_argument("--pairs", type=Path, help="pairs.jsonl of the job `pairs`, for the best of n")
     options = parser.parse_args()
-    points = points_of(find_runs([options.directory]))
+    runs = find_runs([options.directory])
+    points = points_of(runs)
     best = best_of_points(options.pairs) if options.pairs else []
     path = options.directory / "frontier.png"
     draw_frontier(points, best).savefig(path, dpi=120)
     print("| best mean reward at KL <= | " + " | ".join(f"{limit:g}" for limit in LIMITS) + " |")
     print("|---|" + "---|" * len(LIMITS))
-    for method, values in reward_within(points, LIMITS).items():
-        print(f"| {method} | " + " | ".join(f"{value:.4f}" for value in values) + " |")
+    for method, values in reward_within(runs, LIMITS).items():
+        cells = (f"{mean:.4f} [{low:.4f}, {high:.4f}]" for mean, low, high in values)
+        print(f"| {method} | " + " | ".join(cells) + " |")
     for n, kl, reward in best:
         print(f"best of {n}: reward {reward:.4f}, KL at most {kl:.3f}")
     print(f"{len(points)} evaluations of {max(p.seeds for p in points)} seeds; {path}")

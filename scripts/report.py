@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from prefalign_jax import cli
-from prefalign_jax.ablation_page import write_page
+from prefalign_jax.ablation_page import markdown, write_page
 from prefalign_jax.runs import find_runs
 
 
@@ -31,6 +31,7 @@ def main() -> int:
         metrics=options.metrics,
         columns=options.x,
     )
+    print(markdown(runs, options.group_by, options.metrics))
     print(f"{written[0]}, and {len(written) - 1} pictures in {written[-1].parent}")
     return 0
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from fake_runs import leave_ablation, leave_run
-from prefalign_jax.ablation_page import write_page
+from prefalign_jax.ablation import final, group_runs, over_seeds, paired
+from prefalign_jax.ablation_page import markdown, write_page
 from prefalign_jax.runs import find_runs
 from prefalign_jax.types import UserError
 
@@ -53,6 +54,21 @@ def page_of(directory, tmp_path, **options):
     path, *pictures = write_page(find_runs([directory]), tmp_path / "out" / "page.html", title="a <b> & c", **options)
     text = path.read_text()
     return Page(text), text, pictures
+
+
+def test_the_tables_in_markdown_say_what_the_page_says(tmp_path):
+    runs = find_runs([leave_ablation(tmp_path / "runs")])
+    last, gaps = markdown(runs, metrics=["eval/rewards/accuracies"]).split("\n\n")
+    first, second = group_runs(runs)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in (last + "\n" + gaps).splitlines()]
+    assert rows[0] == ["", "eval/rewards/accuracies"] and rows[2][0].startswith(first.label)
+    estimate = over_seeds(second, lambda run: final(run, "eval/rewards/accuracies"))
+    numbers = [float(text.replace("−", "-")) for text in re.findall(r"[−\d.]+", rows[3][1])]
+    assert numbers == pytest.approx(list(estimate.interval), abs=0.02)
+    assert rows[4][0] == f"minus {first.label}" and rows[6][0] == second.label
+    gap = paired(first, second, lambda run: final(run, "eval/rewards/accuracies")).interval.mean
+    assert float(rows[6][1].split()[0].replace("−", "-")) == pytest.approx(gap, abs=0.02)
+    assert len(markdown(runs[:1]).splitlines()) == 3
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from prefalign_jax.best_of_n import kl_bound
 from prefalign_jax.frontier import best_of_points, draw_frontier, points_of, reward_within
+from prefalign_jax.intervals import t_interval
 from prefalign_jax.runs import Run
 from prefalign_jax.types import UserError
 
@@ -36,8 +38,10 @@ def test_seeds_are_averaged_and_strengths_kept_apart():
 
 def test_the_best_reward_within_a_divergence():
     points = points_of(RUNS)
-    found = reward_within(points, (0.1, 0.5, 10.0))
-    assert found["dpo"] == [1.5, 9.0, 9.0] and found["ipo"] == [1.0, 1.0, 1.0]
+    found = reward_within(RUNS, (0.1, 0.5, 2.0, 10.0))
+    assert [mean for mean, *_ in found["dpo"]] == [1.5, (9 + 2) / 2, (9 + 2) / 2, (9 + 5) / 2]
+    np.testing.assert_allclose(found["dpo"][3], t_interval(np.array([9.0, 5.0])))
+    assert [mean for mean, *_ in found["ipo"]] == [1.0] * 4 and np.isnan(found["ipo"][0].low)
     axes = draw_frontier(points, [(1, 0.0, 1.0), (2, 0.2, 1.5)]).axes[0]
     steps = axes.lines[0].get_ydata()
     assert (steps[1:] >= steps[:-1]).all() and steps[-1] == 9.0

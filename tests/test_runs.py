@@ -90,3 +90,11 @@ def test_the_fields_that_differ(tmp_path):
     leave_run(tmp_path / "a", seed=0)
     leave_run(tmp_path / "b", seed=1, loss={"name": "orpo", "lam": 0.1})
     assert differing(find_runs([tmp_path])) == ["loss.name", "seed", "loss.beta", "loss.lam"]
+
+
+def test_steps_that_follow_from_epochs_are_no_difference(tmp_path):
+    leave_run(tmp_path / "a", steps=10)
+    leave_run(tmp_path / "b", steps=12)
+    runs = find_runs([tmp_path])
+    assert differing(runs) == ["steps"]
+    assert differing([run._replace(config={**run.config, "epochs": 2.0}) for run in runs]) == []
