@@ -30,6 +30,7 @@ from prefalign_jax.data.packing import Layout, lengths_of
 from prefalign_jax.data.pipeline import balanced, batch_of, make_pair_set
 from prefalign_jax.data.records import read_records
 from prefalign_jax.files import write_json
+from prefalign_jax.flops import count_flops
 from prefalign_jax.generate import sample
 from prefalign_jax.losses import make_loss
 from prefalign_jax.models import families, hf_io
@@ -39,7 +40,7 @@ from prefalign_jax.models.quantize import quantize_params
 from prefalign_jax.names import choose, hyper_parameters
 from prefalign_jax.sampling import Sampling
 from prefalign_jax.sharding import make_mesh, param_shardings
-from prefalign_jax.train_step import make_train_step
+from prefalign_jax.train_step import init_state, make_train_step
 from prefalign_jax.types import Pair, TrainState, UserError
 
 GIB = 2**30
@@ -316,6 +317,101 @@ def side(python: str, script: str, spec: dict[str, Any], device: str) -> dict[st
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def pack(*, data: str = "", vocabulary: int = 49152, max_length: int = 512, pairs: str = "8,64,512") -> dict[str, Any]:
+    """The input pipeline alone, on one core: pairs packed in a second.
+
+    Args:
+      data: a file of preference pairs, tokenized as in `train`.
+      vocabulary: of the tokenizer.
+      max_length: longer pairs are left out.
+      pairs: batch sizes.
+
+    Returns:
+      For each batch size pairs a second and the share of positions that is padding.
+    """
+    if not data:
+        raise UserError("--data is missing: a file of preference pairs")
+    sizes = [int(text) for text in pairs.split(",")]
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
+        path = Path(scratch) / "pairs.json"
+        path.write_text(json.dumps(pairs_for(data, vocabulary, 1, 1, max_length)))
+        found, *_ = measured("pack_step", path=str(path), sizes=sizes, devices=1)
+    return found
+
+
+def pack_step(path: str, sizes: Sequence[int], devices: int) -> dict[str, Any]:
+    """Packs for two seconds a batch size, in the order of training."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-1:])
+    sides = json.loads(Path(path).read_text()).values()
+    data = [Pair(*(np.array(ids, np.int32) for ids in three)) for three in zip(*sides, strict=True)]
+    mean = float(lengths_of(data, Layout()).pieces.mean())
+    found: dict[str, Any] = {"pairs": float(len(data)), "tokens a pair": mean}
+    for size in sizes:
+        began = time.perf_counter()
+        chosen = make_pair_set(data, size)
+        found[f"{size} pairs: shapes chosen, s"] = time.perf_counter() - began
+        batches = [np.random.default_rng(n).choice(len(data), size, replace=False) for n in range(64)]
+        if dealt := balanced(chosen.lengths, size):
+            batches = dealt
+        done, tokens, positions, began = 0, 0, 0, time.perf_counter()
+        while time.perf_counter() - began < 2:
+            batch = batch_of(chosen, batches[done % len(batches)])
+            done += 1
+            tokens, positions = tokens + np.count_nonzero(batch.segments), positions + batch.segments.size
+        found[f"{size} pairs: packed, pairs/s"] = done * size / (time.perf_counter() - began)
+        found[f"{size} pairs: padding, share of positions"] = float(1 - tokens / positions)
+    return found
+
+
+def cost(
+    *, tokens: int = 64, vocabulary: int = 8192, layers: int = 6, width: int = 256, pairs: int = 8, steps: int = 4
+) -> dict[str, Any]:
+    """How the time of a DPO step grows with tokens, vocabulary, depth, width and batch: each doubled in turn.
+
+    Args:
+      tokens: of a response; a prompt has twice as many.
+      vocabulary, layers, width: of the model.
+      pairs: in a batch.
+      steps: of each, the first not counted.
+
+    Returns:
+      For each the time and the counted operations, both as multiples of the base's.
+    """
+    base = dict(tokens=tokens, vocabulary=vocabulary, layers=layers, width=width, pairs=pairs)
+    found: dict[str, Any] = {}
+    for name in (None, *base):
+        of = base | ({name: 2 * base[name]} if name else {})
+        heads = of["width"] // 64
+        config = DecoderConfig(
+            of["vocabulary"], of["width"], 3 * of["width"], of["layers"], heads, heads, 64, tie_embeddings=True
+        )
+        model, mesh, optimizer = make_decoder(config), make_mesh({"data": 1}), optax.adamw(1e-6)
+        rng = np.random.default_rng(0)
+        lengths = [2 * of["tokens"], of["tokens"], of["tokens"]]
+        drawn = [[rng.integers(1, of["vocabulary"], n).astype(np.int32) for n in lengths] for _ in range(of["pairs"])]
+        data = make_pair_set([Pair(*ids) for ids in drawn], of["pairs"])
+        batch = batch_of(data, np.arange(of["pairs"]))
+        params = model.init(jax.random.key(0))
+        state = init_state(params, optimizer, mesh, jax.tree.map(jnp.copy, params))
+        del params
+        step, seconds = make_train_step(model, make_loss("dpo"), optimizer, mesh), []
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+        flops = count_flops(step, shapes, batch)
+        for _ in range(steps):
+            began = time.perf_counter()
+            state, metrics = step(state, batch)
+            jax.block_until_ready(metrics)
+            seconds.append(time.perf_counter() - began)
+        time_of = float(np.median(seconds[1:]))
+        if name is None:
+            found |= {"base, s": time_of, "base, GFLOP": flops / 1e9, "base, compilation, s": seconds[0] - time_of}
+        else:
+            found[f"{name} x 2: time x"] = time_of / found["base, s"]
+            found[f"{name} x 2: operations x"] = flops / 1e9 / found["base, GFLOP"]
+            found[f"{name} x 2: compilation x"] = (seconds[0] - time_of) / found["base, compilation, s"]
+    return found
+
+
 # What is trained -> its adapters, and the bits of the frozen base.
 TRAINED: dict[str, tuple[Lora | None, str | None]] = {
     "all weights": (None, None),
@@ -368,6 +464,8 @@ BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "memory": memory,
     "decode": decode,
     "train": train,
+    "pack": pack,
+    "cost": cost,
 }
 
 
@@ -491,7 +589,7 @@ def decode_step(
     return {"first": seconds[0], "seconds": seconds[1:], "tokens": tokens}
 
 
-STEPS: dict[str, Callable[..., dict[str, Any]]] = {"load": load, "decode_side": decode_step}
+STEPS: dict[str, Callable[..., dict[str, Any]]] = {"load": load, "decode_side": decode_step, "pack_step": pack_step}
 
 
 def measured(step: str, **arguments: Any) -> tuple[dict[str, Any], int, int]:

@@ -158,6 +158,21 @@ def test_pairs_of_a_file_are_tokenized_dealt_and_ended(script, tmp_path):
         script.pairs_for(str(tmp_path / "pairs.jsonl"), 300, 4, 7, 60)
 
 
+def test_packing_on_one_core(script, tmp_path):
+    rows = [{"prompt": "word " * (1 + n % 9), "chosen": "yes " * (1 + n % 5), "rejected": f"no {n}"} for n in range(24)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = script.pack(data=str(tmp_path / "pairs.jsonl"), vocabulary=300, max_length=60, pairs="4")
+    assert found["pairs"] == 24 and found["4 pairs: packed, pairs/s"] > 0
+    assert 0 <= found["4 pairs: padding, share of positions"] < 0.5
+
+
+@pytest.mark.slow
+def test_what_is_doubled_costs_more_operations(script):
+    found = script.cost(tokens=16, vocabulary=512, layers=1, width=64, pairs=2, steps=2)
+    assert found["layers x 2: operations x"] < 2 and found["layers x 2: time x"] > 0
+    assert found["pairs x 2: operations x"] == pytest.approx(2, abs=0.3)
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize("loss", ["dpo", "orpo"])
 def test_trl_and_ours_start_with_the_same_losses(script, loss):
