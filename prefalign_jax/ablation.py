@@ -11,7 +11,7 @@ import numpy as np
 
 from prefalign_jax.intervals import Interval, t_interval
 from prefalign_jax.names import did_you_mean
-from prefalign_jax.runs import Run, differing, totals
+from prefalign_jax.runs import Run, differing
 from prefalign_jax.types import UserError
 
 SEED = "seed"
@@ -52,7 +52,8 @@ def group_runs(runs: Sequence[Run], by: Sequence[str] | None = None) -> list[Gro
 
     Args:
       runs: to group.
-      by: the fields; None takes every field that differs between runs, but for the seed.
+      by: the fields; None takes what the points of a sweep override, or where there are others every field that differs
+        between runs, but for the seed.
 
     Returns:
       The groups, each with a label that tells it from the others, as short as can be.
@@ -66,6 +67,9 @@ def group_runs(runs: Sequence[Run], by: Sequence[str] | None = None) -> list[Gro
             raise UserError(f"--group_by: the configs have no field {name!r}; {did_you_mean(name, known)}".rstrip("; "))
     if len(runs) > 1 and (bare := [run for run in runs if not run.config]):
         raise UserError(f"{bare[0].path} has no config.json to group it by; run its command once more, which writes it")
+    points = [{name: value for name, value in run.overrides.items() if name != SEED} for run in runs]
+    if by is None and all(points):
+        return _by_points(runs, points)
     by = [name for name in differing(runs) if name != SEED] if by is None else list(by)
     parts: dict[str, list[Run]] = {}
     for run in runs:
@@ -73,6 +77,22 @@ def group_runs(runs: Sequence[Run], by: Sequence[str] | None = None) -> list[Gro
     fields = [{name: members[0].config.get(name) for name in by} for members in parts.values()]
     labels = _labels(fields, runs)
     return [Group(*group, tuple(members)) for *group, members in zip(labels, fields, parts.values(), strict=True)]
+
+
+def _by_points(runs: Sequence[Run], points: Sequence[dict[str, Any]]) -> list[Group]:
+    """Groups of what points of a sweep override; a config's argument shows without the name of its first field."""
+    shown = dict.fromkeys(name for name in differing(runs) if name != SEED)
+    parts: dict[str, list[Run]] = {}
+    for run, point in zip(runs, points, strict=True):
+        given = [
+            str(value).partition("=")[2] or str(value) if name == "config" else f"{name.removeprefix('loss.')}={value}"
+            for name, value in point.items()
+        ]
+        parts.setdefault(", ".join(given), []).append(run)
+    return [
+        Group(label, {name: members[0].config.get(name) for name in shown}, tuple(members))
+        for label, members in parts.items()
+    ]
 
 
 def _labels(fields: Sequence[dict[str, Any]], runs: Sequence[Run]) -> list[str]:
@@ -110,7 +130,7 @@ def points(run: Run, metric: str, column: str = "step") -> tuple[np.ndarray, np.
     rows = [row for row in (run.held_out if metric.startswith(HELD_OUT) else run.train) if row.get(metric) is not None]
     x, values = (np.array([row[name] for row in rows], np.float64) for name in ("step", metric))
     if column != "step":
-        spent = totals(run.train)
+        spent = run.spent()
         if column not in spent:
             return np.zeros(0), np.zeros(0)
         x = np.interp(x, [0.0, *spent["step"]], [0.0, *spent[column]])
@@ -146,7 +166,7 @@ def value_at(run: Run, metric: str, column: str, x: float) -> float:
 
 def reached_by_all(runs: Sequence[Run], column: str) -> float:
     """The most of a column that every run has spent, NaN if one of them does not say."""
-    spent = [totals(run.train).get(column) for run in runs]
+    spent = [run.spent().get(column) for run in runs]
     return math.nan if any(values is None for values in spent) else float(min(values[-1] for values in spent))
 
 

@@ -34,7 +34,7 @@ from prefalign_jax.ablation import (
 )
 from prefalign_jax.files import whole
 from prefalign_jax.names import did_you_mean
-from prefalign_jax.runs import Run, differing, totals
+from prefalign_jax.runs import Run, differing
 from prefalign_jax.types import UserError
 
 # In the order of the page; what else was measured comes after.
@@ -238,7 +238,7 @@ def _metrics(runs: Sequence[Run], asked: Sequence[str] | None) -> list[str]:
 
 def _columns(runs: Sequence[Run], asked: Sequence[str] | None, notes: list[str]) -> list[str]:
     """The measures of compute that all runs have; says which of the usual ones are missing."""
-    spent = [totals(run.train).keys() for run in runs]
+    spent = [run.spent().keys() for run in runs]
     known = [name for name in spent[0] if name != "step" and all(name in keys for keys in spent)]
     for name in asked or ():
         if name not in known:
@@ -326,7 +326,7 @@ def _equal(groups: Sequence[Group], metrics: Sequence[str], columns: Sequence[st
     )
     for column in ("step", *columns):
         x = reached_by_all(runs, column)
-        spread = [float(totals(run.train)[column][-1]) for run in runs]
+        spread = [float(run.spent()[column][-1]) for run in runs]
         if min(spread) == max(spread):
             text += f"<p>All runs end at {_number(x)} {_esc(COLUMNS.get(column, column))}: see the last values.</p>"
             continue
@@ -351,10 +351,10 @@ def _equal(groups: Sequence[Group], metrics: Sequence[str], columns: Sequence[st
 def _runs(groups: Sequence[Group]) -> str:
     runs = [(group, run) for group in groups for run in group.runs]
     fields = differing([run for _, run in runs])
-    spent = [name for name in COLUMNS if any(name in totals(run.train) for _, run in runs)]
+    spent = [name for name in COLUMNS if any(name in run.spent() for _, run in runs)]
     rows, blocks = [], ""
     for group, run in runs:
-        of = totals(run.train)
+        of = run.spent()
         cells = [f"<td class='text'>{_esc(group.label)}</td>"]
         cells += [f"<td class='text'>{_esc(_plain(run.config.get(name)))}</td>" for name in fields]
         cells += [f"<td>{_number(float(of[name][-1])) if name in of else ''}</td>" for name in spent]

@@ -26,7 +26,7 @@ IDENTITY = (
     "dtype",
     "data",
 )
-FREE = ("data.eval_path", "data.eval_split", "data.eval_limit", "reference.cache_dir")
+FREE = ("data.eval_path", "data.eval_split", "data.eval_limit", "data.cache_dir", "reference.cache_dir")
 
 
 def open_checkpoints(

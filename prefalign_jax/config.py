@@ -260,7 +260,9 @@ def validate(config: ConfigDict, *, complete: bool = True) -> None:
         raise UserError(f"data.eval_fraction={config.data.eval_fraction} must lie in [0, 1)")
     if config.data.balance and not config.data.shuffle:
         raise UserError("data.balance=True deals pairs anew and data.shuffle=False keeps their order; set one of them")
-    if config.model.stochastic_rounding and (config.model.param_dtype != "bfloat16" or config.lora.rank):
+    if config.model.stochastic_rounding and (
+        config.model.param_dtype != "bfloat16" or config.lora.rank or config.lora.path
+    ):
         raise UserError("model.stochastic_rounding is for model.param_dtype=bfloat16 of weights that are trained")
     profiled(config)
     if not 0 <= config.data.flip_labels < 1:

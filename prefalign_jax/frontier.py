@@ -83,17 +83,17 @@ def reward_within(runs: Sequence[Run], limits: Sequence[float]) -> dict[str, lis
       limits: in nats.
 
     Returns:
-      {method: [mean over seeds with Student's 95% interval at each limit]}; NaN where a seed has no such evaluation.
+      {method: [mean over seeds with Student's 95% interval at each limit]}, of the seeds that got there.
     """
     best = defaultdict(list)
     for seed in dict.fromkeys(run.config.get("seed") for run in runs):
-        points = points_of([run for run in runs if run.config.get("seed") == seed])
+        mine = [run for run in runs if run.config.get("seed") == seed]
+        points = points_of(mine) if any(row.get(REWARD) is not None for run in mine for row in run.held_out) else []
         for method in dict.fromkeys(point.method for point in points):
-            mine = [point for point in points if point.method == method]
-            best[method].append([max((p.reward for p in mine if p.kl <= x), default=np.nan) for x in limits])
-    return {
-        method: [t_interval(np.array(column)) for column in zip(*rows, strict=True)] for method, rows in best.items()
-    }
+            of = [point for point in points if point.method == method]
+            best[method].append([max((p.reward for p in of if p.kl <= x), default=np.nan) for x in limits])
+    columns = {method: np.array(rows).T for method, rows in best.items()}
+    return {method: [t_interval(x[np.isfinite(x)]) for x in of] for method, of in columns.items()}
 
 
 def draw_frontier(points: Sequence[Point], best: Sequence[tuple[int, float, float]] = ()) -> matplotlib.figure.Figure:

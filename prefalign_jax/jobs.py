@@ -33,7 +33,7 @@ def run_sft_first(config: ConfigDict, workdir: Path) -> int:
     with first.unlocked():
         plain = defaults("sft")
         first.loss, first.reference, first.job = plain.loss, plain.reference, "train"
-        first.steps, first.examples, first.epochs = None, None, config.sft.epochs
+        first.steps, first.examples, first.epochs, first.profile_steps = None, None, config.sft.epochs, None
         first.learning_rate = config.sft.learning_rate
         first.data.flip_labels = 0.0
     first.sft = dict.fromkeys(config.sft)

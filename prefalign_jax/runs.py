@@ -29,6 +29,8 @@ class Run(NamedTuple):
       config: the resolved config with dotted names, {} where an earlier version wrote none.
       train: rows of metrics.jsonl.
       held_out: rows of eval.jsonl.
+      overrides: of the sweep's point that it is, {} for a run by itself.
+      earlier: totals of the stages before it, of a job with several.
     """
 
     name: str
@@ -36,6 +38,13 @@ class Run(NamedTuple):
     config: dict[str, Any]
     train: list[dict[str, Any]]
     held_out: list[dict[str, Any]]
+    overrides: Mapping[str, Any] = {}
+    earlier: Mapping[str, float] = {}
+
+    def spent(self) -> dict[str, np.ndarray]:
+        """`totals` at each logged row, with what earlier stages spent."""
+        of = totals(self.train)
+        return {name: values + (self.earlier.get(name, 0.0) if name != "step" else 0.0) for name, values in of.items()}
 
     @property
     def finished(self) -> bool:
@@ -78,18 +87,27 @@ def latest_stage(directory: Path) -> Path:
     return max(files, key=lambda file: file.stat().st_mtime_ns).parent if files else directory
 
 
-def read_run(path: Path, name: str) -> Run:
+def read_run(path: Path, name: str, point: Path | None = None) -> Run:
     """Reads one run.
 
     Args:
       path: its directory.
       name: to show.
+      point: the directory of the sweep's point whose last stage it is; None for a run by itself.
 
     Raises:
       UserError: a file is broken.
     """
     config = flatten(read_json(path / "config.json")) if (path / "config.json").exists() else {}
-    return Run(name, path, config, read_metrics(path / "metrics.jsonl"), read_metrics(path / "eval.jsonl"))
+    overrides, earlier = {}, {}
+    if point is not None:
+        overrides = read_json(point / MARK).get("overrides", {})
+        for file in point.rglob("metrics.jsonl"):
+            if file.parent != path:
+                for total, values in totals(read_metrics(file)).items():
+                    earlier[total] = earlier.get(total, 0.0) + float(values[-1])
+    rows = read_metrics(path / "metrics.jsonl"), read_metrics(path / "eval.jsonl")
+    return Run(name, path, config, *rows, overrides, earlier)
 
 
 def find_runs(directories: Sequence[Path]) -> list[Run]:
@@ -123,7 +141,8 @@ def find_runs(directories: Sequence[Path]) -> list[Run]:
         for path in sorted(set(found)):
             place = path.relative_to(directory)
             parts = [directory.resolve().name] * (len(directories) > 1 or not place.parts) + list(place.parts)
-            runs.append(read_run(path, "/".join(parts)))
+            point = next((point for point in points if point == path or point in path.parents), None)
+            runs.append(read_run(path, "/".join(parts), point))
     return runs
 
 

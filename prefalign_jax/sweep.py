@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, TextIO
 from prefalign_jax import cli
 from prefalign_jax.config import resolved, validate
 from prefalign_jax.files import read_json, whole, write_json
-from prefalign_jax.runs import MARK, flatten, last_row, latest_stage, read_run, totals
+from prefalign_jax.runs import MARK, flatten, last_row, latest_stage, read_run
 from prefalign_jax.train import locked, note, stop_requested
 from prefalign_jax.types import UserError
 
@@ -391,8 +391,8 @@ def results(points: Sequence[Point], workdir: Path) -> list[dict[str, Any]]:
         done = _done(point, workdir)
         row = {"name": point.name, "state": "unfinished" if done is None else DONE, **point.overrides}
         if done is not None:
-            run = read_run(workdir / point.name / done["run"], point.name)
-            spent = {name: float(values[-1]) for name, values in totals(run.train).items()}
+            run = read_run(workdir / point.name / done["run"], point.name, workdir / point.name)
+            spent = {name: float(values[-1]) for name, values in run.spent().items()}
             steps = int(spent.pop("step", 0))
             row |= {"steps": steps, **spent}
             if "batch_size" in run.config:

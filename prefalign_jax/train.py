@@ -167,6 +167,9 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
 
     # Optimizer, state, steps.
     total = duration(config, "", len(train_pairs)) or max(1, len(train_pairs) // config.batch_size)
+    profile = profiled(config)
+    if profile and profile[-1] > total:
+        raise UserError(f"profile_steps={config.profile_steps!r} ends after the {total} steps of the run")
     warmup = duration(config, "warmup", len(train_pairs)) or 0
     schedule = make_schedule(config.schedule, config.learning_rate, warmup, total)
     optimizer = make_optimizer(plain["optimizer"], schedule, config.grad_clip)
@@ -257,9 +260,6 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
     step, means = start, {}
     order = dict(seed=config.seed, shuffle=config.data.shuffle, balance=config.data.balance)
     batches = train_batches(train_set, **order, start=start, stop=total)
-    profile = profiled(config)
-    if profile and profile[-1] > total:
-        raise UserError(f"profile_steps={config.profile_steps!r} ends after the {total} steps of the run")
     if profile and profile[0] <= start:
         note(f"profile_steps={config.profile_steps}: passed already, nothing is traced")
         profile = range(0)

@@ -190,7 +190,8 @@ def train(
       What was measured, medians over all steps but the first.
 
     Raises:
-      UserError: a side failed, or the first two losses of the two differ by more than 1e-3.
+      UserError: a side failed, or the first two losses of the two differ by more than 1e-3, or the mean log-probability
+        of the first batch's chosen responses by more than 1.
     """
     choose("--shape", shape, SHAPES)
     choose("--loss", loss, dict.fromkeys(("dpo", "orpo")))
@@ -199,6 +200,11 @@ def train(
     choose("--peer", peer, scripts)
     if min(pairs, rounds, steps - 1, max_length) < 1:
         raise UserError("--pairs, --rounds and --max_length must be positive, --steps at least 2")
+    choose("--reference", reference, dict.fromkeys(("copy", "cached")))
+    if loss == "orpo" and (reference == "cached" or peer in ("cached", "copy")):
+        raise UserError("--loss=orpo has no reference that could be cached; compare it with --peer=trl")
+    if peer == "tunix" and (loss != "dpo" or lora or (dtype, param_dtype) != ("float32", "float32")):
+        raise UserError("--peer=tunix is measured with --loss=dpo, all weights and float32")
     config = SHAPES[shape]
     with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
         model, data = Path(scratch) / "model", Path(scratch) / "pairs.json"
@@ -213,10 +219,13 @@ def train(
         for number in range(rounds):
             first = side(sys.executable, "our_side.py", ours, device)
             other = side(python if peer in ("trl", "tunix") else sys.executable, scripts[peer], theirs, device)
-            apart = np.abs(np.subtract(first["losses"][:2], other["losses"][:2])).max()
-            if not apart <= 1e-3:
-                both = f"ours {first['losses'][:2]}, {peer} {other['losses'][:2]}"
-                raise UserError(f"the first losses differ, so nothing is compared: {both}")
+            # DPO's first loss is log 2 whatever the weights and the pairs: the log-probabilities are not.
+            seen = [[*one["losses"][:2], one["chosen_logps"] / 1000] for one in (first, other)]
+            if not np.abs(np.subtract(*seen)).max() <= 1e-3:
+                raise UserError(
+                    f"the first losses differ, so nothing is compared: ours {first['losses'][:2]} at log-probability "
+                    f"{first['chosen_logps']}, {peer} {other['losses'][:2]} at {other['chosen_logps']}"
+                )
             turns.append((first, other))
             print(f"round {number + 1}: {ratio_of(first, other):.2f}", file=sys.stderr)
     return comparison(turns, peer, pairs)
@@ -332,9 +341,11 @@ def pack(*, data: str = "", vocabulary: int = 49152, max_length: int = 512, pair
     if not data:
         raise UserError("--data is missing: a file of preference pairs")
     sizes = [int(text) for text in pairs.split(",")]
+    if min(sizes) < 1:
+        raise UserError(f"--pairs={pairs} must be positive")
     with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
         path = Path(scratch) / "pairs.json"
-        path.write_text(json.dumps(pairs_for(data, vocabulary, 1, 1, max_length)))
+        path.write_text(json.dumps(pairs_for(data, vocabulary, max(sizes), 1, max_length)))
         found, *_ = measured("pack_step", path=str(path), sizes=sizes, devices=1)
     return found
 
@@ -350,9 +361,7 @@ def pack_step(path: str, sizes: Sequence[int], devices: int) -> dict[str, Any]:
         began = time.perf_counter()
         chosen = make_pair_set(data, size)
         found[f"{size} pairs: shapes chosen, s"] = time.perf_counter() - began
-        batches = [np.random.default_rng(n).choice(len(data), size, replace=False) for n in range(64)]
-        if dealt := balanced(chosen.lengths, size):
-            batches = dealt
+        batches = balanced(chosen.lengths, size)
         done, tokens, positions, began = 0, 0, 0, time.perf_counter()
         while time.perf_counter() - began < 2:
             batch = batch_of(chosen, batches[done % len(batches)])

@@ -24,7 +24,7 @@ def main() -> int:
     print("| best mean reward at KL <= | " + " | ".join(f"{limit:g}" for limit in LIMITS) + " |")
     print("|---|" + "---|" * len(LIMITS))
     for method, values in reward_within(runs, LIMITS).items():
-        cells = (f"{mean:.4f} [{low:.4f}, {high:.4f}]" for mean, low, high in values)
+        cells = (f"{mean:.4f}" + (f" [{low:.4f}, {high:.4f}]" if low == low else "") for mean, low, high in values)
         print(f"| {method} | " + " | ".join(cells) + " |")
     for n, kl, reward in best:
         print(f"best of {n}: reward {reward:.4f}, KL at most {kl:.3f}")

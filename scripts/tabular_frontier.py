@@ -18,7 +18,7 @@ from prefalign_jax.losses import make_loss
 
 # Label -> (loss, its options, step size).
 LEARNERS = {
-    "dpo, beta 0.05": ("dpo", {"beta": 0.05}, 400.0),
+    "dpo, beta 0.05": ("dpo", {"beta": 0.05}, 100.0),
     "dpo, beta 0.5": ("dpo", {"beta": 0.5}, 20.0),
     "dpo, beta 2": ("dpo", {"beta": 2.0}, 2.0),
     "ipo, tau 0.05": ("ipo", {"tau": 0.05}, 0.5),
@@ -27,14 +27,12 @@ LEARNERS = {
     "unlikelihood, alpha 0.5": ("unlikelihood", {"alpha": 0.5}, 0.3),
     "preferred-FT": ("sft", {}, 1.0),
 }
-STEPS = 3000
+STEPS = 6000
 
 
 def main() -> int:
     """Reads the command line; the exit status."""
-    description = __doc__.splitlines()
-    parser = cli.Parser(description=description[0], epilog=description[2], allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = cli.Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT.png", help="the figure")
     out = parser.parse_args().out
     problem = tabular.make_problem()

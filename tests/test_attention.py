@@ -1,7 +1,10 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from prefalign_jax.models.attention import attend, tree_mask
+from prefalign_jax.models.attention import attend, tiled_attend, tree_mask, tree_tiles
+from small import first, make_pairs, packed
 
 
 def test_attend_equals_a_loop_over_heads_and_rows():
@@ -30,3 +33,50 @@ def test_a_rejected_token_sees_the_prompt_and_its_own_branch_only():
     assert [np.flatnonzero(row).tolist() for row in sees] == [
         *[[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [0, 1, 4, 5], [6], [6, 7], [8]],
     ]
+
+
+@pytest.mark.parametrize("row_length", [None, 192])
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "scale": 0.3}, {"window": 20}], ids=str)
+def test_tile_by_tile_is_the_dense_product_with_its_gradients(row_length, options):
+    """Two groups, several rows, scores so large that a tile of another row would overflow."""
+    batch = first(packed(make_pairs(9, longest=60), groups=2, row_length=row_length))
+    rows, length = batch.tokens.shape
+    rng = np.random.default_rng(0)
+    q, weight = (jnp.float32(rng.normal(size=(rows, length, 6, 8))) for _ in range(2))
+    k, v = (jnp.float32(rng.normal(size=(rows, length, 2, 8))) for _ in range(2))
+    k = k.at[0].mul(60.0)
+    real = batch.segments > 0
+    mask = np.asarray(tree_mask(batch.segments, batch.branches))
+    window = options.get("window")
+    if window:
+        mask = mask & (batch.positions[:, :, None] - batch.positions[:, None, :] < window)
+    tiles = tree_tiles(batch.tiles, batch.segments, batch.branches, batch.positions)
+
+    def dense(q, k, v):
+        plain = {name: value for name, value in options.items() if name != "window"}
+        return attend(q, k, v, jnp.asarray(mask), **plain)
+
+    def tiled(q, k, v):
+        return tiled_attend(q, k, v, tiles, **options)
+
+    def pulled(function):
+        return jax.jit(jax.value_and_grad(lambda *x: (function(*x) * weight)[real].sum(), (0, 1, 2)))(q, k, v)
+
+    np.testing.assert_allclose(dense(q, k, v)[real], tiled(q, k, v)[real], rtol=1e-5, atol=1e-5)
+    assert (np.asarray(tiled(q, k, v))[~real] == 0).all()
+    (_, wanted), (_, got) = pulled(dense), pulled(tiled)
+    for one, other in zip(wanted, got, strict=True):
+        scale = np.abs(one).max()
+        np.testing.assert_allclose(one / scale, other / scale, atol=2e-5)
+
+
+def test_dropped_weights_of_tiles_leave_the_mean():
+    batch = first(packed(make_pairs(4, longest=60)))
+    rng = np.random.default_rng(0)
+    shape = (*batch.tokens.shape, 4, 8)
+    q, k, v = (jnp.float32(rng.normal(size=shape)) for _ in range(3))
+    tiles = tree_tiles(batch.tiles, batch.segments, batch.branches, batch.positions)
+    keys = jax.random.split(jax.random.key(0), 400)
+    drawn = jax.jit(jax.vmap(lambda key: tiled_attend(q, k, v, tiles, dropout=0.3, key=key)))(keys)
+    np.testing.assert_allclose(drawn.mean(0), tiled_attend(q, k, v, tiles), atol=0.3)
+    assert float(jnp.abs(drawn[0] - drawn[1]).max()) > 0.1

@@ -141,9 +141,26 @@ def test_a_step_beside_one_with_a_cached_reference(script, tmp_path, capsys):
 
 def test_losses_that_differ_are_not_compared(script, tmp_path, monkeypatch):
     measured = iter([[0.69, 0.68], [0.69, 0.66]])
-    monkeypatch.setattr(script, "side", lambda *args: {"losses": next(measured)})
+    monkeypatch.setattr(script, "side", lambda *args: {"losses": next(measured), "chosen_logps": -50.0})
     with pytest.raises(UserError, match="the first losses differ, so nothing is compared"):
         script.train(peer="trl", shape="tiny", lengths="8+8", pairs=2)
+
+
+def test_other_weights_are_noticed_though_dpo_starts_at_log_2(script, monkeypatch):
+    measured = iter([-50.0, -52.0])
+    monkeypatch.setattr(script, "side", lambda *args: {"losses": [0.69, 0.69], "chosen_logps": next(measured)})
+    with pytest.raises(UserError, match="at log-probability -50.0, trl .* at -52.0"):
+        script.train(peer="trl", shape="tiny", lengths="8+8", pairs=2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"peer": "tunix", "loss": "orpo"}, {"peer": "tunix", "lora": 8}, {"peer": "cached", "loss": "orpo"}, {"steps": 1}]
+    + [{"reference": "cache"}, {"peer": "verl"}, {"shape": "huge"}],
+)
+def test_what_cannot_be_compared_is_refused(script, options):
+    with pytest.raises(UserError, match="--"):
+        script.train(**options)
 
 
 def test_pairs_of_a_file_are_tokenized_dealt_and_ended(script, tmp_path):

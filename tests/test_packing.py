@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from prefalign_jax.data.packing import Layout, Shape, fill_rows, lengths_of, make_plan, mean_tokens, pack
-from prefalign_jax.data.pipeline import make_pair_set
+from prefalign_jax.data.pipeline import batch_of, make_pair_set
 from prefalign_jax.models.attention import tree_mask
 from prefalign_jax.types import CHOSEN, PROMPT, REJECTED, SIDES, TILE, Pair, UserError
 from small import FULL, ORDINARY, first, make_pairs, packed
@@ -135,3 +135,20 @@ def test_packing_is_a_function_of_its_arguments():
     pairs = make_pairs(8)
     for a, b in zip(packed(pairs)[:-1], packed(pairs)[:-1], strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("row_length", [None, 320, 1024])
+def test_every_batch_fits_whatever_the_rows_and_groups(groups, row_length):
+    """Short rows to many groups, and one long row that takes the whole batch."""
+    pairs = [*make_pairs(40, longest=90), *[Pair(*(np.ones(n, np.int32) for n in (60, 22, 22)))] * 8]
+    data = make_pair_set(pairs, 8, groups=groups, row_length=row_length)
+    rng = np.random.default_rng(0)
+    for batch in (*(rng.choice(48, 8, replace=False) for _ in range(20)), np.arange(40, 48)):
+        assert batch_of(data, batch).tokens.shape[-1] % TILE == 0
+
+
+def test_a_micro_batch_may_hold_nothing_but_filler():
+    batch = packed(make_pairs(2), batch_size=4, micro_steps=2)
+    assert (batch.segments[0] > 0).any() and not (batch.segments[1] > 0).any()
+    np.testing.assert_array_equal(batch.weight, [[1, 1], [0, 0]])

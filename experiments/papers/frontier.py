@@ -18,11 +18,11 @@ from prefalign_jax import config
 # Method -> (loss, field of its strength, values), as the paper's betas and alphas where it has them.
 METHODS = {
     "dpo": ("dpo", "beta", (0.05, 0.1, 1.0, 5.0)),
-    "ipo": ("ipo", "tau", (0.05, 0.1, 1.0)),
-    "kto": ("kto", "beta", (0.05, 0.1, 1.0)),
-    "simpo": ("simpo", "beta", (1.0, 2.5, 10.0)),
-    "orpo": ("orpo", "lam", (0.1, 1.0, 10.0)),
-    "unlikelihood": ("unlikelihood", "alpha", (0.05, 0.5, 1.0)),
+    "ipo": ("ipo", "tau", (0.1, 1.0)),
+    "kto": ("kto", "beta", (0.1,)),
+    "simpo": ("simpo", "beta", (2.5, 10.0)),
+    "orpo": ("orpo", "lam", (1.0, 10.0)),
+    "unlikelihood": ("unlikelihood", "alpha", (0.5,)),
     "preferred_ft": ("sft", None, (None,)),
 }
 

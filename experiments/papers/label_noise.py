@@ -49,5 +49,7 @@ def get_config(arg: str = ""):
 def sweep():
     for method in METHODS:
         for rate in RATES:
+            if rate == 0 and method in ("conservative", "robust"):
+                continue  # those are DPO without noise
             for seed in range(2):
                 yield {"config": f"method={method},rate={rate}", "seed": seed}

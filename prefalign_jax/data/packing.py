@@ -181,7 +181,7 @@ def _runs(lengths: Lengths, at: np.ndarray) -> Runs:
     pairs, pieces = lengths.pieces.shape
     sides = lengths.inputs.shape[1]
     prompt = np.broadcast_to(lengths.prompt[:, None, None], (pairs, pieces, 1))
-    length = np.concatenate([prompt, lengths.inputs.reshape(pairs, pieces, -1)], axis=2)
+    length = np.concatenate([prompt, lengths.inputs.reshape(pairs, pieces, sides // pieces)], axis=2)
     branch = np.zeros(length.shape, np.int64)
     branch[:, :, 1:] = np.arange(1, sides + 1).reshape(pieces, -1)
     position = np.where(branch > 0, lengths.prompt[:, None, None], 0)
@@ -361,7 +361,7 @@ def _inputs(pair: Pair, layout: Layout) -> list[np.ndarray]:
 def _targets(lengths: Lengths, runs: Runs, layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(count, first source, side) of the runs of trained tokens, [N, pieces, runs] each, in the order of `_outputs`."""
     pairs, pieces = lengths.pieces.shape
-    responses = lengths.responses.reshape(pairs, pieces, -1)
+    responses = lengths.responses.reshape(pairs, pieces, lengths.responses.shape[1] // pieces)
     ends = runs.at[:, :, 0] + runs.length[:, :, 0] - 1  # of the prompts
     parts = []
     if layout.prompt:
@@ -433,20 +433,21 @@ def choose_shapes(
             f"data.row_length={row_length} is shorter than the longest pair, {longest} tokens with both sides"
         )
     # A batch that spans two epochs may hold a pair twice, so the worst is the longest pair all over.
-    pieces = -(-batch_size * lengths.pieces.shape[1] // groups)
-    blocks = -(-longest // TILE) + 1
-    all_trained = batch_size * int(lengths.trained.sum(1).max())
+    pieces, blocks = batch_size * lengths.pieces.shape[1], -(-longest // TILE) + 1
     tiles = pieces * blocks * (blocks + 1) // 2
-    # Of n pieces in g groups one may get more than its share, where others are lighter.
-    share = (batch_size * int(lengths.pieces.sum(1).max())) // groups + longest
-    rows = (1, round_up(share, TILE)) if row_length is None else (pieces, round_up(row_length, TILE))
-    widest = Shape(*rows, all_trained, tiles if row_length else batch_size * lengths.pieces.shape[1] * blocks**2)
+    trained = batch_size * int(lengths.trained.sum(1).max())
+    if row_length is None:  # of n pieces in g groups one may get more than its share, where others are lighter
+        share = batch_size * int(lengths.pieces.sum(1).max()) // groups + longest
+        widest = Shape(1, round_up(share, TILE), trained, tiles)
+    else:
+        widest = Shape(-(-pieces // groups), round_up(row_length, TILE), trained, tiles)
     shapes = []
     for number, batches in enumerate(trials):
         needs = np.array([make_plan(lengths.of(batch), groups, row_length).shape for batch in batches])
         for quantile in (0.5, 1.0) if number == 0 else (1.0,):
             shapes.append(_rounded(np.quantile(needs, quantile, axis=0, method="higher"), widest))
-    return tuple(dict.fromkeys([*shapes, _rounded(widest, widest)]))
+    shapes = dict.fromkeys([*shapes, _rounded(widest, widest)])
+    return tuple(sorted(shapes, key=lambda shape: (shape.rows * shape.length, shape.trained, shape.tiles)))
 
 
 def _rounded(need: Sequence[int], widest: Shape) -> Shape:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import hashlib
 import json
 import zipfile
@@ -41,6 +43,8 @@ def token_key(records: Sequence[Record], tokenizer: Tokenizer, **options: object
     backend = getattr(tokenizer, "backend_tokenizer", None)
     about = {
         "format": FORMAT,
+        # A template may write the date.
+        "today": datetime.date.today().isoformat() if "strftime" in str(tokenizer.chat_template) else None,
         "libraries": [transformers.__version__, tokenizers.__version__],
         "tokenizer": backend.to_str() if backend is not None else [type(tokenizer).__name__, tokenizer.get_vocab()],
         "special": tokenizer.special_tokens_map,
@@ -72,9 +76,10 @@ def cached_tokens(path: Path | None, make: Callable[[], Tokenized]) -> Tokenized
             pass
     pairs, dropped = make()
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as part, part.open("wb") as file:
-            _write(file, pairs, dropped)
+        with contextlib.suppress(OSError):  # a full disk, a directory that is not ours: nothing is kept
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole(path) as part, part.open("wb") as file:
+                _write(file, pairs, dropped)
     return pairs, dropped
 
 

@@ -113,7 +113,8 @@ def tree_tiles(tiles: jax.Array, segments: jax.Array, branches: jax.Array, posit
     (segment, other_segment), (branch, other_branch), (place, other_place), (at, other_at) = map(
         pair, (segments, branches, order, positions)
     )
-    mask = (segment == other_segment) & (segment > 0) & (place >= other_place)
+    real = (query < blocks)[..., None, None]  # filler stands for the last block, of whatever row
+    mask = real & (segment == other_segment) & (segment > 0) & (place >= other_place)
     return Tiles(query, key, mask & ((other_branch == 0) | (branch == other_branch)), at - other_at)
 
 

@@ -51,7 +51,7 @@ def main() -> None:
         lambda name, seconds, **_: compiled.append(seconds) if name.endswith("backend_compile_duration") else None
     )
     config = hf_io.load_config(spec["model"])
-    lora = Lora(rank=spec["lora"]) if spec["lora"] else None
+    lora = Lora(rank=spec["lora"], alpha=float(spec["lora"])) if spec["lora"] else None
     model = make_decoder(config, dtype=spec["dtype"], remat=spec["remat"], lora=lora)
     mesh = make_mesh({"data": 1})
     shardings = param_shardings(mesh, jax.eval_shape(model.init, jax.random.key(0)))
@@ -70,7 +70,7 @@ def main() -> None:
         if spec["reference"] == "cached":
             data = data._replace(reference=compute(model, params, data, mesh=mesh))
         else:
-            frozen = params if lora else jax.tree.map(jnp.copy, params)
+            frozen = jax.tree.map(jnp.copy, params)
     if lora:
         frozen = params
         params = init_adapters(jax.random.key(0), params, lora, "float32")
@@ -80,7 +80,7 @@ def main() -> None:
     state = init_state(params, optimizer, mesh, frozen)
     del params
     programs = len(compiled)
-    losses, seconds, cpu, waits, tokens, trained, positions = [], [], [], [], [], [], []
+    losses, chosen, seconds, cpu, waits, tokens, trained, positions = ([] for _ in range(8))
     batches = train_batches(data, seed=0, shuffle=False, start=0, stop=spec["steps"])
     for _ in range(spec["steps"]):
         began, cpu_began = time.perf_counter(), time.process_time()
@@ -88,6 +88,7 @@ def main() -> None:
         waits.append(time.perf_counter() - began)
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
+        chosen.append(float(metrics["logps/chosen"]))
         seconds.append(time.perf_counter() - began)
         cpu.append(time.process_time() - cpu_began)
         tokens.append(int(np.count_nonzero(batch.segments)))
@@ -97,13 +98,14 @@ def main() -> None:
     # the kernels' gradients. The head counts on trained tokens alone, attention and what is padding not at all.
     leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(model.init, jax.random.key(0)))
     body = sum(x.size for path, x in leaves if "layers" in jax.tree_util.keystr(path))
-    units = (2 if lora else 3) + (1 if frozen is not None and "reference" in loss.needs else 0)
+    units = (2 if lora else 3) + (1 if "reference" in loss.needs and spec["reference"] != "cached" else 0)
     head = config.vocab_size * config.hidden_size
     useful = [2 * units * (body * t + head * n) for t, n in zip(tokens, trained, strict=True)]
     device = jax.local_devices()[0].memory_stats() or {}
     peak = device.get("peak_bytes_in_use") or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = {
         "losses": losses,
+        "chosen_logps": chosen[0],
         "seconds": seconds,
         "cpu_seconds": cpu,
         "wait_seconds": waits,

@@ -28,7 +28,7 @@ class Watch(transformers.TrainerCallback):
     """Times of the steps, and their losses."""
 
     def __init__(self):
-        self.seconds, self.cpu, self.losses = [], [], []
+        self.seconds, self.cpu, self.losses, self.chosen = [], [], [], []
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Starts the clocks."""
@@ -45,6 +45,7 @@ class Watch(transformers.TrainerCallback):
         """The loss that TRL logs."""
         if "loss" in logs:
             self.losses.append(float(logs["loss"]))
+            self.chosen.append(float(logs["logps/chosen"]))
 
 
 def main() -> None:
@@ -81,7 +82,7 @@ def main() -> None:
             max_grad_norm=0.0,  # no clipping on either side
             beta=0.1,
             max_length=spec["max_length"],
-            bf16=gpu and spec["dtype"] == "bfloat16",
+            bf16=spec["dtype"] == "bfloat16",
             gradient_checkpointing=spec["remat"] != "none",
             logging_steps=1,
             report_to=[],
@@ -120,6 +121,7 @@ def main() -> None:
     peak = torch.cuda.max_memory_allocated() if gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = {
         "losses": watch.losses[: spec["steps"]],
+        "chosen_logps": watch.chosen[0],
         "seconds": watch.seconds,
         "cpu_seconds": watch.cpu,
         "peak_bytes": peak,

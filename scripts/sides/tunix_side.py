@@ -32,6 +32,7 @@ class Trainer(dpo_trainer.DPOTrainer):
 
     def _post_process_train_step(self, aux):
         super()._post_process_train_step(aux)
+        self.chosen = [*getattr(self, "chosen", []), float(aux["log_probs/chosen"])]
         self.kept.append((float(self._buffered_train_metrics.losses[-1]), time.perf_counter(), time.process_time()))
 
 
@@ -92,6 +93,7 @@ def main() -> None:
         trainer.train(batches())
     device = jax.local_devices()[0].memory_stats() or {}
     found = {
+        "chosen_logps": trainer.chosen[0],
         "losses": [loss for loss, *_ in trainer.kept],
         "seconds": [end[1] - start[0] for start, end in zip(began, trainer.kept, strict=False)],
         "cpu_seconds": [end[2] - start[1] for start, end in zip(began, trainer.kept, strict=False)],
