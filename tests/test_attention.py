@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from prefalign_jax.models.attention import attend, tiled_attend, tree_mask, tree_tiles
+from prefalign_jax.types import Pair
 from small import first, make_pairs, packed
 
 
@@ -68,6 +69,25 @@ def test_tile_by_tile_is_the_dense_product_with_its_gradients(row_length, option
     for one, other in zip(wanted, got, strict=True):
         scale = np.abs(one).max()
         np.testing.assert_allclose(one / scale, other / scale, atol=2e-5)
+
+
+def test_filler_tiles_reach_no_other_row():
+    """They stand for the last block, whose segment 1 here is another pair than the first block's."""
+    pairs = make_pairs(2, longest=1)
+    long = [
+        Pair(*(np.tile(x, n) for x, n in zip((p.prompt, p.chosen, p.rejected), (90, 40, 40), strict=True)))
+        for p in pairs
+    ]
+    batch = first(packed(long, row_length=192))
+    assert batch.tokens.shape == (2, 192) and batch.segments[1, -60] == 1
+    assert batch.tiles[0, -1].tolist() == [6, 0]
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.float32(rng.normal(size=(2, 192, 2, 8))) for _ in range(3))
+    k = k.at[0].mul(300.0)
+    tiles = tree_tiles(batch.tiles, batch.segments, batch.branches, batch.positions)
+    assert not tiles.mask[0, -1].any()
+    for gradient in jax.jit(jax.grad(lambda *x: tiled_attend(*x, tiles).sum(), (0, 1, 2)))(q, k, v):
+        assert np.isfinite(gradient).all()
 
 
 def test_dropped_weights_of_tiles_leave_the_mean():

@@ -122,6 +122,8 @@ def deal(loads: Sequence[float], bins: int, capacity: int | None = None) -> list
     Example:
       >>> deal([5, 4, 3, 2, 2], 2)
       [[0, 3, 4], [1, 2]]
+      >>> deal([9, 1, 1, 1], 2, capacity=2)
+      [[0, 3], [1, 2]]
     """
     dealt: list[list[int]] = [[] for _ in range(bins)]
     lightest = [(0.0, number) for number in range(bins)]
