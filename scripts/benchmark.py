@@ -316,6 +316,8 @@ def side(python: str, script: str, spec: dict[str, Any], device: str) -> dict[st
     environment = {**os.environ, "JAX_PLATFORMS": {"cpu": "cpu", "gpu": "cuda"}[device], "HF_HUB_OFFLINE": "1"}
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
+    flags = environment.get("XLA_FLAGS", "").split()
+    environment["XLA_FLAGS"] = " ".join(x for x in flags if "device_count" not in x)  # one device, not many simulated
     if script != "our_side.py":
         environment.pop("PYTHONPATH", None)
     command = [python, str(SIDES / script), json.dumps(spec)]
@@ -387,6 +389,11 @@ def cost(
       For each the time and the counted operations, both as multiples of the base's.
     """
     base = dict(tokens=tokens, vocabulary=vocabulary, layers=layers, width=width, pairs=pairs)
+    return measured("cost_step", base=base, steps=steps, devices=1)[0]
+
+
+def cost_step(base: dict[str, int], steps: int, devices: int) -> dict[str, Any]:
+    """The steps of `cost`, in a process of its own."""
     found: dict[str, Any] = {}
     for name in (None, *base):
         of = base | ({name: 2 * base[name]} if name else {})
@@ -598,7 +605,12 @@ def decode_step(
     return {"first": seconds[0], "seconds": seconds[1:], "tokens": tokens}
 
 
-STEPS: dict[str, Callable[..., dict[str, Any]]] = {"load": load, "decode_side": decode_step, "pack_step": pack_step}
+STEPS: dict[str, Callable[..., dict[str, Any]]] = {
+    "load": load,
+    "decode_side": decode_step,
+    "pack_step": pack_step,
+    "cost_step": cost_step,
+}
 
 
 def measured(step: str, **arguments: Any) -> tuple[dict[str, Any], int, int]:

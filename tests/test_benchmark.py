@@ -187,7 +187,7 @@ def test_packing_on_one_core(script, tmp_path):
 def test_what_is_doubled_costs_more_operations(script):
     found = script.cost(tokens=16, vocabulary=512, layers=1, width=64, pairs=2, steps=2)
     assert found["layers x 2: operations x"] < 2 and found["layers x 2: time x"] > 0
-    assert found["pairs x 2: operations x"] == pytest.approx(2, abs=0.3)
+    assert 1.2 < found["pairs x 2: operations x"] <= 2.5  # rows are multiples of 64 tokens
 
 
 @pytest.mark.parity

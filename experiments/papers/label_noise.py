@@ -14,7 +14,7 @@ conservative (Mitchell's note on DPO) and the robust loss (Chowdhury et al., arX
 from prefalign_jax import config
 
 METHODS = {"dpo": "dpo", "conservative": "dpo", "robust": "robust_dpo", "ipo": "ipo"}
-RATES = (0.0, 0.2, 0.4)
+RATES = (0.0, 0.4)
 
 
 def get_config(arg: str = ""):
