@@ -12,8 +12,8 @@ for children. The first command draws 4 stories for each of 400 openings from th
 by the reward with Bradley-Terry noise; the second trains each method on them, several strengths and seeds, and measures
 reward and exact sequence KL on samples of 160 other openings on the way; the third plots the frontier.
 
-Time: 30 s for the pairs, 35 minutes for the 26 runs on two cores. Result (docs/results.md): from a reward of 0.021, DPO's
-means lie above those of the other trained methods up to 2 nats (0.045 there; ORPO 0.039, KTO 0.037, SimPO 0.035,
+Time: 30 s for the pairs, 35 minutes for the 26 runs on two cores. Result (docs/results.md): from a reward of 0.021,
+DPO's means lie above those of the other trained methods up to 2 nats (0.045 there; ORPO 0.039, KTO 0.037, SimPO 0.035,
 unlikelihood 0.033, IPO 0.032, preferred-FT 0.027), within what two seeds leave open; best of 4 has 0.054 at 0.6 nats.
 """
 
