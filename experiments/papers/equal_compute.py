@@ -10,7 +10,7 @@ operations of every step, so that the report can compare at equal compute as wel
 6 where reference log-probabilities are cached, and ORPO 6.
 
 Time: 9 minutes for the 8 runs on two cores. Result (docs/results.md): accuracies of 0.59 to 0.60 at equal data, steps
-and compute, which two seeds do not tell apart; forward passes 2.00 to 1, whole steps 1.30 to 1, and 1 to 1 with the cache.
+and compute, which two seeds do not tell apart; forward passes 2.00 to 1, whole steps 1.30 to 1, with the cache 1 to 1.
 """
 
 from prefalign_jax import config

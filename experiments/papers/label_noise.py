@@ -10,8 +10,8 @@ The pairs are the pretrained model's own stories, labelled without error by a co
 ("kindness", judges/rewards.py); then a share of the training labels is flipped. Held-out labels stay right. The
 conservative (Mitchell's note on DPO) and the robust loss (Chowdhury et al., arXiv 2403.00409) are told the share.
 
-Time: 30 s for the pairs, 9 minutes for the 12 runs on two cores. Result (docs/results.md): accuracy on right labels 0.64
-by DPO and by IPO without noise; with 40% flipped 0.50 to 0.52 by all four, of which one epoch and two seeds tell nothing.
+Time: 30 s for the pairs, 9 minutes for the 12 runs on two cores. Result (docs/results.md): accuracy on right labels of
+0.64 by DPO and by IPO without noise; with 40% flipped 0.50 to 0.52 by all four, which says nothing of which is better.
 """
 
 from prefalign_jax import config
