@@ -461,7 +461,9 @@ def test_a_recipe_steps_at_reduced_width(name, overrides, tiny_tokenizer, tmp_pa
     assert [row["step"] for row in rows] == [1, 2] and not result.stopped
     loss = loss_of(c)
     first = FIRST[loss.name](loss.hyper, len(result.tokenizer))
-    assert rows[0]["loss"] == pytest.approx(first, rel=1e-5 if "reference" in loss.needs else 0.02)
+    # The policy and its equal, the reference, round bfloat16 where XLA fuses them differently.
+    exact = 1e-5 if c.dtype == "float32" else 1e-3
+    assert rows[0]["loss"] == pytest.approx(first, rel=exact if "reference" in loss.needs else 0.02)
     assert all(0 < row["grad_norm"] < math.inf and math.isfinite(row["loss"]) for row in rows)
     assert max(row["learning_rate"] for row in rows) == pytest.approx(wanted.rate)
     assert bool(result.after) == bool(c.data.eval_path or c.data.eval_fraction)

@@ -39,7 +39,8 @@ if "fail" in options and not (workdir / "mended").exists():
     if options["fail"] == "Killed":
         sys.exit("Killed")
     sys.exit("error: " + options["fail"] + "\\nand more")
-(workdir / "config.json").write_text(json.dumps({"steps": 8, "batch_size": 4, "seed": 0}))
+(workdir / "part").write_text(json.dumps({"steps": 8, "batch_size": 4, "seed": 0}))
+(workdir / "part").replace(workdir / "config.json")  # whole or not there, as a run writes it
 work = workdir / "work.txt"
 for step in range(len(work.read_text().split()) if work.exists() else 0, 8):
     time.sleep(pause)
