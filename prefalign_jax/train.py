@@ -42,7 +42,7 @@ from prefalign_jax.flops import count_flops
 from prefalign_jax.generate import stop_ids
 from prefalign_jax.losses import BoundLoss
 from prefalign_jax.metrics import Progress, device_memory, open_writer
-from prefalign_jax.models.decoder import make_decoder
+from prefalign_jax.models.decoder import cast, make_decoder
 from prefalign_jax.models.dropout import Dropout
 from prefalign_jax.models.hf_io import (
     load_config,
@@ -108,20 +108,21 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
     mesh = make_mesh(config.mesh)
     plain = resolved(config)
 
-    # Data: records -> pairs of token ids -> sets that know how to make batches.
+    # Data: records -> pairs of token ids.
     load_config(resolve(config.model.path))  # a model that does not fit is found before a long reading of data
     tokenizer = load_tokenizer(config.model.path, config.data.chat_template)
     train_pairs, eval_pairs, dropped = load_pairs(config, loss, tokenizer)
-    packing = dict(groups=groups_of(mesh), layout=layout_of(config, loss), row_length=config.data.row_length)
-    share = config.batch_size // config.micro_steps
-    train_set = make_pair_set(train_pairs, config.batch_size, micro_steps=config.micro_steps, **packing)
-    eval_set = make_pair_set(eval_pairs, share, **packing) if eval_pairs else None
     digests = {"training pairs": digest_of(train_pairs)}
 
-    # Model: the policy, and what the loss compares it with.
+    # Model: the policy, sets that know how to make batches for it, and what the loss compares it with.
     reward = "reward" in loss.needs
     adapters, lora = adapters_of(config, reward)
     model, params = load_model(config, config.model.path, mesh, len(tokenizer), config.model.random_init, reward, lora)
+    packing = dict(groups=groups_of(mesh), layout=layout_of(config, loss), row_length=config.data.row_length)
+    packing["tiled"] = model.tiled
+    share = config.batch_size // config.micro_steps
+    train_set = make_pair_set(train_pairs, config.batch_size, micro_steps=config.micro_steps, **packing)
+    eval_set = make_pair_set(eval_pairs, share, **packing) if eval_pairs else None
     if config.model.router_weight and model.routed is None:
         raise UserError(
             f"model.router_weight={config.model.router_weight} applies to mixtures of experts; this is none"
@@ -139,6 +140,8 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
         frozen = params
     elif config.reference.kind != "none":
         frozen = jax.tree.map(jnp.copy, params)  # the step donates the policy's buffers
+    if config.reference.kind == "copy" and frozen is not None and not lora:
+        frozen = cast(frozen, config.dtype)  # half the memory in bfloat16, the same log-probabilities
     # Samples are compared with where the run began, which the step keeps if that is the reference.
     started = None
     questions = load_prompts(config.samples.prompts, config.samples.limit) if config.samples.prompts else []
@@ -487,6 +490,7 @@ def load_model(
     if config.max_length > shape.max_position:
         raise UserError(f"max_length={config.max_length} exceeds the {shape.max_position} positions of {path}")
     options = dict(dtype=config.dtype, param_dtype=drawn_dtype(config), remat=config.model.remat, lora=lora)
+    options["attention"] = config.model.attention
     options["dropout"] = Dropout(config.model.dropout, config.model.attention_dropout)
     multiple, kind = config.model.pad_vocabulary, config.model.quantize
 

@@ -29,7 +29,7 @@ from prefalign_jax import cli
 from prefalign_jax.data.packing import Layout, lengths_of
 from prefalign_jax.data.pipeline import balanced, batch_of, make_pair_set
 from prefalign_jax.data.records import read_records
-from prefalign_jax.files import write_json
+from prefalign_jax.files import whole, write_json
 from prefalign_jax.flops import count_flops
 from prefalign_jax.generate import sample
 from prefalign_jax.losses import make_loss
@@ -162,14 +162,17 @@ def train(
     lora: int = 0,
     remat: str = "none",
     peer_remat: str = "none",
+    attention: str = "auto",
+    peer_head: str = "whole",
     reference: str = "copy",
     device: str = "cpu",
     learning_rate: float = 1e-6,
+    keep: str = "",
 ) -> dict[str, Any]:
     """Training steps beside a peer's in turn: the same weights, pairs, precision and optimizer, in separate processes.
 
     Args:
-      peer: trl, tunix, or ours with another reference: cached, copy.
+      peer: trl, tunix, or ours with another reference, cached or copy, or without a peer: none.
       python: the interpreter of the peer's environment; see docs/performance.md.
       loss: dpo or orpo.
       shape: of the model, a key of SHAPES; its weights are random.
@@ -182,9 +185,12 @@ def train(
       dtype, param_dtype: of the computation and of the weights.
       lora: rank of adapters, 0 trains all weights.
       remat, peer_remat: ours, and whether the peer recomputes activations (none or full).
+      attention: of our decoder: auto, tiles or cudnn.
+      peer_head: whole, or fused: TRL's use_liger_kernel, which needs liger-kernel and a GPU.
       reference: copy, or cached: our log-probabilities of the reference, computed before.
-      device: cpu or gpu.
+      device: cpu or gpu; this process itself computes on the CPU.
       learning_rate: of AdamW without weight decay, constant.
+      keep: directory to make the weights and pairs in, or where an earlier run made them; none is a temporary one.
 
     Returns:
       What was measured, medians over all steps but the first.
@@ -197,7 +203,10 @@ def train(
     choose("--loss", loss, dict.fromkeys(("dpo", "orpo")))
     choose("--device", device, dict.fromkeys(("cpu", "gpu")))
     scripts = {"trl": "trl_side.py", "tunix": "tunix_side.py", "cached": "our_side.py", "copy": "our_side.py"}
-    choose("--peer", peer, scripts)
+    choose("--peer", peer, scripts | {"none": ""})
+    choose("--peer_head", peer_head, dict.fromkeys(("whole", "fused")))
+    if peer_head == "fused" and (peer != "trl" or device != "gpu" or loss != "dpo"):
+        raise UserError("--peer_head=fused is for --peer=trl --loss=dpo --device=gpu")
     if min(pairs, rounds, steps - 1, max_length) < 1:
         raise UserError("--pairs, --rounds and --max_length must be positive, --steps at least 2")
     choose("--reference", reference, dict.fromkeys(("copy", "cached")))
@@ -206,40 +215,51 @@ def train(
     if peer == "tunix" and (loss != "dpo" or lora or (dtype, param_dtype) != ("float32", "float32")):
         raise UserError("--peer=tunix is measured with --loss=dpo, all weights and float32")
     config = SHAPES[shape]
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
-        model, data = Path(scratch) / "model", Path(scratch) / "pairs.json"
-        hf_io.save_params(make_decoder(config).init(jax.random.key(0)), config, model)
-        data.write_text(json.dumps(pairs_for(lengths, config.vocab_size, pairs, steps, max_length)))
+    with contextlib.ExitStack() as stack:
+        scratch = Path(keep or stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
+        model, data = scratch / f"{shape}-{dtype}", scratch / f"{pairs}x{steps}-{max_length}-{Path(lengths).name}.json"
+        if not model.exists():
+            hf_io.save_params(random_params(config, dtype), config, model, dtype=dtype)
+        if not data.exists():
+            found = json.dumps(pairs_for(lengths, config.vocab_size, pairs, steps, max_length))
+            with whole(data) as part:
+                part.write_text(found)
         spec = dict(model=str(model), pairs=str(data), loss=loss, size=pairs, steps=steps, max_length=max_length)
         spec |= dict(dtype=dtype, param_dtype=param_dtype, lora=lora, learning_rate=learning_rate, eos=EOS)
         spec |= dict(vocabulary=config.vocab_size, threads=len(os.sched_getaffinity(0)))
+        spec |= dict(attention=attention, head=peer_head)
         ours = spec | dict(remat=remat, reference=reference)
         theirs = spec | dict(remat=peer_remat, reference=peer if peer in ("cached", "copy") else reference)
-        turns: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        turns: list[dict[str, dict[str, Any]]] = []
         for number in range(rounds):
-            first = side(sys.executable, "our_side.py", ours, device)
-            other = side(python if peer in ("trl", "tunix") else sys.executable, scripts[peer], theirs, device)
-            # DPO's first loss is log 2 whatever the weights and the pairs: the log-probabilities are not.
-            seen = [[*one["losses"][:2], one["chosen_logps"] / 1000] for one in (first, other)]
-            if not np.abs(np.subtract(*seen)).max() <= 1e-3:
-                raise UserError(
-                    f"the first losses differ, so nothing is compared: ours {first['losses'][:2]} at log-probability "
-                    f"{first['chosen_logps']}, {peer} {other['losses'][:2]} at {other['chosen_logps']}"
-                )
-            turns.append((first, other))
-            print(f"round {number + 1}: {ratio_of(first, other):.2f}", file=sys.stderr)
+            turn = {"ours": side(sys.executable, "our_side.py", ours, device)}
+            if peer != "none":
+                other = python if peer in ("trl", "tunix") else sys.executable
+                turn[peer] = side(other, scripts[peer], theirs, device)
+                # DPO's first loss is log 2 whatever the weights and the pairs: the log-probabilities are not.
+                seen = [[*one["losses"][:2], one["chosen_logps"] / 1000] for one in turn.values()]
+                if not np.abs(np.subtract(*seen)).max() <= 1e-3:
+                    raise UserError(
+                        "the first losses differ, so nothing is compared: "
+                        + ", ".join(
+                            f"{name} {one['losses'][:2]} at {one['chosen_logps']}" for name, one in turn.items()
+                        )
+                    )
+                print(f"round {number + 1}: {ratio_of(turn, peer):.2f}", file=sys.stderr)
+            turns.append(turn)
     return comparison(turns, peer, pairs)
 
 
-def ratio_of(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
+def ratio_of(turn: dict[str, dict[str, Any]], peer: str) -> float:
     """The peer's time for a step over ours, by the medians of one round."""
-    return float(np.median(theirs["seconds"][1:]) / np.median(ours["seconds"][1:]))
+    return float(np.median(turn[peer]["seconds"][1:]) / np.median(turn["ours"]["seconds"][1:]))
 
 
-def comparison(turns: Sequence[tuple[dict[str, Any], dict[str, Any]]], peer: str, pairs: int) -> dict[str, Any]:
+def comparison(turns: Sequence[dict[str, dict[str, Any]]], peer: str, pairs: int) -> dict[str, Any]:
     """The figures of `train` from what the sides measured in each round."""
-    found: dict[str, Any] = {"device": turns[0][0]["device"]}
-    for name, results in zip(("ours", peer), zip(*turns, strict=True), strict=True):
+    found: dict[str, Any] = {"device": turns[0]["ours"]["device"]}
+    for name in turns[0]:
+        results = [turn[name] for turn in turns]
         seconds = np.concatenate([one["seconds"][1:] for one in results])
         found |= {
             f"{name}, s a step": float(np.median(seconds)),
@@ -250,12 +270,11 @@ def comparison(turns: Sequence[tuple[dict[str, Any], dict[str, Any]]], peer: str
             f"{name}, peak memory, GiB": max(one["peak_bytes"] for one in results) / GIB,
             f"{name}, first step, s": float(np.median([one["seconds"][0] for one in results])),
         }
-    ours = [one for one, _ in turns]
+    ours = [turn["ours"] for turn in turns]
     counted = {name: np.concatenate([one[name][1:] for one in ours]) for name in ("tokens", "positions", "trained")}
     seconds = np.concatenate([one["seconds"][1:] for one in ours])
     useful = np.concatenate([one["useful_flops"][1:] for one in ours]) / seconds
-    rounds = [ratio_of(*turn) for turn in turns]
-    return found | {
+    found |= {
         "ours, trained tokens/s": float(counted["trained"].sum() / seconds.sum()),
         "ours, padding, share of positions": float(1 - counted["tokens"].sum() / counted["positions"].sum()),
         "ours, input wait, share of time": float(
@@ -267,14 +286,33 @@ def comparison(turns: Sequence[tuple[dict[str, Any], dict[str, Any]]], peer: str
         "ours, share of this machine's matmul rate": float(
             np.median(useful) / np.median([x["matmul_flops"] for x in ours])
         ),
+    }
+    if peer == "none":
+        return found
+    rounds = [ratio_of(turn, peer) for turn in turns]
+    apart = [np.abs(np.subtract(turn["ours"]["losses"], turn[peer]["losses"])).max() for turn in turns]
+    return found | {
         "times as fast, each round": ", ".join(f"{ratio:.2f}" for ratio in rounds),
         "times as fast": float(np.median(rounds)),
         "memory, ours over theirs": found["ours, peak memory, GiB"] / found[f"{peer}, peak memory, GiB"],
-        "largest difference of a loss": float(
-            max(np.abs(np.subtract(a["losses"], b["losses"])).max() for a, b in turns)
-        ),
-        "peer's versions": ", ".join(f"{name} {version}" for name, version in turns[0][1]["versions"].items()),
+        "largest difference of a loss": float(max(apart)),
+        "peer's versions": ", ".join(f"{name} {version}" for name, version in turns[0][peer]["versions"].items()),
     }
+
+
+def random_params(config: DecoderConfig, dtype: str) -> Any:
+    """Parameters distributed as `init` draws them, but by NumPy and with repetitions: billions in seconds."""
+    rng = np.random.default_rng(0)
+
+    def drawn(path, x: jax.ShapeDtypeStruct) -> np.ndarray:
+        if path[-1].key == "scale":
+            return np.ones(x.shape, x.dtype)
+        block = (config.init_std * rng.standard_normal(min(x.size, 2**24), np.float32)).astype(x.dtype)
+        return np.resize(block, x.shape)
+
+    return jax.tree_util.tree_map_with_path(
+        drawn, jax.eval_shape(make_decoder(config, param_dtype=dtype).init, jax.random.key(0))
+    )
 
 
 def pairs_for(lengths: str, vocabulary: int, size: int, steps: int, max_length: int) -> dict[str, list[list[int]]]:

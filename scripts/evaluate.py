@@ -339,13 +339,14 @@ def run(values: flags.FlagValues, rest: Sequence[str]) -> None:
     tokenizer = load_tokenizer(config.model.path, config.data.chat_template)
     by = [name for name in (values.slice_by or "").split(",") if name]
     records, pairs, dropped = read(config, loss, tokenizer, by)
-    data = make_pair_set(pairs, config.batch_size, groups=groups_of(mesh), layout=layout_of(config, loss))
     prompts = prompt_numbers(pairs)
     with jax.default_matmul_precision(config.matmul_precision):
         policy, frozen, before = (
             load(config, loss, path, tokenizer, mesh) if path else None
             for path in (values.model, values.reference, values.before)
         )
+        packing = dict(groups=groups_of(mesh), layout=layout_of(config, loss), tiled=policy.model.tiled)
+        data = make_pair_set(pairs, config.batch_size, **packing)
         if frozen:
             data = data._replace(reference=compute(frozen.model, frozen.params, data, mesh=mesh, needs=loss.needs))
         found = measure(loss, policy, frozen, data, mesh)

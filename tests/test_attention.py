@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prefalign_jax.models.attention import attend, tiled_attend, tree_mask, tree_tiles
+from prefalign_jax.models.attention import attend, fused_attend, tiled_attend, tree_bias, tree_mask, tree_tiles
 from prefalign_jax.types import Pair
 from small import first, make_pairs, packed
 
@@ -100,3 +100,23 @@ def test_dropped_weights_of_tiles_leave_the_mean():
     drawn = jax.jit(jax.vmap(lambda key: tiled_attend(q, k, v, tiles, dropout=0.3, key=key)))(keys)
     np.testing.assert_allclose(drawn.mean(0), tiled_attend(q, k, v, tiles), atol=0.3)
     assert float(jnp.abs(drawn[0] - drawn[1]).max()) > 0.1
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_the_fused_kernels_arguments_say_who_sees_whom(window):
+    """By XLA's form of the same function: whether cuDNN computes that is for a GPU to show."""
+    batch = first(packed(make_pairs(5, longest=60)))
+    rows, length = batch.tokens.shape
+    rng = np.random.default_rng(0)
+    q = jnp.float32(rng.normal(size=(rows, length, 6, 8)))
+    k, v = (jnp.float32(rng.normal(size=(rows, length, 2, 8))) for _ in range(2))
+    mask = np.asarray(tree_mask(batch.segments, batch.branches))
+    if window:
+        mask = mask & (batch.positions[:, :, None] - batch.positions[:, None, :] < window)
+    bias = tree_bias(batch.segments, batch.branches, batch.positions, jnp.float32, windows=bool(window))
+    found = fused_attend(q, k, v, bias, window=window and jnp.int32(window), scale=0.3, implementation="xla")
+    np.testing.assert_allclose(found, attend(q, k, v, jnp.asarray(mask), scale=0.3), rtol=1e-5, atol=1e-5)
+    if window:  # of this layer; 0 is none
+        whole = fused_attend(q, k, v, bias, window=jnp.int32(0), implementation="xla")
+        every = jnp.asarray(tree_mask(batch.segments, batch.branches))
+        np.testing.assert_allclose(whole, attend(q, k, v, every), rtol=1e-5, atol=1e-5)

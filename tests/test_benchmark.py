@@ -139,6 +139,28 @@ def test_a_step_beside_one_with_a_cached_reference(script, tmp_path, capsys):
     assert found["ours, programs compiled"] >= 1 and found["ours, share of this machine's matmul rate"] < 1
 
 
+def test_ours_alone_from_weights_that_are_kept(script, tmp_path, monkeypatch):
+    kept = tmp_path / "kept"
+    options = dict(peer="none", shape="tiny", lengths="20+12", pairs=2, steps=2, rounds=1, keep=str(kept))
+    found = script.train(**options)
+    assert found["ours, s a step"] > 0 and not any("peer" in name or "times" in name for name in found)
+    assert {path.name for path in kept.iterdir()} == {"tiny-float32", "2x2-512-20+12.json"}
+    monkeypatch.setattr(script, "random_params", lambda *args: pytest.fail("the weights are there"))
+    monkeypatch.setattr(script, "side", lambda python, name, spec, device: script_spec.update(spec) or {})
+    monkeypatch.setattr(script, "comparison", lambda *args: {})
+    script_spec = {}
+    script.train(**options, attention="tiles")
+    assert script_spec["attention"] == "tiles" and script_spec["model"] == str(kept / "tiny-float32")
+
+
+def test_random_weights_are_distributed_as_the_decoder_draws_them(script):
+    config = script.SHAPES["tiny"]
+    ours, drawn = script.random_params(config, "float32"), make_decoder(config).init(jax.random.key(0))
+    assert jax.tree.map(jax.numpy.shape, ours) == jax.tree.map(jax.numpy.shape, drawn)
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(drawn), strict=True):
+        assert float(np.std(one)) == pytest.approx(float(np.std(other)), rel=0.1)
+
+
 def test_losses_that_differ_are_not_compared(script, tmp_path, monkeypatch):
     measured = iter([[0.69, 0.68], [0.69, 0.66]])
     monkeypatch.setattr(script, "side", lambda *args: {"losses": next(measured), "chosen_logps": -50.0})
@@ -149,14 +171,14 @@ def test_losses_that_differ_are_not_compared(script, tmp_path, monkeypatch):
 def test_other_weights_are_noticed_though_dpo_starts_at_log_2(script, monkeypatch):
     measured = iter([-50.0, -52.0])
     monkeypatch.setattr(script, "side", lambda *args: {"losses": [0.69, 0.69], "chosen_logps": next(measured)})
-    with pytest.raises(UserError, match="at log-probability -50.0, trl .* at -52.0"):
+    with pytest.raises(UserError, match="ours .* at -50.0, trl .* at -52.0"):
         script.train(peer="trl", shape="tiny", lengths="8+8", pairs=2)
 
 
 @pytest.mark.parametrize(
     "options",
     [{"peer": "tunix", "loss": "orpo"}, {"peer": "tunix", "lora": 8}, {"peer": "cached", "loss": "orpo"}, {"steps": 1}]
-    + [{"reference": "cache"}, {"peer": "verl"}, {"shape": "huge"}],
+    + [{"reference": "cache"}, {"peer": "verl"}, {"shape": "huge"}, {"peer_head": "fused"}],
 )
 def test_what_cannot_be_compared_is_refused(script, options):
     with pytest.raises(UserError, match="--"):

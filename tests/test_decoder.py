@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ from prefalign_jax.config import CHOICES
 from prefalign_jax.data.packing import Layout
 from prefalign_jax.logps import preference_logps
 from prefalign_jax.losses.reward import bradley_terry
-from prefalign_jax.models.decoder import REMAT, make_decoder
+from prefalign_jax.models.decoder import ATTENTION, REMAT, cast, make_decoder
+from prefalign_jax.models.dropout import Dropout
 from prefalign_jax.models.rope import RopeScaling
 from prefalign_jax.types import Pair, UserError
 from small import CONFIG, MODEL, first, make_pairs, make_params, packed
@@ -149,8 +151,63 @@ def test_compiling_takes_no_longer_for_more_layers():
     assert size(12) < 1.1 * size(2)
 
 
-def test_a_config_may_name_every_remat():
-    assert CHOICES["model.remat"] == tuple(REMAT)
+def test_a_config_may_name_every_remat_and_attention():
+    assert CHOICES["model.remat"] == tuple(REMAT) and CHOICES["model.attention"] == ATTENTION
+
+
+@pytest.fixture
+def nvidia(monkeypatch):
+    """A CPU that calls itself a GPU and computes cuDNN's function by XLA."""
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind="NVIDIA H200")])
+    there = jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *args, **more: there(*args, **(more | {"implementation": "xla"}))
+    )
+
+
+@pytest.mark.parametrize("shape", [{}, {"windows": (0, 5)}], ids=str)
+def test_cudnns_attention_in_short_rows_gives_the_log_probabilities_of_tiles_in_a_long_one(shape, nvidia):
+    config = dataclasses.replace(CONFIG, **shape)
+    params, pairs = make_params(0, make_decoder(config)), make_pairs(12, longest=300)
+    found = {}
+    for attention in ("tiles", "cudnn"):
+        model = make_decoder(config, dtype="bfloat16", attention=attention)
+        batch = packed(pairs, tiled=model.tiled)
+        found[attention] = preference_logps(model, params, first(batch))
+        assert batch.tokens.shape[1] == (1 if model.tiled else 3)  # of about ROW_TOKENS
+    for name in ("chosen", "rejected"):
+        ours, theirs = (getattr(found[attention], name) for attention in found)
+        np.testing.assert_allclose(ours, theirs, rtol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "says"),
+    [
+        ({}, {"dtype": "float32"}, "dtype=float32"),
+        ({"attention_softcap": 50.0}, {}, "soft-capped"),
+        ({}, {"dropout": Dropout(attention=0.1)}, "dropout"),
+        ({"head_dim": 12}, {}, "heads of 12"),
+    ],
+    ids=str,
+)
+def test_what_cudnn_cannot_compute_attends_by_tiles(shape, options, says, nvidia):
+    config, options = dataclasses.replace(CONFIG, **shape), {"dtype": "bfloat16", **options}
+    assert make_decoder(config, **options).tiled
+    assert not make_decoder(CONFIG, dtype="bfloat16").tiled
+    with pytest.raises(UserError, match=f"attention='cudnn' is not for .*{says}"):
+        make_decoder(config, attention="cudnn", **options)
+
+
+def test_matrices_in_the_type_of_the_computation_give_the_same(nvidia):
+    """What lets a frozen copy be kept in half the memory."""
+    model, batch = make_decoder(CONFIG, dtype="bfloat16"), first(packed(make_pairs(3)))
+    params = make_params()
+    small = cast(params, "bfloat16")
+    assert small["layers"]["attention"]["q"]["kernel"].dtype == jnp.bfloat16
+    assert small["final_norm"]["scale"].dtype == jnp.float32
+    np.testing.assert_array_equal(
+        preference_logps(model, params, batch).chosen, preference_logps(model, small, batch).chosen
+    )
 
 
 def test_unknown_remat_is_named():

@@ -18,6 +18,7 @@ from prefalign_jax.types import Pair, PairLogps, PreferenceBatch, UserError
 
 STRETCH = 4096  # pairs dealt to batches at once
 TRIALS = 48  # batches that shapes are chosen by
+ROW_TOKENS = 2048  # about, in a row of a model whose attention costs the square of it
 
 
 class PairSet(NamedTuple):
@@ -27,7 +28,7 @@ class PairSet(NamedTuple):
       pairs: the pairs; a batch's `index` counts in here.
       batch_size: pairs in a batch.
       micro_steps: M.
-      groups: G.
+      groups: G, a row each unless `row_length` is set.
       layout: what is laid out of a pair.
       lengths: of the pairs, under the layout.
       shapes: the few shapes a batch may have.
@@ -54,13 +55,16 @@ def make_pair_set(
     groups: int = 1,
     layout: Layout = Layout(),
     row_length: int | None = None,
+    tiled: bool = True,
 ) -> PairSet:
     """Chooses the shapes for these pairs, by batches as `train_batches` balances them and by others.
 
     Args:
-      pairs, batch_size, micro_steps, groups, layout: see `PairSet`.
-      row_length: see `PairSet`; a model that is not `tiled` is better off with rows of a few hundred tokens, as its
-        attention costs L^2.
+      pairs, batch_size, micro_steps, layout: see `PairSet`.
+      groups: at least so many, on as many devices.
+      row_length: see `PairSet`.
+      tiled: whether the model is. If not, and without a `row_length`, each of `groups` becomes as many as leave rows of
+        about ROW_TOKENS tokens.
 
     Raises:
       UserError: there are no pairs, or one is longer than `row_length`.
@@ -68,6 +72,8 @@ def make_pair_set(
     if not pairs:
         raise UserError("no pairs to batch: every record was dropped")
     lengths, share = lengths_of(pairs, layout), batch_size // micro_steps
+    if not tiled and row_length is None:
+        groups *= max(1, round(share * float(lengths.pieces.sum(1).mean()) / groups / ROW_TOKENS))
     rng = np.random.default_rng(0)
     some = rng.permutation(len(pairs))[:STRETCH]
     random = [rng.choice(len(pairs), share, replace=len(pairs) < share) for _ in range(TRIALS)]

@@ -1,4 +1,4 @@
-"""Attention over packed tree rows: who sees whom, and the grouped-query product, dense or tile by tile."""
+"""Attention over packed tree rows: who sees whom, and the grouped-query product, dense, tile by tile or in cuDNN."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from prefalign_jax.models.dropout import drop
 from prefalign_jax.types import TILE
+
+UNSEEN = -1e9  # added to a score: no softmax notices it, and no half-precision type overflows
 
 
 def tree_mask(segments: jax.Array, branches: jax.Array) -> jax.Array:
@@ -163,7 +165,7 @@ def tiled_attend(
         total = functools.partial(jax.ops.segment_sum, num_segments=blocks, indices_are_sorted=True)
         return jax.vmap(total)(values, tiles.query)
 
-    @jax.checkpoint
+    @functools.partial(jax.checkpoint, prevent_cse=False)
     def attended(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         q, k, v = _blocks(q, tiles.query), _blocks(k, tiles.key), _blocks(v, tiles.key)
         scores = jnp.einsum("gnkad,gnkcd->gnkac", q, k, preferred_element_type=jnp.float32)
@@ -183,3 +185,63 @@ def tiled_attend(
     q = by_block(q * (dim**-0.5 if scale is None else scale))
     out = attended(q, by_block(k), by_block(v)).reshape(groups, blocks, kv_heads, share, TILE, dim)
     return out.transpose(0, 1, 4, 2, 3, 5).reshape(rows, length, heads, dim)
+
+
+class Bias(NamedTuple):
+    """`tree_mask` as numbers that are added to the scores: 0 where a token sees another, UNSEEN elsewhere.
+
+    Attributes:
+      values: [R, 1, L, L] in the type of q, k and v.
+      distance: [R, 1, L, L] int32, of positions, for layers with a window; None where no layer has one.
+    """
+
+    values: jax.Array
+    distance: jax.Array | None
+
+
+def tree_bias(
+    segments: jax.Array, branches: jax.Array, positions: jax.Array, dtype: jnp.dtype, windows: bool = False
+) -> Bias:
+    """Who sees whom, once for all layers.
+
+    Args:
+      segments, branches, positions: [R, L] int32.
+      dtype: of the computation.
+      windows: whether any layer has one.
+
+    Returns:
+      The `Bias`.
+    """
+    seen = tree_mask(segments, branches)
+    distance = (positions[:, :, None] - positions[:, None, :])[:, None] if windows else None
+    return Bias(jnp.where(seen, 0.0, UNSEEN).astype(dtype)[:, None], distance)
+
+
+def fused_attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: Bias,
+    *,
+    window: jax.Array | None = None,
+    scale: float | None = None,
+    implementation: str = "cudnn",
+) -> jax.Array:
+    """As `attend`, in one kernel that writes no scores to memory and computes them again in the backward pass.
+
+    It computes all of a row's square, so rows are best short: see ROW_TOKENS in data/pipeline.py.
+
+    Args:
+      q: [R, L, heads, d] in bfloat16 or float16, L even, d at most 128 (256 on Hopper and later) and a multiple of 8.
+      k, v: [R, L, kv_heads, d].
+      bias: who sees whom.
+      window, scale: as in `tiled_attend`.
+      implementation: 'cudnn' for NVIDIA's GPUs; 'xla' computes the same anywhere.
+
+    Returns:
+      [R, L, heads, d] in q's type.
+    """
+    values = bias.values
+    if window is not None and bias.distance is not None:
+        values = jnp.where((window == 0) | (bias.distance < window), values, jnp.asarray(UNSEEN, values.dtype))
+    return jax.nn.dot_product_attention(q, k, v, bias=values, scale=scale, implementation=implementation)

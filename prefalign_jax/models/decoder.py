@@ -12,11 +12,24 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prefalign_jax.models import moe, quantize, rope
-from prefalign_jax.models.attention import Tiles, attend, tiled_attend, tree_mask, tree_tiles
+from prefalign_jax.models.attention import (
+    Bias,
+    Tiles,
+    attend,
+    fused_attend,
+    tiled_attend,
+    tree_bias,
+    tree_mask,
+    tree_tiles,
+)
 from prefalign_jax.models.dropout import Dropout, drop, fork
 from prefalign_jax.models.lora import Lora, adapter_shapes, delta, join, stretch
+from prefalign_jax.names import choose
 from prefalign_jax.types import Cached, LanguageModel, Params, UserError
 
+# How the rows of a batch attend: tile by tile in XLA; in cuDNN's fused kernel; auto is cuDNN where it can.
+ATTENTION = ("auto", "tiles", "cudnn")
+MATRICES = ("kernel", "embedding")  # the parameters that products and look-ups read in the type of the computation
 # What the backward pass keeps of a layer: everything, the results of matrix products, or only the layer's input.
 REMAT: dict[str, Callable | None] = {
     "none": None,
@@ -170,7 +183,7 @@ class Norm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D]. The backward pass keeps no more than x."""
         parts = (self.scale[...], *((self.bias[...],) if hasattr(self, "bias") else ()))
-        return jax.checkpoint(self._normed)(x, *parts)
+        return jax.checkpoint(self._normed, prevent_cse=False)(x, *parts)
 
     def _normed(self, x: jax.Array, scale: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         x32 = x.astype(jnp.float32)
@@ -191,7 +204,8 @@ class Layer(NamedTuple):
     """What is known of one layer besides its parameters.
 
     Attributes:
-      mask: who sees whom before the window is taken into account: [R, L, S] bool, without a cache S is L; or `Tiles`.
+      mask: who sees whom before the window is taken into account: [R, L, S] bool, without a cache S is L; or `Tiles`,
+        or a `Bias`.
       positions: [R, L] int32.
       cos, sin: [R, L, rotated / 2] float32; 1 and 0 in a layer that does not rotate.
       window: [] int32; 0 for none.
@@ -204,7 +218,7 @@ class Layer(NamedTuple):
       seen: [R, S] int32, the cache's positions.
     """
 
-    mask: jax.Array | Tiles
+    mask: jax.Array | Tiles | Bias
     positions: jax.Array
     cos: jax.Array
     sin: jax.Array
@@ -252,10 +266,14 @@ class Attention(nnx.Module):
                 jax.lax.dynamic_update_slice(old, new, (0, layer.at, 0, 0))
                 for old, new in zip(layer.cache, (k, v), strict=True)
             )
+        window = layer.window if any(c.windows) else None
+        if isinstance(layer.mask, Bias):
+            out = fused_attend(q, k, v, layer.mask, window=window, scale=c.query_scale)
+            return self.o(out.reshape(*x.shape[:2], -1), of_output), (k, v)
         options = dict(scale=c.query_scale, softcap=c.attention_softcap)
         options |= dict(dropout=layer.dropout.attention, key=of_weights)
         if isinstance(layer.mask, Tiles):
-            out = tiled_attend(q, k, v, layer.mask, window=layer.window if any(c.windows) else None, **options)
+            out = tiled_attend(q, k, v, layer.mask, window=window, **options)
             return self.o(out.reshape(*x.shape[:2], -1), of_output), (k, v)
         mask = layer.mask
         if any(c.windows):
@@ -292,8 +310,9 @@ class MLP(nnx.Module):
         up = self.up(x, of_up)
         # The backward pass computes the activation again from what the products gave: less to keep, and faster.
         if self.config.gated:
-            return self.down(jax.checkpoint(lambda gate, up: act(gate) * up)(self.gate(x, of_gate), up), of_down)
-        return self.down(jax.checkpoint(act)(up), of_down)
+            gated = jax.checkpoint(lambda gate, up: act(gate) * up, prevent_cse=False)
+            return self.down(gated(self.gate(x, of_gate), up), of_down)
+        return self.down(jax.checkpoint(act, prevent_cse=False)(up), of_down)
 
 
 class ExpertLinear(nnx.Module):
@@ -410,12 +429,17 @@ class Decoder(nnx.Module):
             self.head = Table(rows, config, "kernel", rngs, param_dtype, config.head_bias)
 
     def __call__(
-        self, tokens, positions, segments, branches, *, tiles, dtype, remat: str, dropout: Dropout, key
+        self, tokens, positions, segments, branches, *, tiles, fused: bool, dtype, remat: str, dropout: Dropout, key
     ) -> tuple[jax.Array, moe.Routing | None]:
         """Tokens, positions, segments and branches, each [R, L] -> hidden states [R, L, D], routing [layers, E]."""
         c = self.config
         turns, kinds = _rotations(c, positions, segments)
-        mask = tree_mask(segments, branches) if tiles is None else tree_tiles(tiles, segments, branches, positions)
+        if fused:
+            mask = tree_bias(segments, branches, positions, dtype, any(c.windows))
+        elif tiles is not None:
+            mask = tree_tiles(tiles, segments, branches, positions)
+        else:
+            mask = tree_mask(segments, branches)
 
         def layer(x, block_and_kind):
             block, kind, window, key = block_and_kind
@@ -423,7 +447,7 @@ class Decoder(nnx.Module):
             return block(x, Layer(mask, positions, cos, sin, window, segments > 0, dropout, key))[:2]
 
         if REMAT[remat] is not None:
-            layer = jax.checkpoint(layer, policy=REMAT[remat])
+            layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
         x = self.embedded(tokens, positions, dtype)
         of_embedding, of_layers = fork(key, 2)
         x = drop(x, dropout.residual, of_embedding)
@@ -490,12 +514,39 @@ def _rotations(
     return (cos, sin), kinds
 
 
+def cast(params: Params, dtype: str, names: tuple[str, ...] = MATRICES) -> Params:
+    """The parameters with those matrices in the type of the computation: the decoder computes the same from them."""
+
+    def one(path, x: jax.Array) -> jax.Array:
+        return x.astype(dtype) if path[-1].key in names else x
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _is_fused(attention: str, config: DecoderConfig, dtype: str, dropout: Dropout) -> bool:
+    """Whether rows attend in cuDNN."""
+    choose("attention", attention, dict.fromkeys(ATTENTION))
+    reasons = {
+        f"dtype={dtype}": dtype == "float32",
+        "soft-capped scores": config.attention_softcap is not None,
+        "dropout of attention weights": dropout.attention > 0,
+        f"heads of {config.head_dim} numbers": config.head_dim % 8 != 0 or config.head_dim > 128,
+    }
+    against = [reason for reason, holds in reasons.items() if holds]
+    if attention == "cudnn" and against:
+        raise UserError(f"attention='cudnn' is not for {', '.join(against)}; write 'tiles'")
+    if attention != "auto" or against:
+        return attention == "cudnn"
+    return "NVIDIA" in jax.devices()[0].device_kind
+
+
 def make_decoder(
     config: DecoderConfig,
     *,
     dtype: str = "float32",
     param_dtype: str = "float32",
     remat: str = "none",
+    attention: str = "auto",
     lora: Lora | None = None,
     dropout: Dropout = Dropout(),  # noqa: B008 (frozen)
 ) -> LanguageModel:
@@ -511,6 +562,7 @@ def make_decoder(
       dtype: type of the activations and matrix products; norms, rotations and softmax stay float32 inside.
       param_dtype: type of freshly initialised parameters.
       remat: one of REMAT: what the backward pass keeps of each layer.
+      attention: one of ATTENTION: how the rows of a batch attend.
       lora: of the adapters that the parameters may have, see lora.py. The same functions take them without: that is the
         reference.
       dropout: in passes that are given a key; what Hugging Face's config.json says of dropout is not read.
@@ -519,10 +571,11 @@ def make_decoder(
       A `LanguageModel`; its functions trace under jit, grad and vmap.
 
     Raises:
-      UserError: if `remat` is unknown.
+      UserError: if `remat` or `attention` is unknown, or cuDNN cannot compute the latter.
     """
     if remat not in REMAT:
         raise UserError(f"remat={remat!r} is unknown; write one of {', '.join(REMAT)}")
+    fused = _is_fused(attention, config, dtype, dropout)
 
     def build(key: jax.Array) -> Decoder:
         return Decoder(config, nnx.Rngs(params=key), jnp.dtype(param_dtype))
@@ -560,8 +613,9 @@ def make_decoder(
         return jnp.concatenate([out, jnp.ones_like(out[..., :1])], axis=-1) if biased else out
 
     def routed(params: Params, tokens, positions, segments, branches, *, tiles=None, key: jax.Array | None = None):
-        options = dict(tiles=tiles, dtype=jnp.dtype(dtype), remat=remat, dropout=dropout, key=key)
-        out, routing = filled(params)(tokens, positions, segments, branches, **options)
+        options = dict(tiles=tiles, fused=fused, dtype=jnp.dtype(dtype), remat=remat, dropout=dropout, key=key)
+        # Kernels are cast once, not in every layer's forward and again in its backward pass.
+        out, routing = filled(cast(params, dtype, ("kernel",)))(tokens, positions, segments, branches, **options)
         out = widened(out)
         return out, None if routing is None else moe.balance(routing)
 
@@ -579,10 +633,7 @@ def make_decoder(
         return jnp.concatenate([table, bias[:, None].astype(table.dtype)], axis=-1)
 
     def prepare(params: Params) -> tuple[Decoder, jax.Array]:
-        def cast(path, x: jax.Array) -> jax.Array:
-            return x.astype(dtype) if path[-1].key in ("kernel", "embedding") else x
-
-        params = jax.tree_util.tree_map_with_path(cast, params)
+        params = cast(params, dtype)
         return filled(params).unstacked(), head(params)
 
     def init_cache(rows: int, length: int) -> tuple[tuple[jax.Array, jax.Array], ...]:
@@ -602,6 +653,6 @@ def make_decoder(
         routed=routed if config.num_experts else None,
         join=join if lora else None,
         drops=dropout != Dropout() or (lora is not None and lora.dropout > 0),
-        tiled=True,
+        tiled=not fused,
         cached=Cached(prepare, init_cache, extend),
     )

@@ -14,7 +14,7 @@ from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pipeline import make_pair_set, train_batches
 from prefalign_jax.losses import make_loss
 from prefalign_jax.models import hf_io
-from prefalign_jax.models.decoder import make_decoder
+from prefalign_jax.models.decoder import cast, make_decoder
 from prefalign_jax.models.lora import Lora, init_adapters
 from prefalign_jax.reference import compute
 from prefalign_jax.sharding import make_mesh, param_shardings
@@ -29,10 +29,10 @@ def pairs_of(path: str) -> list[Pair]:
     return [Pair(*(np.array(ids, np.int32) for ids in three)) for three in zip(*sides.values(), strict=True)]
 
 
-def matmul_rate(dtype: str, size: int = 4096) -> float:
-    """Operations a second of a plain product here: the median of five."""
-    size = size if jax.default_backend() != "cpu" else size // 4
-    x = jnp.ones((size, size), dtype)
+def matmul_rate(dtype: str, size: int = 8192) -> float:
+    """Operations a second of a plain product of random numbers here: the median of five."""
+    size = size if jax.default_backend() != "cpu" else size // 8
+    x = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(lambda x: x @ x)
     product(x).block_until_ready()
     times = []
@@ -52,7 +52,7 @@ def main() -> None:
     )
     config = hf_io.load_config(spec["model"])
     lora = Lora(rank=spec["lora"], alpha=float(spec["lora"])) if spec["lora"] else None
-    model = make_decoder(config, dtype=spec["dtype"], remat=spec["remat"], lora=lora)
+    model = make_decoder(config, dtype=spec["dtype"], remat=spec["remat"], attention=spec["attention"], lora=lora)
     mesh = make_mesh({"data": 1})
     shardings = param_shardings(mesh, jax.eval_shape(model.init, jax.random.key(0)))
     stored = spec["param_dtype"]
@@ -63,14 +63,14 @@ def main() -> None:
     pairs = pairs_of(spec["pairs"])
     used = spec["steps"] * spec["size"]
     layout = Layout(prompt="prompt" in loss.needs)
-    data = make_pair_set(pairs, spec["size"], layout=layout)  # shapes are those of the whole set
+    data = make_pair_set(pairs, spec["size"], layout=layout, tiled=model.tiled)  # shapes are those of the whole set
     data = data._replace(pairs=pairs[:used], lengths=data.lengths.of(np.arange(used)))
     frozen = None
     if "reference" in loss.needs:
         if spec["reference"] == "cached":
             data = data._replace(reference=compute(model, params, data, mesh=mesh))
-        else:
-            frozen = jax.tree.map(jnp.copy, params)
+        elif not lora:
+            frozen = cast(jax.tree.map(jnp.copy, params), spec["dtype"])
     if lora:
         frozen = params
         params = init_adapters(jax.random.key(0), params, lora, "float32")

@@ -93,6 +93,8 @@ def main() -> None:
         )
         if orpo:
             options["disable_dropout"] = True
+        if spec["head"] == "fused":
+            options["use_liger_kernel"] = True
         dtype = getattr(torch, spec["param_dtype"])
         model = transformers.AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype)
         more = {}
