@@ -115,7 +115,7 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     c.model.router_weight = 0.0  # of a mixture of experts' auxiliary loss in the objective; 0.001 to 0.02
     c.model.dropout = 0.0  # of embeddings and residual branches, in training passes; config.json's is not read
     c.model.attention_dropout = 0.0  # of attention weights, in training passes
-    # tiles: in XLA, tile by tile, without empty ones; cudnn: NVIDIA's kernel, for bfloat16; auto: that where it can be
+    # tiles: in XLA, without what is empty; cudnn: text by text in NVIDIA's kernel, bfloat16; auto: that where it can be
     c.model.attention = "auto"
     c.model.remat = "none"  # what the backward pass keeps of a layer: none (everything), dots, full (only its input)
     # Low-rank adapters; with a rank, only they are trained, and the model without them is the reference.
@@ -147,8 +147,7 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     c.data.ascii_quotes = False  # curly quotes and dashes to ASCII, for vocabularies that lack them
     c.data.keep_end = False  # train on what the template writes after the end-of-turn token, as TRL's DPO does
     c.data.layout = "tree"  # tree: the prompt once; ordinary: a copy of it for each side
-    # Tokens in a packed row; None gives a device one row, as long as it takes, and with cuDNN several of about 2048.
-    c.data.row_length = maybe(int)
+    c.data.row_length = maybe(int)  # tokens in a packed row; None gives each device one row, as long as it takes
 
     # Samples drawn at every evaluation, of prompts in a file of rows with a `prompt`.
     c.samples = ConfigDict({"prompts": maybe(str), "limit": maybe(int), "per_prompt": 1, "max_new_tokens": 64})

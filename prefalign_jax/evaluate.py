@@ -358,5 +358,5 @@ def sequence_logps(
 ) -> np.ndarray:
     """[len(samples)] float32 log-probability of the whole `chosen` response of each; arguments as above."""
     groups = groups_of(mesh) if mesh else 1
-    data = make_pair_set(samples, batch_size, groups=groups, layout=Layout(rejected=False), tiled=model.tiled)
+    data = make_pair_set(samples, batch_size, groups=groups, layout=Layout(rejected=False), attends=model.attends)
     return compute(model, params, data, mesh=mesh).chosen

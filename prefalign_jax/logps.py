@@ -136,7 +136,8 @@ def _pull_back(hidden, head, chunk, softcap, d_logits):
         accumulate = dict(preferred_element_type=d_hidden.dtype)
         d_hidden = d_hidden + jnp.einsum("...v,vd->...d", d, rows, **accumulate)
         # hidden' d and then transposed: as d' hidden, XLA's CPU backend would compute all of d again, transposed.
-        d_rows = jnp.einsum("...d,...v->dv", hidden, d, **accumulate).T
+        # All tokens in one axis: the backend has no bfloat16 product into float32 that sums over two.
+        d_rows = jnp.einsum("td,tv->dv", *(x.reshape(-1, x.shape[-1]) for x in (hidden, d)), **accumulate).T
         old = jax.lax.dynamic_slice_in_dim(d_head, start, columns)
         return (d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, old + d_rows, start, 0)), None
 
@@ -346,8 +347,8 @@ def source_hidden(
     """One pass over the packed rows: hidden states [G, T, D] that predict the trained tokens, the router's loss []."""
     rows = (batch.tokens, batch.positions, batch.segments, batch.branches)
     options = {"key": key} if model.drops and key is not None else {}
-    if model.tiled:
-        options["tiles"] = batch.tiles
+    if model.attends is not None:
+        options[model.attends] = getattr(batch, model.attends)
     hidden, router = (
         model.routed(params, *rows, **options) if model.routed else (model.hidden(params, *rows, **options), None)
     )

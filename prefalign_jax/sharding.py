@@ -164,7 +164,7 @@ def place_batch(mesh: Mesh | None, batch: PreferenceBatch) -> PreferenceBatch:
 def batch_shardings(mesh: Mesh, batch: PreferenceBatch) -> PreferenceBatch:
     """Shardings of a batch [M, ...]: rows and their trained tokens over data and fsdp, what is per pair replicated."""
     rows, replicated = NamedSharding(mesh, P(None, ROWS)), NamedSharding(mesh, P())
-    per_row = {"tokens", "segments", "branches", "positions", "source", "target", "slot", "tiles"}
+    per_row = {"tokens", "segments", "branches", "positions", "source", "target", "slot", "tiles", "sequences"}
     return PreferenceBatch(
         **{
             name: jax.tree.map(lambda _, name=name: rows if name in per_row else replicated, value)

@@ -118,8 +118,8 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
     reward = "reward" in loss.needs
     adapters, lora = adapters_of(config, reward)
     model, params = load_model(config, config.model.path, mesh, len(tokenizer), config.model.random_init, reward, lora)
-    packing = dict(groups=groups_of(mesh), layout=layout_of(config, loss), row_length=config.data.row_length)
-    packing["tiled"] = model.tiled
+    packing = dict(groups=groups_of(mesh), layout=layout_of(config, loss))
+    packing |= dict(row_length=config.data.row_length, attends=model.attends)
     share = config.batch_size // config.micro_steps
     train_set = make_pair_set(train_pairs, config.batch_size, micro_steps=config.micro_steps, **packing)
     eval_set = make_pair_set(eval_pairs, share, **packing) if eval_pairs else None
@@ -533,7 +533,8 @@ def with_reference(
         progress = Progress(len(data.pairs), "reference pair")
         share = data.batch_size // data.micro_steps
         layout = data.layout._replace(prompt=False, after=False)
-        plain = make_pair_set(data.pairs, share, groups=data.groups, layout=layout, row_length=config.data.row_length)
+        packing = dict(groups=data.groups, layout=layout, row_length=config.data.row_length, attends=model.attends)
+        plain = make_pair_set(data.pairs, share, **packing)
         options = dict(mesh=mesh, chunk=config.vocabulary_chunk, progress=progress.update, needs=needs)
         logps = compute(model, params, plain, **options)
         progress.close()

@@ -59,6 +59,19 @@ class Pair:
     where: str = ""
 
 
+class Sequences(NamedTuple):
+    """The texts of a batch one by one, a prompt with one response each, as kernels for padded sequences take them.
+
+    Attributes:
+      index: [G, N, S] int32, the tokens of each in order, as positions in the group's R/G * L; -1 is padding.
+      place: [G, R/G * L, 2] int32, of each token where `index` has it, counted through N * S: in a text of a chosen
+        response, in one of a rejected response; -1 for none.
+    """
+
+    index: Array
+    place: Array
+
+
 class PreferenceBatch(NamedTuple):
     """Exactly B pairs in packed rows; token i sees j <= i of its segment whose branch is 0 or its own.
 
@@ -80,6 +93,7 @@ class PreferenceBatch(NamedTuple):
     index: Array  # [B] int32, the pair's number in its data set; -1 marks filler
     mean_tokens: Array  # [2] float32, weighted mean number of trained (prompt, chosen) tokens a pair, global batch
     reference: PairLogps | None = None  # cached reference log-probabilities
+    sequences: Sequences | None = None  # where the model attends by them
 
 
 class Sides(NamedTuple):
@@ -168,7 +182,8 @@ class LanguageModel(NamedTuple):
       routed: of a mixture of experts, as `hidden`, with the router's auxiliary loss [] beside it.
       drops: `hidden` and `routed` take `key=` in training passes and drop what is drawn from it. Without one, as in
         reference passes, evaluation and generation, nothing is dropped.
-      tiled: `hidden` and `routed` take `tiles=`, the batch's, and need not look anywhere else for what attends to what.
+      attends: by what `hidden` and `routed` know who sees whom: 'tiles' or 'sequences', a field of the batch that they
+        take under that name, or None for `segments` and `branches` alone.
       cached: for generation; without it every token is a pass over the whole text.
     """
 
@@ -181,5 +196,5 @@ class LanguageModel(NamedTuple):
     rules: tuple[tuple[str, Any], ...] | None = None
     join: Callable[[Params, Params], Params] | None = None
     drops: bool = False
-    tiled: bool = False
+    attends: str | None = None
     cached: Cached | None = None

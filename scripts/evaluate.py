@@ -235,7 +235,8 @@ def examples_of(
     chosen = choose_examples(scores, each, seed)
     pairs = [data.pairs[i] for _, i in chosen]
     layout = data.layout._replace(prompt=False, after=False)
-    part = make_pair_set(pairs, min(len(pairs), data.batch_size), groups=data.groups, layout=layout)
+    packing = dict(groups=data.groups, layout=layout, attends=models["policy"].model.attends)
+    part = make_pair_set(pairs, min(len(pairs), data.batch_size), **packing)
     logps = {name: response_logps(m.model, m.params, part, mesh=mesh) for name, m in models.items() if m}
     panels = [name for name in logps if name != "reference" or "before" not in logps]
     out = []
@@ -345,7 +346,7 @@ def run(values: flags.FlagValues, rest: Sequence[str]) -> None:
             load(config, loss, path, tokenizer, mesh) if path else None
             for path in (values.model, values.reference, values.before)
         )
-        packing = dict(groups=groups_of(mesh), layout=layout_of(config, loss), tiled=policy.model.tiled)
+        packing = dict(groups=groups_of(mesh), layout=layout_of(config, loss), attends=policy.model.attends)
         data = make_pair_set(pairs, config.batch_size, **packing)
         if frozen:
             data = data._replace(reference=compute(frozen.model, frozen.params, data, mesh=mesh, needs=loss.needs))

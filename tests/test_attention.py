@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prefalign_jax.models.attention import attend, fused_attend, tiled_attend, tree_bias, tree_mask, tree_tiles
+from prefalign_jax.data.packing import Layout
+from prefalign_jax.models.attention import attend, gathered, sequence_attend, tiled_attend, tree_mask, tree_tiles
 from prefalign_jax.types import Pair
 from small import first, make_pairs, packed
 
@@ -102,21 +103,38 @@ def test_dropped_weights_of_tiles_leave_the_mean():
     assert float(jnp.abs(drawn[0] - drawn[1]).max()) > 0.1
 
 
-@pytest.mark.parametrize("window", [None, 20])
-def test_the_fused_kernels_arguments_say_who_sees_whom(window):
-    """By XLA's form of the same function: whether cuDNN computes that is for a GPU to show."""
-    batch = first(packed(make_pairs(5, longest=60)))
+@pytest.mark.parametrize(
+    "layout", [Layout(), Layout(tree=False), Layout(rejected=False)], ids=["tree", "ordinary", "sft"]
+)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_text_by_text_is_the_dense_product_with_its_gradients(groups, layout):
+    """By XLA's form of the kernel: that cuDNN computes the same is for a GPU to show."""
+    batch = first(packed(make_pairs(9, longest=60), groups=groups, layout=layout, attends="sequences"))
     rows, length = batch.tokens.shape
     rng = np.random.default_rng(0)
-    q = jnp.float32(rng.normal(size=(rows, length, 6, 8)))
+    q, weight = (jnp.float32(rng.normal(size=(rows, length, 6, 8))) for _ in range(2))
     k, v = (jnp.float32(rng.normal(size=(rows, length, 2, 8))) for _ in range(2))
-    mask = np.asarray(tree_mask(batch.segments, batch.branches))
-    if window:
-        mask = mask & (batch.positions[:, :, None] - batch.positions[:, None, :] < window)
-    bias = tree_bias(batch.segments, batch.branches, batch.positions, jnp.float32, windows=bool(window))
-    found = fused_attend(q, k, v, bias, window=window and jnp.int32(window), scale=0.3, implementation="xla")
-    np.testing.assert_allclose(found, attend(q, k, v, jnp.asarray(mask), scale=0.3), rtol=1e-5, atol=1e-5)
-    if window:  # of this layer; 0 is none
-        whole = fused_attend(q, k, v, bias, window=jnp.int32(0), implementation="xla")
-        every = jnp.asarray(tree_mask(batch.segments, batch.branches))
-        np.testing.assert_allclose(whole, attend(q, k, v, every), rtol=1e-5, atol=1e-5)
+    real, mask = batch.segments > 0, jnp.asarray(tree_mask(batch.segments, batch.branches))
+    sequences = jax.tree.map(jnp.asarray, batch.sequences)
+
+    def text_by_text(q, k, v):
+        return sequence_attend(q, k, v, sequences, scale=0.3, implementation="xla")
+
+    def pulled(function):
+        return jax.jit(jax.value_and_grad(lambda *x: (function(*x) * weight)[real].sum(), (0, 1, 2)))(q, k, v)
+
+    found = text_by_text(q, k, v)
+    np.testing.assert_allclose(found[real], attend(q, k, v, mask, scale=0.3)[real], rtol=1e-5, atol=1e-5)
+    assert (np.asarray(found)[~real] == 0).all()
+    (_, wanted), (_, got) = pulled(lambda *x: attend(*x, mask, scale=0.3)), pulled(text_by_text)
+    for one, other in zip(wanted, got, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5 * np.abs(one).max())
+
+
+def test_gathered_sums_and_their_gradient():
+    x = jnp.arange(6.0).reshape(1, 3, 2)
+    index = jnp.array([[[0, 2, -1, 1], [1, -1, -1, 2]]])  # sums: x0 + x1, x2, nothing, x1 + x2
+    inverse = jnp.array([[[0, 0, 1], [-1, 3, 3]]])
+    out, pull_back = jax.vjp(lambda x: gathered(x, index, inverse), x)
+    np.testing.assert_array_equal(out[0], [[2, 4], [4, 5], [0, 0], [6, 8]])
+    np.testing.assert_array_equal(pull_back(jnp.ones_like(out))[0][0], [[1, 1], [2, 2], [2, 2]])

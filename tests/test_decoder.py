@@ -165,19 +165,14 @@ def nvidia(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("shape", [{}, {"windows": (0, 5)}], ids=str)
-def test_cudnns_attention_in_short_rows_gives_the_log_probabilities_of_tiles_in_a_long_one(shape, nvidia):
-    config = dataclasses.replace(CONFIG, **shape)
-    params, pairs = make_params(0, make_decoder(config)), make_pairs(12, longest=300)
-    found = {}
-    for attention in ("tiles", "cudnn"):
-        model = make_decoder(config, dtype="bfloat16", attention=attention)
-        batch = packed(pairs, tiled=model.tiled)
-        found[attention] = preference_logps(model, params, first(batch))
-        assert batch.tokens.shape[1] == (1 if model.tiled else 3)  # of about ROW_TOKENS
+def test_cudnns_attention_gives_the_log_probabilities_of_tiles(nvidia):
+    params, pairs, found = make_params(), make_pairs(8, longest=60), []
+    for attention, field in (("tiles", "tiles"), ("cudnn", "sequences")):
+        model = make_decoder(CONFIG, dtype="bfloat16", attention=attention)
+        assert model.attends == field
+        found.append(preference_logps(model, params, first(packed(pairs, attends=field))))
     for name in ("chosen", "rejected"):
-        ours, theirs = (getattr(found[attention], name) for attention in found)
-        np.testing.assert_allclose(ours, theirs, rtol=5e-3)
+        np.testing.assert_allclose(*(getattr(one, name) for one in found), rtol=2e-2)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +180,7 @@ def test_cudnns_attention_in_short_rows_gives_the_log_probabilities_of_tiles_in_
     [
         ({}, {"dtype": "float32"}, "dtype=float32"),
         ({"attention_softcap": 50.0}, {}, "soft-capped"),
+        ({"windows": (0, 5)}, {}, "sliding windows"),
         ({}, {"dropout": Dropout(attention=0.1)}, "dropout"),
         ({"head_dim": 12}, {}, "heads of 12"),
     ],
@@ -192,13 +188,13 @@ def test_cudnns_attention_in_short_rows_gives_the_log_probabilities_of_tiles_in_
 )
 def test_what_cudnn_cannot_compute_attends_by_tiles(shape, options, says, nvidia):
     config, options = dataclasses.replace(CONFIG, **shape), {"dtype": "bfloat16", **options}
-    assert make_decoder(config, **options).tiled
-    assert not make_decoder(CONFIG, dtype="bfloat16").tiled
+    assert make_decoder(config, **options).attends == "tiles"
+    assert make_decoder(CONFIG, dtype="bfloat16").attends == "sequences"
     with pytest.raises(UserError, match=f"attention='cudnn' is not for .*{says}"):
         make_decoder(config, attention="cudnn", **options)
 
 
-def test_matrices_in_the_type_of_the_computation_give_the_same(nvidia):
+def test_matrices_in_the_type_of_the_computation_give_the_same():
     """What lets a frozen copy be kept in half the memory."""
     model, batch = make_decoder(CONFIG, dtype="bfloat16"), first(packed(make_pairs(3)))
     params = make_params()

@@ -62,6 +62,18 @@ def test_the_logits_are_never_whole_in_memory():
     assert largest(256) < 64 * 4096 * 4 < largest(4096)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_gradient_in_bfloat16_is_that_in_float32_to_its_rounding(groups):
+    hidden, targets = np.tile(HIDDEN, (groups, 1, 1)), np.tile(TARGETS, (groups, 1))
+
+    def slopes(dtype):
+        given = jnp.asarray(hidden, dtype), jnp.asarray(HEAD, dtype)
+        return jax.jit(jax.grad(lambda h, w: token_logps(h, w, targets, 10).sum(), (0, 1)))(*given)
+
+    for rounded, exact in zip(slopes("bfloat16"), slopes("float32"), strict=True):
+        np.testing.assert_allclose(np.float32(rounded), exact, atol=0.02 * np.abs(exact).max())
+
+
 def test_bfloat16_sums_in_float32():
     value = token_logps(jnp.asarray(HIDDEN, jnp.bfloat16), HEAD, TARGETS, 10)
     assert value.dtype == jnp.float32

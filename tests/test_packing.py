@@ -152,3 +152,23 @@ def test_a_micro_batch_may_hold_nothing_but_filler():
     batch = packed(make_pairs(2), batch_size=4, micro_steps=2)
     assert (batch.segments[0] > 0).any() and not (batch.segments[1] > 0).any()
     np.testing.assert_array_equal(batch.weight, [[1, 1], [0, 0]])
+
+
+@pytest.mark.parametrize("layout", [FULL, ORDINARY, Layout(rejected=False), Layout(rewards=True)], ids=str)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_sequences_are_the_texts_of_the_pairs(groups, layout):
+    pairs = make_pairs(11)
+    batch = first(packed(pairs, 12, groups=groups, layout=layout, attends="sequences"))
+    index, place = batch.sequences
+    tokens = batch.tokens.reshape(groups, -1)
+    texts = sorted(tokens[g, text[text >= 0]].tolist() for g in range(groups) for text in index[g] if text[0] >= 0)
+    end = None if layout.rewards else -1
+    sides = [side[:end] for pair in pairs for side in (pair.chosen, pair.rejected)[: 1 + layout.rejected]]
+    prompts = [pair.prompt for pair in pairs for _ in range(1 + layout.rejected)]
+    assert texts == sorted([*prompt, *side] for prompt, side in zip(prompts, sides, strict=True))
+    # A text begins at its first token, and `place` is where `index` has each token.
+    assert all((np.diff((text >= 0).astype(int)) <= 0).all() for text in index.reshape(-1, index.shape[-1]))
+    for g in range(groups):
+        for token, where in enumerate(place[g]):
+            assert sorted(where[where >= 0]) == np.flatnonzero(index[g].reshape(-1) == token).tolist()
+    assert packed(pairs, 12, groups=groups, layout=layout).sequences is None

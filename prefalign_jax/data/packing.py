@@ -20,6 +20,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from prefalign_jax.types import (
@@ -31,6 +32,7 @@ from prefalign_jax.types import (
     TILE,
     Pair,
     PreferenceBatch,
+    Sequences,
     UserError,
 )
 
@@ -63,6 +65,8 @@ class Shape(NamedTuple):
     length: int  # tokens in a row
     trained: int  # trained tokens in a group
     tiles: int  # of attention in a group
+    sequences: int = 0  # in a group, if they are asked for
+    span: int = 0  # tokens in the longest of them
 
 
 class Lengths(NamedTuple):
@@ -211,13 +215,14 @@ class Plan(NamedTuple):
     shape: Shape
 
 
-def make_plan(lengths: Lengths, groups: int, row_length: int | None = None) -> Plan:
+def make_plan(lengths: Lengths, groups: int, row_length: int | None = None, sequences: bool = False) -> Plan:
     """Chooses group, row and place of every piece of a micro-batch.
 
     Args:
       lengths: of its pairs.
       groups: G, one for each data-parallel shard.
       row_length: tokens in a row; None gives each group one row, as long as it takes.
+      sequences: whether the batch is to have them.
 
     Returns:
       The plan, a function of its arguments alone.
@@ -239,7 +244,16 @@ def make_plan(lengths: Lengths, groups: int, row_length: int | None = None) -> P
     rows = max(map(len, dealt))
     tiles = _tiles(_runs(lengths, at), group_of, groups, rows * length // TILE)
     most = int(np.bincount(group_of, trained, groups).max())
-    return Plan(dealt, at, group_of, segment, tiles, Shape(rows, length, most, max(map(len, tiles))))
+    shape = Shape(rows, length, most, max(map(len, tiles)))
+    if sequences:
+        pairs, sides = lengths.inputs.shape
+        count = np.bincount(group_of, minlength=groups).max() * sides * pairs // len(sizes)  # a piece has one or all
+        shape = shape._replace(sequences=int(count), span=round_up(_longest(lengths), TILE))
+    return Plan(dealt, at, group_of, segment, tiles, shape)
+
+
+def _longest(lengths: Lengths) -> int:
+    return int((lengths.prompt[:, None] + lengths.inputs).max())
 
 
 def _tiles(runs: Runs, group: np.ndarray, groups: int, blocks: int) -> list[np.ndarray]:
@@ -343,9 +357,35 @@ def lay_out(
     label[: len(pairs)] = [pair.label for pair in pairs]
     numbers = np.full(batch_size, -1, np.int32)
     numbers[: len(pairs)] = index
-    return PreferenceBatch(
+    batch = PreferenceBatch(
         tokens, segments, branches, positions, source, target, slot, tiles, weight, margin, label, numbers, means
     )
+    return batch._replace(sequences=_sequences(runs, group, groups, shape)) if shape.sequences else batch
+
+
+def _sequences(runs: Runs, group: np.ndarray, groups: int, shape: Shape) -> Sequences:
+    """The texts of a micro-batch: of each side its prompt's run and its own."""
+    index = np.full((groups, shape.sequences, shape.span), -1, np.int32)
+    place = np.full((groups, shape.rows * shape.length, 2), -1, np.int32)
+    pieces, sides = group.shape[1], group.shape[1] * (runs.length.shape[2] - 1)
+    filled = np.zeros(groups, np.int64)
+    for side in range(sides):
+        piece, run = (0, side + 1) if pieces == 1 else (side, 1)
+        owner = group[:, piece]
+        number = np.zeros(len(owner), np.int64)
+        for g in range(groups):
+            mine = owner == g
+            number[mine] = filled[g] + np.arange(mine.sum())
+            filled[g] += mine.sum()
+        begin = 0
+        for part in (0, run):  # the prompt, then what follows it
+            length = runs.length[:, piece, part]
+            text, step = _spread(length)
+            token, to = runs.at[text, piece, part] + step, begin + step if part == 0 else begin[text] + step
+            index[owner[text], number[text], to] = token
+            place[owner[text], token, side] = number[text] * shape.span + to
+            begin = length
+    return Sequences(index, place)
 
 
 def _joined(parts: Iterable[list[np.ndarray]]) -> np.ndarray:
@@ -411,6 +451,7 @@ def choose_shapes(
     *,
     groups: int = 1,
     row_length: int | None = None,
+    sequences: bool = False,
 ) -> tuple[Shape, ...]:
     """A few shapes such that almost every batch of these pairs fits closely in one, and every batch fits in the last.
 
@@ -422,6 +463,7 @@ def choose_shapes(
         compiled, whatever the data.
       groups: G.
       row_length: tokens in a row; None gives each group one row, as long as it takes.
+      sequences: whether the batches are to have them.
 
     Returns:
       Shapes in increasing order.
@@ -443,9 +485,11 @@ def choose_shapes(
         widest = Shape(1, round_up(share, TILE), trained, tiles)
     else:
         widest = Shape(-(-pieces // groups), round_up(row_length, TILE), trained, tiles)
+    if sequences:
+        widest = widest._replace(sequences=batch_size * lengths.inputs.shape[1], span=round_up(_longest(lengths), TILE))
     shapes = []
     for number, batches in enumerate(trials):
-        needs = np.array([make_plan(lengths.of(batch), groups, row_length).shape for batch in batches])
+        needs = np.array([make_plan(lengths.of(batch), groups, row_length, sequences).shape for batch in batches])
         for quantile in (0.5, 1.0) if number == 0 else (1.0,):
             shapes.append(_rounded(np.quantile(needs, quantile, axis=0, method="higher"), widest))
     shapes = dict.fromkeys([*shapes, _rounded(widest, widest)])
@@ -453,8 +497,10 @@ def choose_shapes(
 
 
 def _rounded(need: Sequence[int], widest: Shape) -> Shape:
-    rows, length, trained, tiles = (int(min(x, most)) for x, most in zip(need, widest, strict=True))
-    return Shape(rows, length, round_up(trained, TRAINED_MULTIPLE), round_up(tiles, TILES_MULTIPLE))
+    shape = Shape(*(int(min(x, most)) for x, most in zip(need, widest, strict=True)))
+    return shape._replace(
+        trained=round_up(shape.trained, TRAINED_MULTIPLE), tiles=round_up(shape.tiles, TILES_MULTIPLE)
+    )
 
 
 def _smallest(shapes: Sequence[Shape], need: Shape) -> Shape:
@@ -474,6 +520,7 @@ def pack(
     groups: int = 1,
     layout: Layout = Layout(),
     row_length: int | None = None,
+    sequences: bool = False,
     means: np.ndarray | None = None,
     lengths: Lengths | None = None,
 ) -> PreferenceBatch:
@@ -487,7 +534,7 @@ def pack(
       micro_steps: M.
       groups: G.
       layout: what to lay out.
-      row_length: as `choose_shapes` was given it.
+      row_length, sequences: as `choose_shapes` was given them.
       means: as in `lay_out`; None computes it from these pairs.
       lengths: of these pairs under the layout; None measures them.
 
@@ -498,10 +545,10 @@ def pack(
     means = mean_tokens(pairs) if means is None else means
     lengths = lengths_of(pairs, layout) if lengths is None else lengths
     parts = [np.arange(m * share, min((m + 1) * share, len(pairs))) for m in range(micro_steps)]
-    plans = [make_plan(lengths.of(part), groups, row_length) for part in parts]
+    plans = [make_plan(lengths.of(part), groups, row_length, sequences) for part in parts]
     shape = _smallest(shapes, Shape(*np.max([plan.shape for plan in plans], axis=0)))
     micro = [
         lay_out(plan, shape, [pairs[i] for i in part], [index[i] for i in part], share, means, lengths.of(part), layout)
         for plan, part in zip(plans, parts, strict=True)
     ]
-    return PreferenceBatch(*(np.stack(arrays) for arrays in zip(*(m[:-1] for m in micro), strict=True)))
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *micro)

@@ -18,7 +18,6 @@ from prefalign_jax.types import Pair, PairLogps, PreferenceBatch, UserError
 
 STRETCH = 4096  # pairs dealt to batches at once
 TRIALS = 48  # batches that shapes are chosen by
-ROW_TOKENS = 2048  # about, in a row of a model whose attention costs the square of it
 
 
 class PairSet(NamedTuple):
@@ -55,16 +54,15 @@ def make_pair_set(
     groups: int = 1,
     layout: Layout = Layout(),
     row_length: int | None = None,
-    tiled: bool = True,
+    attends: str | None = None,
 ) -> PairSet:
     """Chooses the shapes for these pairs, by batches as `train_batches` balances them and by others.
 
     Args:
-      pairs, batch_size, micro_steps, layout: see `PairSet`.
-      groups: at least so many, on as many devices.
-      row_length: see `PairSet`.
-      tiled: whether the model is. If not, and without a `row_length`, each of `groups` becomes as many as leave rows of
-        about ROW_TOKENS tokens.
+      pairs, batch_size, micro_steps, groups, layout: see `PairSet`.
+      row_length: see `PairSet`; a model that attends by no field of the batch is better off with rows of a few hundred
+        tokens, as its attention costs L^2.
+      attends: of the model that is to take the batches; for 'sequences' they have those.
 
     Raises:
       UserError: there are no pairs, or one is longer than `row_length`.
@@ -72,14 +70,13 @@ def make_pair_set(
     if not pairs:
         raise UserError("no pairs to batch: every record was dropped")
     lengths, share = lengths_of(pairs, layout), batch_size // micro_steps
-    if not tiled and row_length is None:
-        groups *= max(1, round(share * float(lengths.pieces.sum(1).mean()) / groups / ROW_TOKENS))
     rng = np.random.default_rng(0)
     some = rng.permutation(len(pairs))[:STRETCH]
     random = [rng.choice(len(pairs), share, replace=len(pairs) < share) for _ in range(TRIALS)]
     dealt = [some[batch] for batch in balanced(lengths.of(some), share)[:TRIALS]]
     trials = [dealt, random] if dealt else [random]
-    shapes = choose_shapes(lengths, share, trials, groups=groups, row_length=row_length)
+    packing = dict(groups=groups, row_length=row_length, sequences=attends == "sequences")
+    shapes = choose_shapes(lengths, share, trials, **packing)
     return PairSet(pairs, batch_size, micro_steps, groups, layout, lengths, shapes, row_length)
 
 
@@ -110,6 +107,7 @@ def batch_of(data: PairSet, index: np.ndarray, means: np.ndarray | None = None) 
         groups=data.groups,
         layout=data.layout,
         row_length=data.row_length,
+        sequences=data.shapes[-1].sequences > 0,
         means=means,
         lengths=data.lengths.of(index),
     )

@@ -68,7 +68,7 @@ def scorer(
         found = [done.get(key) if done else None for key in keys]
         wanted = [i for i, value in enumerate(found) if value is None]
         if wanted:
-            data = make_pair_set([pairs[i] for i in wanted], batch_size, layout=layout, tiled=model.tiled)
+            data = make_pair_set([pairs[i] for i in wanted], batch_size, layout=layout, attends=model.attends)
             for batch in eval_batches(data):
                 values = np.asarray(rewards(params, batch))
                 for number, value in zip(batch.index[0], values, strict=True):

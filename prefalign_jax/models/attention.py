@@ -1,4 +1,4 @@
-"""Attention over packed tree rows: who sees whom, and the grouped-query product, dense, tile by tile or in cuDNN."""
+"""Attention over packed tree rows: who sees whom, and grouped-query products: dense, tile by tile, text by text."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from prefalign_jax.models.dropout import drop
-from prefalign_jax.types import TILE
-
-UNSEEN = -1e9  # added to a score: no softmax notices it, and no half-precision type overflows
+from prefalign_jax.types import TILE, Sequences
 
 
 def tree_mask(segments: jax.Array, branches: jax.Array) -> jax.Array:
@@ -187,61 +185,82 @@ def tiled_attend(
     return out.transpose(0, 1, 4, 2, 3, 5).reshape(rows, length, heads, dim)
 
 
-class Bias(NamedTuple):
-    """`tree_mask` as numbers that are added to the scores: 0 where a token sees another, UNSEEN elsewhere.
-
-    Attributes:
-      values: [R, 1, L, L] in the type of q, k and v.
-      distance: [R, 1, L, L] int32, of positions, for layers with a window; None where no layer has one.
-    """
-
-    values: jax.Array
-    distance: jax.Array | None
-
-
-def tree_bias(
-    segments: jax.Array, branches: jax.Array, positions: jax.Array, dtype: jnp.dtype, windows: bool = False
-) -> Bias:
-    """Who sees whom, once for all layers.
+@jax.custom_vjp
+def gathered(x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
+    """Sums of things taken from other places; its gradient is the like, so nothing is ever added up in memory.
 
     Args:
-      segments, branches, positions: [R, L] int32.
-      dtype: of the computation.
-      windows: whether any layer has one.
+      x: [G, P, ...].
+      index: [G, K, Q] int32, which K of the P things each of Q sums has; -1 for none.
+      inverse: [G, J, P] int32, which sums each thing is in.
 
     Returns:
-      The `Bias`.
+      [G, Q, ...].
     """
-    seen = tree_mask(segments, branches)
-    distance = (positions[:, :, None] - positions[:, None, :])[:, None] if windows else None
-    return Bias(jnp.where(seen, 0.0, UNSEEN).astype(dtype)[:, None], distance)
+    return _gathered(x, index)
 
 
-def fused_attend(
+def _gathered(x: jax.Array, index: jax.Array) -> jax.Array:
+    def one(part: jax.Array) -> jax.Array:
+        there = (part >= 0).reshape(*part.shape, *(1,) * (x.ndim - 2))
+        return jnp.where(there, _blocks(x, part), jnp.zeros((), x.dtype))
+
+    return functools.reduce(jnp.add, (one(index[:, k]) for k in range(index.shape[1])))
+
+
+gathered.defvjp(
+    lambda x, index, inverse: (_gathered(x, index), inverse),
+    lambda inverse, slopes: (_gathered(slopes, inverse), None, None),
+)
+
+
+def sequence_attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    bias: Bias,
+    sequences: Sequences,
     *,
-    window: jax.Array | None = None,
     scale: float | None = None,
     implementation: str = "cudnn",
 ) -> jax.Array:
-    """As `attend`, in one kernel that writes no scores to memory and computes them again in the backward pass.
+    """As `attend`, text by text in a fused kernel for causal, padded sequences, which never writes scores to memory.
 
-    It computes all of a row's square, so rows are best short: see ROW_TOKENS in data/pipeline.py.
+    Attention alone so sees a pair's prompt twice; everything before and after it is computed for the packed tokens. The
+    backward pass computes all of it again, so a layer keeps no more than its q, k and v.
 
     Args:
-      q: [R, L, heads, d] in bfloat16 or float16, L even, d at most 128 (256 on Hopper and later) and a multiple of 8.
+      q: [R, L, heads, d], in bfloat16 for cuDNN, with d at most 128 and a multiple of 8.
       k, v: [R, L, kv_heads, d].
-      bias: who sees whom.
-      window, scale: as in `tiled_attend`.
+      sequences: the batch's.
+      scale: None is d^-1/2.
       implementation: 'cudnn' for NVIDIA's GPUs; 'xla' computes the same anywhere.
 
     Returns:
-      [R, L, heads, d] in q's type.
+      [R, L, heads, d] in q's type; 0 for padding.
     """
-    values = bias.values
-    if window is not None and bias.distance is not None:
-        values = jnp.where((window == 0) | (bias.distance < window), values, jnp.asarray(UNSEEN, values.dtype))
-    return jax.nn.dot_product_attention(q, k, v, bias=values, scale=scale, implementation=implementation)
+    groups, count, span = sequences.index.shape
+    index = sequences.index.reshape(groups, 1, -1)
+    place = jnp.moveaxis(sequences.place, -1, 1)
+    own = jnp.where(place[:, :1] >= 0, place[:, :1], place[:, 1:])  # a prompt's tokens are read in the chosen text
+    read = _blocks(own[:, 0], index[:, 0]) == jnp.arange(count * span)[None]
+    lengths = jnp.maximum(jnp.sum(sequences.index >= 0, axis=-1, dtype=jnp.int32), 1).reshape(-1)
+
+    def spread(x: jax.Array) -> jax.Array:
+        """[R, L, h, d] -> [G N, S, h, d]."""
+        x = gathered(x.reshape(groups, -1, *x.shape[2:]), index, place)
+        return x.reshape(groups * count, span, *x.shape[2:])
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def attended(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        out = jax.nn.dot_product_attention(
+            *map(spread, (q, k, v)),
+            scale=scale,
+            is_causal=True,
+            query_seq_lengths=lengths,
+            key_value_seq_lengths=lengths,
+            implementation=implementation,
+        )
+        out = out.reshape(groups, count * span, *out.shape[2:])
+        return gathered(out, own, jnp.where(read[:, None], index, -1)).reshape(q.shape)
+
+    return attended(q, k, v)

@@ -12,22 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prefalign_jax.models import moe, quantize, rope
-from prefalign_jax.models.attention import (
-    Bias,
-    Tiles,
-    attend,
-    fused_attend,
-    tiled_attend,
-    tree_bias,
-    tree_mask,
-    tree_tiles,
-)
+from prefalign_jax.models.attention import Tiles, attend, sequence_attend, tiled_attend, tree_mask, tree_tiles
 from prefalign_jax.models.dropout import Dropout, drop, fork
 from prefalign_jax.models.lora import Lora, adapter_shapes, delta, join, stretch
 from prefalign_jax.names import choose
-from prefalign_jax.types import Cached, LanguageModel, Params, UserError
+from prefalign_jax.types import Cached, LanguageModel, Params, Sequences, UserError
 
-# How the rows of a batch attend: tile by tile in XLA; in cuDNN's fused kernel; auto is cuDNN where it can.
+# How a batch's tokens attend: tile by tile in XLA, or text by text in cuDNN's fused kernel; auto is that where it can.
 ATTENTION = ("auto", "tiles", "cudnn")
 MATRICES = ("kernel", "embedding")  # the parameters that products and look-ups read in the type of the computation
 # What the backward pass keeps of a layer: everything, the results of matrix products, or only the layer's input.
@@ -205,7 +196,7 @@ class Layer(NamedTuple):
 
     Attributes:
       mask: who sees whom before the window is taken into account: [R, L, S] bool, without a cache S is L; or `Tiles`,
-        or a `Bias`.
+        or `Sequences`.
       positions: [R, L] int32.
       cos, sin: [R, L, rotated / 2] float32; 1 and 0 in a layer that does not rotate.
       window: [] int32; 0 for none.
@@ -218,7 +209,7 @@ class Layer(NamedTuple):
       seen: [R, S] int32, the cache's positions.
     """
 
-    mask: jax.Array | Tiles | Bias
+    mask: jax.Array | Tiles | Sequences
     positions: jax.Array
     cos: jax.Array
     sin: jax.Array
@@ -267,8 +258,8 @@ class Attention(nnx.Module):
                 for old, new in zip(layer.cache, (k, v), strict=True)
             )
         window = layer.window if any(c.windows) else None
-        if isinstance(layer.mask, Bias):
-            out = fused_attend(q, k, v, layer.mask, window=window, scale=c.query_scale)
+        if isinstance(layer.mask, Sequences):
+            out = sequence_attend(q, k, v, layer.mask, scale=c.query_scale)
             return self.o(out.reshape(*x.shape[:2], -1), of_output), (k, v)
         options = dict(scale=c.query_scale, softcap=c.attention_softcap)
         options |= dict(dropout=layer.dropout.attention, key=of_weights)
@@ -429,13 +420,13 @@ class Decoder(nnx.Module):
             self.head = Table(rows, config, "kernel", rngs, param_dtype, config.head_bias)
 
     def __call__(
-        self, tokens, positions, segments, branches, *, tiles, fused: bool, dtype, remat: str, dropout: Dropout, key
+        self, tokens, positions, segments, branches, *, tiles, sequences, dtype, remat: str, dropout: Dropout, key
     ) -> tuple[jax.Array, moe.Routing | None]:
         """Tokens, positions, segments and branches, each [R, L] -> hidden states [R, L, D], routing [layers, E]."""
         c = self.config
         turns, kinds = _rotations(c, positions, segments)
-        if fused:
-            mask = tree_bias(segments, branches, positions, dtype, any(c.windows))
+        if sequences is not None:
+            mask = sequences
         elif tiles is not None:
             mask = tree_tiles(tiles, segments, branches, positions)
         else:
@@ -529,6 +520,7 @@ def _is_fused(attention: str, config: DecoderConfig, dtype: str, dropout: Dropou
     reasons = {
         f"dtype={dtype}": dtype == "float32",
         "soft-capped scores": config.attention_softcap is not None,
+        "sliding windows": any(config.windows),
         "dropout of attention weights": dropout.attention > 0,
         f"heads of {config.head_dim} numbers": config.head_dim % 8 != 0 or config.head_dim > 128,
     }
@@ -612,8 +604,8 @@ def make_decoder(
     def widened(out: jax.Array) -> jax.Array:
         return jnp.concatenate([out, jnp.ones_like(out[..., :1])], axis=-1) if biased else out
 
-    def routed(params: Params, tokens, positions, segments, branches, *, tiles=None, key: jax.Array | None = None):
-        options = dict(tiles=tiles, fused=fused, dtype=jnp.dtype(dtype), remat=remat, dropout=dropout, key=key)
+    def routed(params: Params, tokens, positions, segments, branches, *, tiles=None, sequences=None, key=None):
+        options = dict(tiles=tiles, sequences=sequences, dtype=jnp.dtype(dtype), remat=remat, dropout=dropout, key=key)
         # Kernels are cast once, not in every layer's forward and again in its backward pass.
         out, routing = filled(cast(params, dtype, ("kernel",)))(tokens, positions, segments, branches, **options)
         out = widened(out)
@@ -653,6 +645,6 @@ def make_decoder(
         routed=routed if config.num_experts else None,
         join=join if lora else None,
         drops=dropout != Dropout() or (lora is not None and lora.dropout > 0),
-        tiled=not fused,
+        attends="sequences" if fused else "tiles",
         cached=Cached(prepare, init_cache, extend),
     )

@@ -63,7 +63,7 @@ def main() -> None:
     pairs = pairs_of(spec["pairs"])
     used = spec["steps"] * spec["size"]
     layout = Layout(prompt="prompt" in loss.needs)
-    data = make_pair_set(pairs, spec["size"], layout=layout, tiled=model.tiled)  # shapes are those of the whole set
+    data = make_pair_set(pairs, spec["size"], layout=layout, attends=model.attends)  # shapes are those of the whole set
     data = data._replace(pairs=pairs[:used], lengths=data.lengths.of(np.arange(used)))
     frozen = None
     if "reference" in loss.needs:
