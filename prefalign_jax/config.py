@@ -25,7 +25,7 @@ CHOICES = {
     "data.layout": ("tree", "ordinary"),
     "checkpoint.best_mode": ("min", "max"),
     "model.remat": ("none", "dots", "full"),
-    "model.attention": ("auto", "tiles", "cudnn"),
+    "model.attention": ("tiles", "cudnn"),
     "schedule": tuple(SCHEDULES),
     "model.param_dtype": (*DTYPES, "stored"),
     "matmul_precision": ("highest", "high", "default"),
@@ -115,8 +115,7 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     c.model.router_weight = 0.0  # of a mixture of experts' auxiliary loss in the objective; 0.001 to 0.02
     c.model.dropout = 0.0  # of embeddings and residual branches, in training passes; config.json's is not read
     c.model.attention_dropout = 0.0  # of attention weights, in training passes
-    # tiles: in XLA, without what is empty; cudnn: text by text in NVIDIA's kernel, bfloat16; auto: that where it can be
-    c.model.attention = "auto"
+    c.model.attention = "tiles"  # tiles: in XLA, without what is empty; cudnn: text by text, NVIDIA's kernel, bfloat16
     c.model.remat = "none"  # what the backward pass keeps of a layer: none (everything), dots, full (only its input)
     # Low-rank adapters; with a rank, only they are trained, and the model without them is the reference.
     c.lora = ConfigDict({"rank": maybe(int), "alpha": maybe(float), "targets": maybe(str)})

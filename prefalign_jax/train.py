@@ -491,6 +491,9 @@ def load_model(
         raise UserError(f"max_length={config.max_length} exceeds the {shape.max_position} positions of {path}")
     options = dict(dtype=config.dtype, param_dtype=drawn_dtype(config), remat=config.model.remat, lora=lora)
     options["attention"] = config.model.attention
+    device = jax.devices()[0].device_kind
+    if config.model.attention == "cudnn" and "NVIDIA" not in device:
+        raise UserError(f"model.attention='cudnn' needs an NVIDIA GPU, and this is {device}; write 'tiles'")
     options["dropout"] = Dropout(config.model.dropout, config.model.attention_dropout)
     multiple, kind = config.model.pad_vocabulary, config.model.quantize
 

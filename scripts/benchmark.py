@@ -163,7 +163,7 @@ def train(
     lora: int = 0,
     remat: str = "none",
     peer_remat: str = "none",
-    attention: str = "auto",
+    attention: str = "tiles",
     peer_head: str = "whole",
     reference: str = "copy",
     device: str = "cpu",
@@ -186,7 +186,7 @@ def train(
       dtype, param_dtype: of the computation and of the weights.
       lora: rank of adapters, 0 trains all weights.
       remat, peer_remat: ours, and whether the peer recomputes activations (none or full).
-      attention: of our decoder: auto, tiles or cudnn.
+      attention: of our decoder: tiles or cudnn.
       peer_head: whole, or fused: TRL's use_liger_kernel, which needs liger-kernel and a GPU.
       reference: copy, or cached: our log-probabilities of the reference, computed before.
       device: cpu or gpu; this process itself computes on the CPU.

@@ -116,6 +116,8 @@ OPTIONS = [  # what is written, in which experiment, what the line must say
     ("model.param_dtype=bf16", "dpo", "model.param_dtype='bf16' float32, bfloat16"),
     ("export.dtype=int8", "dpo", "export.dtype='int8' float32, bfloat16"),
     ("model.remat=dot", "dpo", "remat='dot' none, dots, full"),
+    ("model.attention=cudnn", "dpo", "model.attention='cudnn' needs an NVIDIA GPU cpu 'tiles'"),
+    ("model.attention=flash", "dpo", "model.attention='flash' tiles, cudnn"),
     ("data.layout=trees", "dpo", "data.layout='trees' mean 'tree'"),
     ("too_long=cut", "dpo", "too_long='cut' truncate_prompt"),
     ("data.chat_template=chatlm", "dpo", "chat_template chatml .jinja 'chatlm'"),

@@ -18,8 +18,8 @@ from prefalign_jax.models.lora import Lora, adapter_shapes, delta, join, stretch
 from prefalign_jax.names import choose
 from prefalign_jax.types import Cached, LanguageModel, Params, Sequences, UserError
 
-# How a batch's tokens attend: tile by tile in XLA, or text by text in cuDNN's fused kernel; auto is that where it can.
-ATTENTION = ("auto", "tiles", "cudnn")
+# How a batch's tokens attend: tile by tile in XLA, or text by text in cuDNN's fused kernel.
+ATTENTION = ("tiles", "cudnn")
 MATRICES = ("kernel", "embedding")  # the parameters that products and look-ups read in the type of the computation
 # What the backward pass keeps of a layer: everything, the results of matrix products, or only the layer's input.
 REMAT: dict[str, Callable | None] = {
@@ -514,9 +514,7 @@ def cast(params: Params, dtype: str, names: tuple[str, ...] = MATRICES) -> Param
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def _is_fused(attention: str, config: DecoderConfig, dtype: str, dropout: Dropout) -> bool:
-    """Whether rows attend in cuDNN."""
-    choose("attention", attention, dict.fromkeys(ATTENTION))
+def _refuse_cudnn(config: DecoderConfig, dtype: str, dropout: Dropout) -> None:
     reasons = {
         f"dtype={dtype}": dtype == "float32",
         "soft-capped scores": config.attention_softcap is not None,
@@ -525,11 +523,8 @@ def _is_fused(attention: str, config: DecoderConfig, dtype: str, dropout: Dropou
         f"heads of {config.head_dim} numbers": config.head_dim % 8 != 0 or config.head_dim > 128,
     }
     against = [reason for reason, holds in reasons.items() if holds]
-    if attention == "cudnn" and against:
+    if against:
         raise UserError(f"attention='cudnn' is not for {', '.join(against)}; write 'tiles'")
-    if attention != "auto" or against:
-        return attention == "cudnn"
-    return "NVIDIA" in jax.devices()[0].device_kind
 
 
 def make_decoder(
@@ -538,7 +533,7 @@ def make_decoder(
     dtype: str = "float32",
     param_dtype: str = "float32",
     remat: str = "none",
-    attention: str = "auto",
+    attention: str = "tiles",
     lora: Lora | None = None,
     dropout: Dropout = Dropout(),  # noqa: B008 (frozen)
 ) -> LanguageModel:
@@ -567,7 +562,9 @@ def make_decoder(
     """
     if remat not in REMAT:
         raise UserError(f"remat={remat!r} is unknown; write one of {', '.join(REMAT)}")
-    fused = _is_fused(attention, config, dtype, dropout)
+    choose("attention", attention, dict.fromkeys(ATTENTION))
+    if attention == "cudnn":
+        _refuse_cudnn(config, dtype, dropout)
 
     def build(key: jax.Array) -> Decoder:
         return Decoder(config, nnx.Rngs(params=key), jnp.dtype(param_dtype))
@@ -645,6 +642,6 @@ def make_decoder(
         routed=routed if config.num_experts else None,
         join=join if lora else None,
         drops=dropout != Dropout() or (lora is not None and lora.dropout > 0),
-        attends="sequences" if fused else "tiles",
+        attends={"tiles": "tiles", "cudnn": "sequences"}[attention],
         cached=Cached(prepare, init_cache, extend),
     )
