@@ -181,7 +181,7 @@ def train(
         byte-level BPE trained on it, as large as the model's vocabulary.
       pairs: in a batch.
       max_length: longer pairs of a file are left out.
-      steps: of each process; the first is not counted, for compilation.
+      steps: of each process; the first and those that compile are not counted.
       rounds: processes of each side.
       dtype, param_dtype: of the computation and of the weights.
       lora: rank of adapters, 0 trains all weights.
@@ -194,11 +194,10 @@ def train(
       keep: directory to make the weights and pairs in, or where an earlier run made them; none is a temporary one.
 
     Returns:
-      What was measured, medians over all steps but the first.
+      What was measured, medians over all steps that count.
 
     Raises:
-      UserError: a side failed, or the first two losses of the two differ by more than 1e-3, or the mean log-probability
-        of the first batch's chosen responses by more than 1.
+      UserError: a side failed, compiled in every step, or computes another thing: see `refuse_others`.
     """
     choose("--shape", shape, SHAPES)
     choose("--loss", loss, dict.fromkeys(("dpo", "orpo")))
@@ -259,9 +258,18 @@ def refuse_others(turn: dict[str, dict[str, Any]], dtype: str) -> None:
         raise UserError(f"the first losses differ, so nothing is compared: {', '.join(found)}")
 
 
+def warm(one: dict[str, Any], name: str) -> np.ndarray:
+    """A side's figures of the steps that count: not the first, and none that compiled."""
+    cold = one.get("cold", [False] * len(one["seconds"]))
+    counts = [number > 0 and not cold for number, cold in enumerate(cold)]
+    if not any(counts):
+        raise UserError("every step compiled a program, so none counts; write more --steps")
+    return np.array(one[name])[counts]
+
+
 def ratio_of(turn: dict[str, dict[str, Any]], peer: str) -> float:
     """The peer's time for a step over ours, by the medians of one round."""
-    return float(np.median(turn[peer]["seconds"][1:]) / np.median(turn["ours"]["seconds"][1:]))
+    return float(np.median(warm(turn[peer], "seconds")) / np.median(warm(turn["ours"], "seconds")))
 
 
 def comparison(turns: Sequence[dict[str, dict[str, Any]]], peer: str, pairs: int) -> dict[str, Any]:
@@ -269,26 +277,25 @@ def comparison(turns: Sequence[dict[str, dict[str, Any]]], peer: str, pairs: int
     found: dict[str, Any] = {"device": turns[0]["ours"]["device"]}
     for name in turns[0]:
         results = [turn[name] for turn in turns]
-        seconds = np.concatenate([one["seconds"][1:] for one in results])
+        seconds = np.concatenate([warm(one, "seconds") for one in results])
         found |= {
+            f"{name}, steps": len(seconds),
             f"{name}, s a step": float(np.median(seconds)),
             f"{name}, s a step, least": float(seconds.min()),
             f"{name}, s a step, most": float(seconds.max()),
-            f"{name}, CPU-s a step": float(np.median(np.concatenate([one["cpu_seconds"][1:] for one in results]))),
+            f"{name}, CPU-s a step": float(np.median(np.concatenate([warm(one, "cpu_seconds") for one in results]))),
             f"{name}, pairs/s": pairs / float(np.median(seconds)),
             f"{name}, peak memory, GiB": max(one["peak_bytes"] for one in results) / GIB,
             f"{name}, first step, s": float(np.median([one["seconds"][0] for one in results])),
         }
     ours = [turn["ours"] for turn in turns]
-    counted = {name: np.concatenate([one[name][1:] for one in ours]) for name in ("tokens", "positions", "trained")}
-    seconds = np.concatenate([one["seconds"][1:] for one in ours])
-    useful = np.concatenate([one["useful_flops"][1:] for one in ours]) / seconds
+    names = ("tokens", "positions", "trained", "wait_seconds", "useful_flops", "seconds")
+    counted = {name: np.concatenate([warm(one, name) for one in ours]) for name in names}
+    useful = counted["useful_flops"] / counted["seconds"]
     found |= {
-        "ours, trained tokens/s": float(counted["trained"].sum() / seconds.sum()),
+        "ours, trained tokens/s": float(counted["trained"].sum() / counted["seconds"].sum()),
         "ours, padding, share of positions": float(1 - counted["tokens"].sum() / counted["positions"].sum()),
-        "ours, input wait, share of time": float(
-            np.concatenate([x["wait_seconds"][1:] for x in ours]).sum() / seconds.sum()
-        ),
+        "ours, input wait, share of time": float(counted["wait_seconds"].sum() / counted["seconds"].sum()),
         "ours, programs compiled": max(one["programs"] for one in ours),
         "ours, compilation, s": float(np.median([one["compile_seconds"] for one in ours])),
         "ours, GFLOP/s on useful tokens": float(np.median(useful) / 1e9),

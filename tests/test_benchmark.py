@@ -153,6 +153,14 @@ def test_ours_alone_from_weights_that_are_kept(script, tmp_path, monkeypatch):
     assert script_spec["attention"] == "tiles" and script_spec["model"] == str(kept / "tiny-float32")
 
 
+def test_steps_that_compile_do_not_count(script):
+    ours = {"seconds": [9.0, 1.0, 8.0, 3.0], "cold": [True, False, True, False]}
+    assert script.warm(ours, "seconds").tolist() == [1.0, 3.0]
+    assert script.ratio_of({"ours": ours, "trl": {"seconds": [9.0, 4.0, 8.0, 12.0]}}, "trl") == 4.0
+    with pytest.raises(UserError, match="write more --steps"):
+        script.warm(ours | {"cold": [True] * 4}, "seconds")
+
+
 def test_random_weights_are_distributed_as_the_decoder_draws_them(script):
     config = script.SHAPES["tiny"]
     ours, drawn = script.random_params(config, "float32"), make_decoder(config).init(jax.random.key(0))
