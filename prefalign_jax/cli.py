@@ -16,7 +16,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from prefalign_jax.config import resolved, validate
-from prefalign_jax.data.records import one_line
+from prefalign_jax.data.rows import one_line
 from prefalign_jax.files import user_cache
 from prefalign_jax.types import UserError
 

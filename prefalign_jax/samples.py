@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prefalign_jax.data.records import ROLES, Text, json_rows, one_line
+from prefalign_jax.data.records import ROLES, Text
+from prefalign_jax.data.rows import json_rows, one_line
 from prefalign_jax.files import whole
 from prefalign_jax.types import UserError
 

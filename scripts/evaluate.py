@@ -23,7 +23,8 @@ from ml_collections import ConfigDict
 from prefalign_jax.config import defaults, loss_of, validate
 from prefalign_jax.data.chat import load_tokenizer, tokenize_records
 from prefalign_jax.data.pipeline import PairSet, make_pair_set, mismatched
-from prefalign_jax.data.records import ascii_quotes, one_line, read_records, split_by_prompt
+from prefalign_jax.data.records import ascii_quotes, read_records, split_by_prompt
+from prefalign_jax.data.rows import one_line
 from prefalign_jax.evaluate import (
     FEW,
     Displacement,

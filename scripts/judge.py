@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prefalign_jax import cli
-from prefalign_jax.data.records import one_line
+from prefalign_jax.data.rows import one_line
 from prefalign_jax.judges import endpoint, judge, page, reward_model, rewards, win_rate
 from prefalign_jax.names import check_hyper, choose, hyper_parameters, read_as
 from prefalign_jax.samples import (

@@ -309,6 +309,35 @@ def test_chat_template_from_a_file_and_from_text(tmp_path, variant):
     assert pairs == [("[user]q[assistant]", f"Blue <|pad|> {EOS}", f"No.{EOS}")]
 
 
+TOOLS = (
+    "{% if tools %}[tools]{{ tools | tojson }}{% endif %}{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments | tojson }}){% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_system_prompts_tools_and_calls_go_through_the_template_or_stop_the_run(variant):
+    weather = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+    asked = [{"role": "system", "content": "Be brief. "}, user("Rome?")]
+    calling = Record(asked, [{"role": "assistant", "content": "", "tool_calls": [call]}], [], tools=(weather,))
+    ((prompt, chosen, _),), dropped = tokenize(variant(chat_template=TOOLS), calling)
+    assert '[tools][{"type": "function", "function": {"name": "weather"' in prompt and not dropped
+    assert prompt.endswith("[system]Be brief. [user]Rome?[assistant]")
+    assert chosen == f'weather({{"city": "Rome"}}){EOS}'
+    blind = {
+        "system message": "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}",
+        "tools": TOOLS.replace("tools | tojson", "1"),
+        "tool calls": TOOLS.replace("c.function.name", "1"),
+    }
+    said = calling._replace(chosen=[assistant("Sun.")])
+    records = {"system message": said._replace(tools=()), "tools": said, "tool calls": calling._replace(tools=())}
+    for what, template in blind.items():
+        record = records[what]._replace(where="x, row 3")
+        with pytest.raises(UserError, match=f"^x, row 3: the chat template leaves out the {what}; set data.chat_templ"):
+            tokenize(variant(chat_template=template), record)
+
+
 # Without the special tokens' own texts, which hypothesis finds in the sources: what those do has its tests above.
 TEXT = (
     st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from([" ", "\n", " It", "s", " the"])

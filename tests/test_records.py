@@ -236,6 +236,7 @@ def test_scores_follow_the_names_of_the_responses(tmp_path):
         (
             {"score_chosen": 3, "rejected_score": 2, "margin": None},
             "expected the field margin, or score_chosen and score_rejected, or chosen_score and rejected_score, "
+            "or rating_chosen and rating_rejected, or chosen-rating and rejected-rating, "
             "found prompt, chosen, rejected, score_chosen, rejected_score",
         ),
         ({"margin": "1"}, "field 'margin': expected a finite number (float32), found a string '1'"),

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from prefalign_jax.data.records import Messages, Record, Text, one_line
+from prefalign_jax.data.records import Messages, Record, Text
+from prefalign_jax.data.rows import one_line
 from prefalign_jax.types import Pair, UserError
 
 if TYPE_CHECKING:
@@ -207,13 +208,31 @@ def _texts(record: Record, tokenizer: Tokenizer, responses: bool = True) -> list
             f"set data.chat_template to {', '.join(CHAT_TEMPLATES)} or a .jinja file"
         )
     continued = bool(prompt) and prompt[-1]["role"] == "assistant"
+    options = dict(tokenize=False, **({"tools": list(record.tools)} if record.tools else {}))
+    conversations = [_join(prompt, response) for response in responses]
     try:
         start = tokenizer.apply_chat_template(
-            prompt, tokenize=False, add_generation_prompt=not continued, continue_final_message=continued
+            prompt, add_generation_prompt=not continued, continue_final_message=continued, **options
         )
-        return [start, *(tokenizer.apply_chat_template(_join(prompt, r), tokenize=False) for r in responses)]
+        texts = [tokenizer.apply_chat_template(conversation, **options) for conversation in conversations]
     except Exception as error:  # a template raises whatever it likes
         raise UserError(f"{record.where}: the chat template does not render it: {one_line(error)}") from None
+    _check_rendered(record, [prompt, *conversations], [start, *texts])
+    return [start, *texts]
+
+
+def _check_rendered(record: Record, conversations: list[Messages], texts: list[str]) -> None:
+    """Templates without system prompts or tools leave them out silently, and the model would not learn of them."""
+    for conversation, text in zip(conversations, texts, strict=True):
+        wanted = {"tools": [tool.get("function", tool).get("name", "") for tool in record.tools]}
+        for message in conversation:
+            if message["role"] == "system":
+                wanted["system message"] = [message["content"].strip()]
+            for call in message.get("tool_calls", ()):
+                wanted.setdefault("tool calls", []).append(call.get("function", call)["name"])
+        for what, parts in wanted.items():
+            if any(part not in text for part in parts):
+                raise UserError(f"{record.where}: the chat template leaves out the {what}; set data.chat_template")
 
 
 def _join(prompt: Messages, response: Messages) -> Messages:

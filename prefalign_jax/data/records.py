@@ -7,27 +7,24 @@ counted by its reason; a row that is malformed stops the run with its file, row 
 from __future__ import annotations
 
 import collections
-import gzip
 import hashlib
 import itertools
 import json
 import math
-import re
-import reprlib
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from prefalign_jax.data.formats import FORMATS, Dropped, Malformed, detect, expected, kind, show
+from prefalign_jax.data.rows import read_rows
 from prefalign_jax.types import UserError
 
 Messages = list[dict[str, Any]]  # [{'role': ..., 'content': ...}, ...]
 Text = str | Messages
+Rows = Iterable[tuple[str, Any]]  # ('FILE, row N', row)
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
-_FILE = re.compile(r"\.(jsonl|ndjson|json)(\.gz)?$|\.parquet$")
-_LOOKS_LOCAL = re.compile(r"^[./~]|\.(jsonl?|ndjson|gz|zst|zip|parquet|arrow|csv|tsv|txt)$")
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # the turns of an HH-RLHF transcript
 _COMPLETIONS = ("completion", "response", "messages")  # what rows with one response may call it
 _LARGEST = 1e38  # float32 holds the difference of two such numbers
@@ -49,14 +46,7 @@ class Record(NamedTuple):
     label: bool = True  # of unpaired data: whether the completion is desirable
     where: str = ""  # 'FILE, row N', for messages
     columns: tuple[tuple[str, Any], ...] = ()  # (name, value or None) of further fields that were asked for
-
-
-class _Malformed(ValueError):
-    """A row breaks the format; the caller adds where."""
-
-
-class _Dropped(Exception):
-    """A well-formed row is no pair; its one argument is the reason that is counted."""
+    tools: tuple[dict[str, Any], ...] = ()  # what the chat template is told may be called, as JSON schemas
 
 
 def read_records(
@@ -68,6 +58,7 @@ def read_records(
     unpaired: bool = False,
     margin: bool = False,
     columns: Sequence[str] = (),
+    format: str | None = None,
 ) -> tuple[list[Record], dict[str, int]]:
     """Reads preference pairs, demonstrations or labelled completions from a file, a directory or the Hugging Face hub.
 
@@ -75,17 +66,17 @@ def read_records(
       prompt, chosen, rejected as strings;
       the same as lists of messages, or a string prompt (one user message) with lists of messages;
       chosen and rejected as whole conversations: the last assistant message is the response, all before it the prompt;
-      chosen and rejected as HH-RLHF transcripts: the prompt ends with the last '\\n\\nAssistant:' of each.
+      chosen and rejected as HH-RLHF transcripts: the prompt ends with the last '\\n\\nAssistant:' of each;
+      and the published ones of `formats.FORMATS`, which are first brought into one of these.
     Supervised rows (one name in `responses`) may also call the response 'completion' or 'response', be a conversation
     called 'messages', of which the last message is the response, or have nothing but a 'text'.
     Unpaired rows hold a prompt, a 'completion', 'response' or 'messages', and a 'label', true or false (or 1 or 0). One
     with chosen and rejected, in any format of pairs, is two records: the chosen labelled true, the rejected false.
-    A field 'weight' is how much the record counts; every other field that `columns` does not name is ignored.
+    A field 'weight' is how much the record counts, 'tools' (a list, or its JSON) what may be called; every other field
+    that `columns` does not name is ignored. An assistant message that calls tools may have no content.
 
     Args:
-      path: a .jsonl (or .jsonl.gz) or .parquet file; a directory of such files, of which those are read whose name, or
-        folder, begins with the split; a directory written by `datasets.save_to_disk`; or a hub name, 'owner/name' or
-        'owner/name:subset'.
+      path: a file, a directory or a hub name, see `rows.read_rows`.
       split: which part of a directory or hub data set; a single file is read whole.
       responses: the fields of the preferred response and of the other one; one name alone reads supervised data. Not
         used for unpaired data.
@@ -97,6 +88,7 @@ def read_records(
         If it is worse the row is dropped. Without this option no such field is read.
       columns: names of further fields to keep with the record, such as where the pair comes from; strings, numbers or
         truth values.
+      format: a key of FORMATS that all rows have; None tells each row's from its fields.
 
     Returns:
       The records in the order of the rows, and the number of rows dropped for each reason.
@@ -104,27 +96,9 @@ def read_records(
     Raises:
       UserError: an option does not apply, the data cannot be read, a row is malformed, or no record is left.
     """
-    if not unpaired and not 1 <= len(responses) <= 2:
-        raise UserError(f"responses: expected one or two field names, found {list(responses)}")
-    if margin and (unpaired or len(responses) == 1):
-        raise UserError(f"margin: applies to pairs; leave it out for {'unpaired' if unpaired else 'supervised'} data")
     dropped = collections.Counter()
-
-    def all_records() -> Iterator[Record]:
-        for where, row in _rows(str(path), split):
-            try:
-                if not isinstance(row, Mapping):
-                    raise _expected("a JSON object", row)
-                found = _unpaired(row) if unpaired else [_record(row, responses, margin)]
-                kept = tuple((name, _plain(row.get(name), name)) for name in columns)
-            except _Malformed as error:
-                raise UserError(f"{where}: {error}") from None
-            except _Dropped as reason:
-                dropped[str(reason)] += 1
-            else:
-                yield from (record._replace(where=where, columns=kept) for record in found)
-
-    records = list(itertools.islice(all_records(), limit))
+    options = dict(responses=responses, unpaired=unpaired, margin=margin, columns=columns)
+    records = list(itertools.islice(iter_records(read_rows(path, split), dropped, format=format, **options), limit))
     if not records:
         counts = ", ".join(f"{reason}: {n}" for reason, n in dropped.items()) or "there was no row"
         raise UserError(f"{path}: no record is left ({counts})")
@@ -132,6 +106,100 @@ def read_records(
         if all(record.columns[number][1] is None for record in records):
             raise UserError(f"{path}: no row has the field {name!r}")
     return records, dict(dropped)
+
+
+def iter_records(
+    rows: Rows,
+    dropped: collections.Counter,
+    *,
+    responses: Sequence[str] = ("chosen", "rejected"),
+    unpaired: bool = False,
+    margin: bool = False,
+    columns: Sequence[str] = (),
+    format: str | None = None,
+) -> Iterator[Record]:
+    """The records of rows, one at a time, so that data larger than memory can be read.
+
+    Args:
+      rows: ('FILE, row N', row) each.
+      dropped: the rows that give no record are counted here by reason, as the iterator goes on.
+      responses, unpaired, margin, columns, format: as in `read_records`.
+
+    Raises:
+      UserError: an option does not apply, or, from the iterator, a row is malformed.
+    """
+    if not unpaired and not 1 <= len(responses) <= 2:
+        raise UserError(f"responses: expected one or two field names, found {list(responses)}")
+    if margin and (unpaired or len(responses) == 1):
+        raise UserError(f"margin: applies to pairs; leave it out for {'unpaired' if unpaired else 'supervised'} data")
+    return _records(rows, dropped, responses, unpaired, margin, columns, format)
+
+
+def _records(rows, dropped, responses, unpaired, margin, columns, format) -> Iterator[Record]:
+    for where, row, common in in_common(rows, dropped, format, pairs=unpaired or len(responses) == 2):
+        for one in common:
+            names = responses if one is row else ("chosen", "rejected")[: len(responses)]
+            try:
+                found = _unpaired(one) if unpaired else [_record(one, names, margin)]
+                kept = tuple((name, _plain(row.get(name), name)) for name in columns)
+            except Malformed as error:
+                raise UserError(f"{where}: {error}") from None
+            except Dropped as reason:
+                dropped[str(reason)] += 1
+            else:
+                yield from (record._replace(where=where, columns=kept) for record in found)
+
+
+def in_common(
+    rows: Rows, dropped: collections.Counter, format: str | None = None, *, pairs: bool = True
+) -> Iterator[tuple[str, Mapping, Sequence[Mapping]]]:
+    """Brings rows of published formats into the common one.
+
+    Args:
+      rows: ('FILE, row N', row) each.
+      dropped: the rows that are left out are counted here by reason, as the iterator goes on.
+      format: a key of FORMATS, or None to tell each row's.
+      pairs: whether pairs are wanted, or labelled completions, not demonstrations.
+
+    Returns:
+      An iterator over ('FILE, row N', the row, its rows in the common format); of a group the first row.
+    """
+    group: list[tuple[str, Mapping]] = []
+
+    def read(where: str, row: Mapping, name: str, given: Any) -> tuple[str, Mapping, Sequence[Mapping]]:
+        form = FORMATS[name]
+        try:
+            if any(row.get(field) is None for field in form.fields):
+                raise Malformed(f"format {name!r} has the fields {', '.join(form.fields)}, found {_names(row)}")
+            return where, row, form.read(given)
+        except Malformed as error:
+            raise UserError(f"{where}: {error}") from None
+        except Dropped as reason:
+            dropped[str(reason)] += 1
+            return where, row, ()
+
+    def read_group() -> tuple[str, Mapping, Sequence[Mapping]]:
+        (where, row), given = group[0], [row for _, row in group]
+        group.clear()
+        if len(given) > 2:
+            dropped["neither best nor worst of its prompt"] += len(given) - 2
+        return read(where, row, grouped, given)
+
+    grouped = ""
+    for where, row in rows:
+        if not isinstance(row, Mapping):
+            raise UserError(f"{where}: {expected('a JSON object', row)}")
+        name = format or detect(row, pairs)
+        field = FORMATS[name].group
+        if group and (name != grouped or row.get(field) != group[0][1].get(field)):
+            yield read_group()
+        if field:
+            grouped = name
+            group.append((where, row))
+        else:
+            yield read(where, row, name, row)
+    if group:
+        yield read_group()
 
 
 class Prompt(NamedTuple):
@@ -158,22 +226,23 @@ def read_prompts(
       UserError: the data cannot be read, a row is malformed, or no prompt is left.
     """
     known, dropped = {}, collections.Counter()
-    for where, row in _rows(str(path), split):
+    for where, row, common in in_common(read_rows(path, split), dropped, pairs=False):
         if len(known) == limit:
             break
+        if not common:
+            continue
+        row, given = common[0], row
         try:
-            if not isinstance(row, Mapping):
-                raise _expected("a JSON object", row)
             answered = [name for name in ("chosen", "rejected", *_COMPLETIONS, "text") if row.get(name) is not None]
             if answered or "prompt" not in row:
                 pair = {"chosen", "rejected"} <= set(answered)
                 prompt = _record(row, ("chosen", "rejected") if pair else ("chosen",)).prompt
             else:
                 prompt = _text(row["prompt"], "prompt")
-            one = Prompt(prompt, str(_plain(row.get("id"), "id") if row.get("id") is not None else ""), where)
-        except _Malformed as error:
+            one = Prompt(prompt, str(_plain(given.get("id"), "id") if given.get("id") is not None else ""), where)
+        except Malformed as error:
             raise UserError(f"{where}: {error}") from None
-        except _Dropped as reason:
+        except Dropped as reason:
             dropped[str(reason)] += 1
             continue
         if not prompt:
@@ -261,10 +330,10 @@ def _unpaired(row: Mapping) -> list[Record]:
     names = [name for name in _COMPLETIONS if row.get(name) is not None][:1]
     if not names:
         either = f"one of the fields {', '.join(_COMPLETIONS)} with a label, or chosen and rejected"
-        raise _Malformed(f"expected {either}, found {_names(row)}")
+        raise Malformed(f"expected {either}, found {_names(row)}")
     label = row.get("label")
     if not isinstance(label, int) or label not in (False, True):  # 0 and 1 equal these
-        raise _expected("true or false (or 1 or 0)", label, "label")
+        raise expected("true or false (or 1 or 0)", label, "label")
     return [_record(row, names)._replace(label=bool(label))]
 
 
@@ -280,50 +349,72 @@ def _record(row: Mapping, responses: Sequence[str], scored: bool = False) -> Rec
         if not names and row.get("text") is not None:
             row, names = {"prompt": "", "text": row["text"]}, ["text"]
         if not names:
-            raise _Malformed(f"expected one of the fields {', '.join(alternatives)} or text, found {_names(row)}")
+            raise Malformed(f"expected one of the fields {', '.join(alternatives)} or text, found {_names(row)}")
     sides = [_text(row.get(name), name) for name in names]
     prompt = None if row.get("prompt") is None else _text(row["prompt"], "prompt")
     if len({type(side) for side in sides}) > 1:
-        raise _expected(f"{_kind(sides[0])}, as in {names[0]!r}", sides[1], names[1])
+        raise expected(f"{kind(sides[0])}, as in {names[0]!r}", sides[1], names[1])
 
     split = _split_strings if isinstance(sides[0], str) else _split_messages
     prompt, sides = split(prompt, sides, names)
     if any(not _content(side).strip() for side in sides):
-        raise _Dropped("empty response")
+        raise Dropped("empty response")
     if not supervised and sides[0] == sides[1]:
-        raise _Dropped("identical responses")
+        raise Dropped("identical responses")
     if margin < 0:
-        raise _Dropped("rejected scores higher")
+        raise Dropped("rejected scores higher")
     rejected = type(sides[0])() if supervised else sides[1]
-    return Record(prompt, sides[0], rejected, 1.0 if weight is None else weight, margin)
+    return Record(prompt, sides[0], rejected, 1.0 if weight is None else weight, margin, tools=_tools(row, prompt))
+
+
+def _tools(row: Mapping, prompt: Text) -> tuple[dict[str, Any], ...]:
+    """The row's tools: a list of objects, or that as JSON, as Parquet files keep it."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        tools = _parsed(tools, "tools") if tools.strip() else None
+    if not tools:
+        return ()
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise expected("a list of objects, or its JSON", tools, "tools")
+    if isinstance(prompt, str):
+        raise Malformed("field 'tools': they go through the chat template; write the prompt as a list of messages")
+    return tuple(tools)
+
+
+def _parsed(text: str, field: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise expected(f"JSON ({error})", text, field) from None
 
 
 def _margin(row: Mapping, responses: Sequence[str]) -> float:
     margin = _number(row, "margin")
     if margin is not None:
         return margin
-    pairs = [[form.format(name) for name in responses] for form in ("score_{}", "{}_score")]
+    forms = ("score_{}", "{}_score", "rating_{}", "{}-rating")
+    pairs = [[form.format(name) for name in responses] for form in forms]
     for names in pairs:
         better, worse = (_number(row, name) for name in names)
         if better is not None and worse is not None:
             return better - worse
     either = ", or ".join(" and ".join(names) for names in (["margin"], *pairs))
-    raise _Malformed(f"expected the field {either}, found {_names(row)}")
+    raise Malformed(f"expected the field {either}, found {_names(row)}")
 
 
-def _number(row: Mapping, field: str, expected: str = "a finite number", above: float = -math.inf) -> float | None:
+def _number(row: Mapping, field: str, what: str = "a finite number", above: float = -math.inf) -> float | None:
     """The number in a field, or None where there is none; all numbers are float32 in the end."""
     value = row.get(field)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not (value > above and abs(value) <= _LARGEST):
-        raise _expected(f"{expected} (float32)", value, field)
+        raise expected(f"{what} (float32)", value, field)
     return float(value)
 
 
 def _plain(value: Any, field: str) -> Any:
     if value is not None and not isinstance(value, str | int | float):  # a truth value is an int
-        raise _expected("a string, a number or a truth value", value, field)
+        raise expected("a string, a number or a truth value", value, field)
     return value
 
 
@@ -332,13 +423,13 @@ def _split_strings(prompt: Text | None, sides: list[str], names: list[str]) -> t
     if isinstance(prompt, str):
         return prompt, sides
     if prompt is not None:
-        raise _expected(f"a string, because {names[0]!r} is one", prompt, "prompt")
+        raise expected(f"a string, because {names[0]!r} is one", prompt, "prompt")
     prompts = []
     for side, name in zip(sides, names, strict=True):
         if not side.startswith(_HUMAN) or _ASSISTANT not in side:
-            raise _Malformed(
+            raise Malformed(
                 f"expected a field 'prompt', or an HH-RLHF transcript ({_HUMAN!r} ... {_ASSISTANT!r} ...) in {name!r}; "
-                f"found no prompt and {_show(side)}"
+                f"found no prompt and {show(side)}"
             )
         prompts.append(side[: side.rindex(_ASSISTANT) + len(_ASSISTANT)])
     return _same(prompts), [side[len(prompts[0]) :] for side in sides]
@@ -350,28 +441,28 @@ def _split_messages(prompt: Text | None, sides: list[Messages], names: list[str]
     if conversation:
         for side, name in zip(sides, names, strict=True):
             if len(side) < 2 or side[-1]["role"] != "assistant":
-                raise _expected("a conversation that ends with an assistant message", side, name)
+                raise expected("a conversation that ends with an assistant message", side, name)
         context = _same([side[:-1] for side in sides])
         # Beside whole conversations a string prompt only repeats one message or all; another text would go unread.
         if prompt and not any(prompt.strip() in m["content"] or m["content"] in prompt for m in context):
-            raise _expected(f"a message of {names[0]!r}, which holds the whole conversation", prompt, "prompt")
+            raise expected(f"a message of {names[0]!r}, which holds the whole conversation", prompt, "prompt")
         return context, [side[-1:] for side in sides]
 
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if not prompt:
-        raise _expected("at least one message", prompt, "prompt")
+        raise expected("at least one message", prompt, "prompt")
     n = len(prompt)
     sides = [side[n:] if side[:n] == prompt else side for side in sides]
     for side, name in zip(sides, names, strict=True):
         if [message["role"] for message in side] not in ([], ["assistant"]):
-            raise _expected("one assistant message (what comes before it belongs in the prompt)", side, name)
+            raise expected("one assistant message (what comes before it belongs in the prompt)", side, name)
     return prompt, sides
 
 
 def _same(prompts: list) -> Any:
     if any(prompt != prompts[0] for prompt in prompts):
-        raise _Dropped("prompts differ")
+        raise Dropped("prompts differ")
     return prompts[0]
 
 
@@ -381,142 +472,64 @@ def _text(value: Any, field: str) -> Text:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise _expected("valid Unicode", value[error.start : error.end], field) from None
+            raise expected("valid Unicode", value[error.start : error.end], field) from None
         return value
     if not isinstance(value, list):
-        raise _expected("a string or a list of messages", value, field)
-    for i, message in enumerate(value):
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise _expected("a message with 'role' and 'content'", message, f"{field}[{i}]")
-        if message["role"] not in ROLES:
-            raise _expected(f"one of {', '.join(ROLES)}", message["role"], f"{field}[{i}].role")
-        if not isinstance(message["content"], str):
-            raise _expected("a string", message["content"], f"{field}[{i}].content")
-        _text(message["content"], f"{field}[{i}].content")
-    return [{k: v for k, v in message.items() if v is not None} for message in value]
+        raise expected("a string or a list of messages", value, field)
+    return [_message(message, f"{field}[{i}]") for i, message in enumerate(value)]
+
+
+def _message(message: Any, field: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys() | _implied(message):
+        raise expected("a message with 'role' and 'content'", message, field)
+    if message["role"] not in ROLES:
+        raise expected(f"one of {', '.join(ROLES)}", message["role"], f"{field}.role")
+    out = {key: value for key, value in message.items() if value is not None}
+    if calls := out.get("tool_calls"):
+        out["tool_calls"] = _calls(calls, f"{field}.tool_calls")
+        out.setdefault("content", "")
+    else:
+        out.pop("tool_calls", None)
+    if not isinstance(out.get("content"), str):
+        raise expected("a string", message["content"], f"{field}.content")
+    _text(out["content"], f"{field}.content")
+    return out
+
+
+def _implied(message: Mapping) -> set[str]:
+    """A message that calls tools need not say anything."""
+    return {"content"} if message.get("tool_calls") else set()
+
+
+def _calls(calls: Any, field: str) -> list[dict[str, Any]]:
+    """Tool calls as templates take them: without null fields, and with arguments as objects, not as their JSON."""
+    if not isinstance(calls, list):
+        raise expected("a list of tool calls", calls, field)
+    out = []
+    for i, call in enumerate(calls):
+        if not isinstance(call, Mapping):
+            raise expected("a tool call", call, f"{field}[{i}]")
+        call = {key: value for key, value in call.items() if value is not None}
+        place, where = call, f"{field}[{i}]"
+        if "function" in call:
+            if not isinstance(call["function"], Mapping):
+                raise expected("an object with 'name' and 'arguments'", call["function"], f"{where}.function")
+            call["function"] = {key: value for key, value in call["function"].items() if value is not None}
+            place, where = call["function"], f"{where}.function"
+        if not isinstance(place.get("name"), str):
+            raise expected("a string", place.get("name"), f"{where}.name")
+        if isinstance(place.get("arguments"), str):
+            place["arguments"] = _parsed(place["arguments"], f"{where}.arguments")
+        out.append(call)
+    return out
 
 
 def _content(side: Text) -> str:
-    return side if isinstance(side, str) else "".join(message["content"] for message in side)
-
-
-def _expected(expected: str, found: Any, field: str = "") -> _Malformed:
-    return _Malformed((f"field {field!r}: " if field else "") + f"expected {expected}, found {_show(found)}")
-
-
-def _show(value: Any) -> str:
-    return "nothing" if value is None or value == [] else f"{_kind(value)} {reprlib.repr(value)}"
-
-
-def _kind(value: Any) -> str:
-    names = {str: "a string", list: "a list", dict: "an object", bool: "a boolean", int: "a number", float: "a number"}
-    return names.get(type(value), type(value).__name__)
+    """What a response says or calls, for a look at whether it is empty."""
+    if isinstance(side, str):
+        return side
+    return "".join(message["content"] or ("call" if message.get("tool_calls") else "") for message in side)
 
 
 def _names(row: Mapping) -> str:
     return ", ".join(str(name) for name, value in row.items() if value is not None) or "no field"
-
-
-# Files, directories and the hub -> ('FILE, row N', row).
-
-
-def _rows(path: str, split: str) -> Iterator[tuple[str, Any]]:
-    local = Path(path).expanduser()
-    if local.is_file():
-        return _file_rows(local)
-    if local.is_dir():
-        if (local / "dataset_dict.json").exists() or (local / "state.json").exists():
-            return _dataset_rows(path, split, saved=True)
-        return (row for file in _split_files(local, split) for row in _file_rows(file))
-    if _LOOKS_LOCAL.search(path):
-        raise UserError(f"{path}: no such file or directory")
-    return _dataset_rows(path, split, saved=False)
-
-
-def _split_files(directory: Path, split: str) -> list[Path]:
-    """The files of a split, by the name of the file or of a folder; unnamed files are all 'train'."""
-    files = sorted(f for f in directory.rglob("*") if f.is_file() and _FILE.search(f.name))
-
-    def begins_with(words: str) -> list[Path]:
-        # 'train' is in 'train-00000-of-00001.parquet' and 'train.jsonl.gz', but not in 'train_prefs.jsonl'.
-        pattern = re.compile(rf"(^|/)({words})([-./]|_?\d)")
-        return [f for f in files if pattern.search(f.relative_to(directory).as_posix())]
-
-    found = begins_with(re.escape(split))
-    if not found and split == "train" and not begins_with(r"(train|test|valid|validation|dev|eval)(_\w+)?"):
-        found = files
-    if not found:
-        there = ", ".join(f.relative_to(directory).as_posix() for f in files[:4]) or "no .jsonl, .jsonl.gz or .parquet"
-        raise UserError(f"{directory}: no file of the split {split!r}, found {there}; name another split or a file")
-    return found
-
-
-def _file_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    if not _FILE.search(file.name):
-        raise UserError(f"{file}: expected a .jsonl, .jsonl.gz or .parquet file")
-    return _parquet_rows(file) if file.suffix == ".parquet" else json_rows(file)
-
-
-def json_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    """('FILE, row N', JSON value) of each line of a JSONL file, gzipped or not; empty lines are passed over."""
-    number = 0
-    try:
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                where = f"{file}, row {number}"
-                try:
-                    row = json.loads(line.decode("utf-8-sig")) if line.strip() else None
-                except (ValueError, RecursionError) as error:
-                    found = getattr(error, "msg", None) or str(error)
-                    raise UserError(f"{where}: expected one JSON object in UTF-8, found {found}") from None
-                if line.strip():
-                    yield where, row
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{file}, row {number + 1}: expected a readable file, found {one_line(error)}") from None
-
-
-def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{file}, row {number}", row
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise UserError(f"{file}, row {number + 1}: expected a readable file, found {one_line(error)}") from None
-
-
-def _dataset_rows(name: str, split: str, saved: bool) -> Iterator[tuple[str, Any]]:
-    """Rows of a `datasets` data set, saved on disk or from the hub."""
-    import datasets
-
-    try:
-        if saved:
-            dataset = datasets.load_from_disk(name)
-            if isinstance(dataset, datasets.DatasetDict):
-                if split not in dataset:
-                    raise UserError(f"{name}: no split {split!r}, found {', '.join(dataset)}")
-                dataset = dataset[split]
-        else:
-            repository, _, subset = name.partition(":")
-            try:
-                dataset = datasets.load_dataset(repository, subset or None, split=split)
-            except ValueError:  # a subset is a configuration, or a folder as in HH-RLHF
-                if not subset:
-                    raise
-                dataset = datasets.load_dataset(repository, data_dir=subset, split=split)
-    except UserError:
-        raise
-    except Exception as error:  # the library and the network raise whatever they like
-        raise UserError(f"{name}: cannot load the split {split!r}: {one_line(error)}") from None
-    for number, row in enumerate(dataset, 1):
-        yield f"{name}, row {number}", row
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error of another library, for a UserError; the next too where the first announces it."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join(line.strip() for line in lines[: 2 if lines[0].rstrip().endswith(":") else 1])

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from prefalign_jax.data.records import Text, json_rows
+from prefalign_jax.data.records import Text
+from prefalign_jax.data.rows import json_rows
 from prefalign_jax.samples import Sample, text_of, write_jsonl
 from prefalign_jax.types import UserError
 

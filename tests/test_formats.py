@@ -1,0 +1,601 @@
+"""Rows as the data sets publish them: their fields, nesting and types, with texts of our own."""
+
+import json
+import math
+
+import pytest
+
+from prefalign_jax.data.formats import FORMATS, HARD, detect
+from prefalign_jax.data.records import read_prompts, read_records
+from prefalign_jax.types import UserError
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def said(text):
+    return text if isinstance(text, str) else [(m["role"], m["content"]) for m in text]
+
+
+def completion(model, response, fine, overall):
+    rating = {"Rating": "4", "Rationale": "Clear."}
+    return {
+        "model": model,
+        "principle": "helpfulness",
+        "custom_system_prompt": "Be helpful.",
+        "response": response,
+        "annotations": {name: rating for name in ("helpfulness", "honesty", "instruction_following", "truthfulness")},
+        "critique": "Fine.",
+        "overall_score": overall,
+        "fine-grained_score": fine,
+    }
+
+
+Q, ASKED = "Why is the sky blue?", [("user", "Why is the sky blue?")]
+GOOD, BAD = [("assistant", "Air scatters blue.")], [("assistant", "Paint.")]
+SHP = {
+    "post_id": "hcyzcc",
+    "domain": "askphysics_train",
+    "upvote_ratio": 0.98,
+    "history": Q,
+    "c_root_id_A": "a1",
+    "c_root_id_B": "b1",
+    "created_at_utc_A": 1592000000,
+    "created_at_utc_B": 1592000100,
+    "score_A": 3,
+    "score_B": 12,
+    "human_ref_A": "Paint.",
+    "human_ref_B": "Air scatters blue.",
+    "labels": 0,
+    "seconds_difference": 100.0,
+    "score_ratio": 4.0,
+}
+SAFE = {
+    "prompt": Q,
+    "response_0": "Paint.",
+    "response_1": "Air scatters blue.",
+    "prompt_source": "Alpaca3-70B",
+    "response_0_source": "WizardLM-30B-Uncensored",
+    "response_1_source": "Alpaca3-70B",
+    "is_response_0_safe": True,
+    "is_response_1_safe": True,
+    "response_0_harm_category": {"Privacy Violation": False, "Violence": False},
+    "response_1_harm_category": {"Privacy Violation": False, "Violence": False},
+    "response_0_severity_level": 0,
+    "response_1_severity_level": 0,
+    "better_response_id": 1,
+    "safer_response_id": 0,
+    "response_0_sha256": "00",
+    "response_1_sha256": "11",
+}
+TLDR = {
+    "info": {
+        "id": "t3_abc",
+        "post": "I asked a physicist.",
+        "title": "The sky",
+        "subreddit": "askscience",
+        "site": None,
+        "article": None,
+    },
+    "summaries": [
+        {"text": " Paint.", "policy": "sup1", "note": None},
+        {"text": " Air scatters blue.", "policy": "ref", "note": "good"},
+    ],
+    "choice": 1,
+    "worker": "w1",
+    "batch": "batch3",
+    "split": "train",
+    "extra": {"confidence": 7},
+}
+TLDR_PROMPT = "SUBREDDIT: r/askscience\n\nTITLE: The sky\n\nPOST: I asked a physicist.\n\nTL;DR:"
+ORPO_TURNS = [user("Hi."), assistant("Hello."), user(Q)]
+
+# Data set -> (format, row, prompt, chosen, rejected, margin or None).
+PAIRS = {
+    "Anthropic/hh-rlhf": (
+        "common",
+        {
+            "chosen": f"\n\nHuman: {Q}\n\nAssistant: Air scatters blue.",
+            "rejected": f"\n\nHuman: {Q}\n\nAssistant: Paint.",
+        },
+        f"\n\nHuman: {Q}\n\nAssistant:",
+        " Air scatters blue.",
+        " Paint.",
+        None,
+    ),
+    "HuggingFaceH4/ultrafeedback_binarized": (
+        "common",
+        {
+            "prompt": Q,
+            "prompt_id": "f0e3",
+            "chosen": [user(Q), assistant("Air scatters blue.")],
+            "rejected": [user(Q), assistant("Paint.")],
+            "messages": [user(Q), assistant("Air scatters blue.")],
+            "score_chosen": 8.5,
+            "score_rejected": 6.0,
+        },
+        ASKED,
+        GOOD,
+        BAD,
+        2.5,
+    ),
+    "trl-lib/ultrafeedback_binarized": (
+        "common",
+        {
+            "chosen": [user(Q), assistant("Air scatters blue.")],
+            "rejected": [user(Q), assistant("Paint.")],
+            "score_chosen": 7.0,
+            "score_rejected": 6.0,
+        },
+        ASKED,
+        GOOD,
+        BAD,
+        1.0,
+    ),
+    "argilla/ultrafeedback-binarized-preferences-cleaned": (
+        "common",
+        {
+            "source": "evol_instruct",
+            "prompt": Q,
+            "chosen": [user(Q), assistant("Air scatters blue.")],
+            "chosen-rating": 5.0,
+            "chosen-model": "gpt-4",
+            "rejected": [user(Q), assistant("Paint.")],
+            "rejected-rating": 3.75,
+            "rejected-model": "alpaca-7b",
+        },
+        ASKED,
+        GOOD,
+        BAD,
+        1.25,
+    ),
+    "openbmb/UltraFeedback": (
+        "ultrafeedback",
+        {
+            "source": "evol_instruct",
+            "instruction": Q,
+            "models": ["alpaca-7b", "gpt-4", "llama-2-7b-chat", "falcon-40b"],
+            "completions": [
+                completion("alpaca-7b", "Paint.", 2.0, 10.0),  # where 1 was meant
+                completion("gpt-4", "Air scatters blue.", 4.75, 8.5),
+                completion("llama-2-7b-chat", "Water.", 3.0, 6.0),
+                completion("falcon-40b", "Magic.", None, None),
+            ],
+            "correct_answers": ["None"],
+            "incorrect_answers": ["None"],
+        },
+        ASKED,
+        GOOD,
+        BAD,
+        2.75,
+    ),
+    "mlabonne/orpo-dpo-mix-40k": (
+        "common",
+        {
+            "source": "Airoboros",
+            "chosen": [*ORPO_TURNS, assistant("Air scatters blue.")],
+            "rejected": [*ORPO_TURNS, assistant("Paint.")],
+            "prompt": Q,
+            "question": Q,
+        },
+        [("user", "Hi."), ("assistant", "Hello."), *ASKED],
+        GOOD,
+        BAD,
+        None,
+    ),
+    "stanfordnlp/SHP": ("shp", SHP, ASKED, GOOD, BAD, math.log(4)),
+    "lvwerra/stack-exchange-paired": (
+        "stack_exchange_paired",
+        {
+            "qid": 7,
+            "question": Q,
+            "date": "2021/01/01",
+            "metadata": ["https://physics.stackexchange.com/q/7"],
+            "response_j": "Air scatters blue.",
+            "response_k": "Paint.",
+        },
+        ASKED,
+        GOOD,
+        BAD,
+        None,
+    ),
+    "HuggingFaceH4/stack-exchange-preferences": (
+        "stack_exchange",
+        {
+            "qid": 7,
+            "question": Q,
+            "answers": [
+                {"answer_id": 1, "author": "a", "pm_score": 1, "selected": False, "text": "Water."},
+                {"answer_id": 2, "author": "b", "pm_score": 0, "selected": False, "text": "Paint."},
+                {"answer_id": 3, "author": "c", "pm_score": 5, "selected": True, "text": "Air scatters blue."},
+            ],
+            "date": "2021/01/01",
+            "metadata": ["https://physics.stackexchange.com/q/7"],
+        },
+        ASKED,
+        GOOD,
+        BAD,
+        5.0,
+    ),
+    "PKU-Alignment/PKU-SafeRLHF": ("pku_saferlhf", SAFE, ASKED, GOOD, BAD, None),
+    "nvidia/HelpSteer2, preference": (
+        "helpsteer2_preference",
+        {
+            "split": "train",
+            "prompt": Q,
+            "response_1": "Paint.",
+            "response_2": "Air scatters blue.",
+            "preference_strength": 2,
+            "preference_statement": "Response 2 is better than Response 1.",
+            "preference_elaboration": "It is true.",
+            "three_most_similar_preferences": [{"statement": "", "elaboration": "", "strength": 2}],
+            "all_preferences_unprocessed": [{"strength": 2, "timespent": 60}],
+        },
+        ASKED,
+        GOOD,
+        BAD,
+        2.0,
+    ),
+    "nvidia/HelpSteer3": (
+        "helpsteer3",
+        {
+            "domain": "stem",
+            "language": "english",
+            "context": ORPO_TURNS,
+            "response1": "Air scatters blue.",
+            "response2": "Paint.",
+            "overall_preference": -3,
+            "individual_preference": [{"score": -3, "reasoning": "True.", "feedback_1": "", "feedback_2": ""}],
+        },
+        [("user", "Hi."), ("assistant", "Hello."), *ASKED],
+        GOOD,
+        BAD,
+        3.0,
+    ),
+    "openai/summarize_from_feedback": (
+        "summarize_from_feedback",
+        TLDR,
+        TLDR_PROMPT,
+        " Air scatters blue.",
+        " Paint.",
+        None,
+    ),
+    "openai/summarize_from_feedback, CNN/DM": (
+        "summarize_from_feedback",
+        {**TLDR, "info": {**dict.fromkeys(TLDR["info"]), "id": "c", "article": "The sky is blue."}, "choice": 0},
+        "Article: The sky is blue.\n\nTL;DR:",
+        " Paint.",
+        " Air scatters blue.",
+        None,
+    ),
+    "Intel/orca_dpo_pairs": (
+        "orca",
+        {"system": "Be brief.", "question": Q, "chosen": "Air scatters blue.", "rejected": "Paint."},
+        [("system", "Be brief."), *ASKED],
+        GOOD,
+        BAD,
+        None,
+    ),
+    "argilla/distilabel-intel-orca-dpo-pairs": (
+        "orca_input",
+        {
+            "system": "",
+            "input": Q,
+            "chosen": "Air scatters blue.",
+            "rejected": "Paint.",
+            "generations": ["Air scatters blue.", "Paint."],
+            "rating": [9.0, 1.0],
+            "status": "unchanged",
+        },
+        ASKED,
+        GOOD,
+        BAD,
+        None,
+    ),
+    "ShareGPT turns with chosen and rejected": (
+        "sharegpt",
+        {
+            "conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": Q}],
+            "chosen": {"from": "gpt", "value": "Air scatters blue."},
+            "rejected": {"from": "gpt", "value": "Paint."},
+        },
+        [("system", "Be brief."), *ASKED],
+        GOOD,
+        BAD,
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "row", "prompt", "chosen", "rejected", "margin"), PAIRS.values(), ids=PAIRS)
+def test_published_pairs(tmp_path, name, row, prompt, chosen, rejected, margin):
+    assert detect(row) == name
+    file = write(tmp_path / "rows.jsonl", [row])
+    records, dropped = read_records(file)
+    assert [tuple(map(said, record[:3])) for record in records] == [(prompt, chosen, rejected)] and not dropped
+    assert records[0].weight == 1 and records[0].where == f"{file}, row 1"
+    if margin is not None:
+        assert read_records(file, margin=True)[0][0].margin == pytest.approx(margin)
+    else:
+        with pytest.raises(UserError, match="row 1: expected the field margin, or score_chosen and score_rejected"):
+            read_records(file, margin=True)
+    # As labelled completions, and its prompt alone.
+    both = read_records(file, unpaired=True)[0]
+    assert [(said(r.chosen), r.label) for r in both] == [(chosen, True), (rejected, False)]
+    assert said(read_prompts(file)[0][0].prompt) == prompt
+
+
+PANDALM = {
+    "idx": 0,
+    "motivation_app": "Wikipedia",
+    "cmp_key": "bloom-7b_llama-7b",
+    "instruction": Q,
+    "input": math.nan,  # as pandas wrote it
+    "response1": "Paint.",
+    "response2": "Air scatters blue.",
+    "annotator1": 2,
+    "annotator2": 2,
+    "annotator3": 0,
+}
+ALPACA_EVAL = {
+    "instruction": Q,
+    "output_1": "Paint.",
+    "generator_1": "gpt4_1106_preview",
+    "dataset": "helpful_base",
+    "output_2": "Air scatters blue.",
+    "generator_2": "mine",
+    "annotator": "weighted_alpaca_eval_gpt4_turbo",
+    "preference": 1.75,
+    "raw_completion": {"logprobs": None},
+    "price_per_example": 0.01,
+    "time_per_example": 0.4,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "first"),
+    [
+        ("pandalm", PANDALM, 1 / 6),
+        ("pandalm", {**PANDALM, "annotator3": 2}, 0.0),
+        ("alpaca_eval", ALPACA_EVAL, 0.25),
+        ("alpaca_eval", {**ALPACA_EVAL, "preference": 2}, 0.0),
+        ("alpaca_eval", {**ALPACA_EVAL, "preference": 1.1}, 0.9),
+    ],
+)
+def test_a_soft_preference_is_both_orders_by_their_probability(tmp_path, name, row, first):
+    """So a mean over pairs is the expectation, and a certain one is one pair."""
+    assert detect(row) == name
+    file = write(tmp_path / "rows.jsonl", [row])
+    records, dropped = read_records(file)
+    found = {(said(r.chosen)[0][1], said(r.rejected)[0][1]): r.weight for r in records}
+    orders = {("Air scatters blue.", "Paint."): 1 - first, ("Paint.", "Air scatters blue."): first}
+    assert found == pytest.approx({order: p for order, p in orders.items() if p}) and not dropped
+    assert [r.weight for r in records] == sorted((r.weight for r in records), reverse=True)
+    assert {str(said(r.prompt)) for r in records} == {str(ASKED)}
+    # The likelier order has the margin that Bradley and Terry's model gives it; the other cannot be better by it.
+    (record,), dropped = read_records(file, margin=True)
+    likely = min(max(first, 1 - first), 1 - HARD)
+    assert record.margin == pytest.approx(math.log(likely / (1 - likely)))
+    assert dropped == ({"rejected scores higher": 1} if 0 < first < 1 else {})
+
+
+def helpsteer(prompt, response, helpfulness):
+    return {
+        "prompt": prompt,
+        "response": response,
+        "helpfulness": helpfulness,
+        "correctness": 4,
+        "coherence": 4,
+        "complexity": 2,
+        "verbosity": 1,
+    }
+
+
+def test_helpsteer_pairs_the_best_with_the_worst_response_to_each_prompt(tmp_path):
+    rows = [
+        *[helpsteer(Q, text, score) for text, score in (("Water.", 2), ("Paint.", 0), ("Air scatters blue.", 4))],
+        *[helpsteer("Tie?", text, 3) for text in ("Yes.", "No.")],
+        helpsteer("Alone?", "Yes.", 4),
+        {"prompt": "p", "chosen": "c", "rejected": "r", "margin": 1},  # another format ends a group
+        *[helpsteer("Last?", text, score) for text, score in (("a", 1), ("b", 2))],
+    ]
+    file = write(tmp_path / "rows.jsonl", rows)
+    records, dropped = read_records(file, margin=True)
+    assert [(said(r.prompt), said(r.chosen), said(r.rejected), r.margin) for r in records] == [
+        (ASKED, GOOD, BAD, 4.0),
+        ("p", "c", "r", 1.0),
+        ([("user", "Last?")], [("assistant", "b")], [("assistant", "a")], 1.0),
+    ]
+    assert dropped == {"neither best nor worst of its prompt": 1, "tie": 1, "fewer than two answers": 1}
+    # For fine-tuning each is a demonstration as it stands.
+    demonstrations, dropped = read_records(write(tmp_path / "sft.jsonl", rows[:6]), responses=("chosen",))
+    assert [r.chosen for r in demonstrations] == [row["response"] for row in rows[:6]] and not dropped
+
+
+def test_which_response_is_safer_is_another_format_with_the_same_fields(tmp_path):
+    file = write(tmp_path / "rows.jsonl", [SAFE])
+    assert [said(r.chosen) for r in read_records(file, format="pku_saferlhf_safer")[0]] == [BAD]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({**ALPACA_EVAL, "preference": 1.5}, "tie"),
+        ({**ALPACA_EVAL, "preference": 0}, "tie"),
+        ({**ALPACA_EVAL, "preference": -1}, "no preference"),
+        ({**PANDALM, "annotator1": 1, "annotator2": 2}, "tie"),
+        ({**PAIRS["nvidia/HelpSteer3"][1], "overall_preference": 0}, "tie"),
+        ({**PAIRS["openbmb/UltraFeedback"][1], "completions": []}, "fewer than two answers"),
+        ({**SHP, "human_ref_A": "Air scatters blue."}, "identical responses"),
+        ({**SHP, "human_ref_A": " "}, "empty response"),
+    ],
+)
+def test_what_prefers_nothing_is_counted(tmp_path, row, reason):
+    records, dropped = read_records(write(tmp_path / "rows.jsonl", [SHP, row]))
+    assert len(records) == 1 and dropped == {reason: 1}
+
+
+KTO = {"prompt": ORPO_TURNS, "completion": [assistant("Air scatters blue.")], "label": True}
+
+
+def test_labelled_completions_of_kto_mix(tmp_path):
+    """trl-lib/kto-mix-14k."""
+    file = write(tmp_path / "rows.jsonl", [KTO, {**KTO, "completion": [assistant("Paint.")], "label": False}])
+    records, dropped = read_records(file, unpaired=True)
+    assert [(said(r.chosen), r.label) for r in records] == [(GOOD, True), (BAD, False)] and not dropped
+    assert said(records[0].prompt) == [("user", "Hi."), ("assistant", "Hello."), *ASKED]
+
+
+ALPACA = {"instruction": Q, "input": "", "output": "Air scatters blue.", "text": f"Below is ...\n{Q}\n..."}
+SHAREGPT = {
+    "id": "QWJhYvA_0",
+    "conversations": [
+        {"from": "human", "value": Q},
+        {"from": "gpt", "value": "Air scatters blue."},
+        {"from": "human", "value": "Thanks!"},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "prompt"),
+    [
+        ("alpaca", ALPACA, ASKED),
+        ("alpaca", {**ALPACA, "input": "In one line."}, [("user", f"{Q}\n\nIn one line.")]),
+        ("sharegpt", SHAREGPT, ASKED),
+        ("sharegpt", {**SHAREGPT, "system": "Be brief."}, [("system", "Be brief."), *ASKED]),
+        # HuggingFaceH4/ultrachat_200k
+        ("common", {"prompt": Q, "prompt_id": "0", "messages": [user(Q), assistant("Air scatters blue.")]}, ASKED),
+        ("common", {"prompt": [user(Q)], "completion": [assistant("Air scatters blue.")]}, ASKED),
+    ],
+)
+def test_demonstrations(tmp_path, name, row, prompt):
+    assert detect(row, pairs=False) == name
+    records, dropped = read_records(write(tmp_path / "rows.jsonl", [row]), responses=("chosen",))
+    assert [(said(r.prompt), said(r.chosen), r.rejected) for r in records] == [(prompt, GOOD, [])] and not dropped
+
+
+def test_a_conversation_without_an_answer_is_counted(tmp_path):
+    rows = [SHAREGPT, {"conversations": SHAREGPT["conversations"][:1]}, {"conversations": []}]
+    records, dropped = read_records(write(tmp_path / "rows.jsonl", rows), responses=("chosen",))
+    assert len(records) == 1 and dropped == {"no answer": 2}
+
+
+WEATHER = {
+    "type": "function",
+    "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
+}
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [
+        {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome", "unit": null}'}}
+    ],
+    "name": None,
+}
+
+
+@pytest.mark.parametrize("tools", [[WEATHER], json.dumps([WEATHER])])
+def test_tools_and_calls(tmp_path, tools):
+    """Their arguments become objects; an answer that only calls a tool is not empty."""
+    rows = [
+        {"messages": [user("Rome?"), CALL], "tools": tools},
+        {
+            "messages": [
+                user("Rome?"),
+                CALL,
+                {"role": "tool", "name": "weather", "content": "Sun."},
+                assistant("Sun."),
+            ],
+            "tools": tools,
+        },
+        {"messages": [user("Hi."), {**assistant("Hello."), "tool_calls": None}], "tools": None},
+    ]
+    records, dropped = read_records(write(tmp_path / "rows.jsonl", rows), responses=("chosen",))
+    call = {"type": "function", "id": "1", "function": {"name": "weather", "arguments": {"city": "Rome", "unit": None}}}
+    assert not dropped and [record.tools for record in records] == [(WEATHER,), (WEATHER,), ()]
+    assert records[0].chosen == records[1].prompt[1:2] == [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    assert records[2].chosen == [assistant("Hello.")]
+
+
+MALFORMED = [
+    ({**SHP, "labels": 2}, "field 'labels': expected one of 0, 1, found a number 2"),
+    ({**SHP, "labels": "1"}, "field 'labels': expected one of 0, 1, found a string '1'"),
+    ({**SHP, "human_ref_A": 3}, "field 'human_ref_A': expected a string, found a number 3"),
+    ({**SHP, "score_ratio": math.nan}, "field 'score_ratio': expected a finite number, found a number nan"),
+    ({**SAFE, "better_response_id": 2}, "field 'better_response_id': expected one of 0, 1"),
+    ({**PANDALM, "annotator2": 3}, "field 'annotator2': expected one of 0, 1, 2, found a number 3"),
+    ({**PANDALM, "input": 3}, "field 'input': expected a string, found a number 3"),
+    ({**ALPACA_EVAL, "preference": 3}, "field 'preference': expected a number from 1 to 2, or 0 for a tie"),
+    ({**ALPACA_EVAL, "preference": True}, "field 'preference': expected a finite number, found a boolean True"),
+    ({**TLDR, "info": "x"}, "field 'info': expected an object, found a string 'x'"),
+    ({**TLDR, "summaries": [{"text": "x"}]}, "field 'summaries': expected two summaries"),
+    ({**TLDR, "summaries": [None, None]}, "field 'summaries[0]': expected an object with 'text', found nothing"),
+    ({**TLDR, "info": {**TLDR["info"], "title": None}}, "field 'info.title': expected a string, found nothing"),
+    ({"instruction": Q, "completions": "x"}, "field 'completions': expected a list, found a string 'x'"),
+    ({"instruction": Q, "completions": [None]}, "field 'completions[0]': expected an object with 'response'"),
+    ({"conversations": "x"}, "field 'conversations': expected a list of turns, found a string 'x'"),
+    ({"conversations": [{"role": "user"}]}, "field 'conversations[0]': expected a turn with 'from' and 'value'"),
+    ({"conversations": [{"from": "me", "value": "x"}]}, "field 'conversations[0].from': expected one of 'human'"),
+    ({"conversations": [{"from": ["gpt"], "value": "x"}]}, "field 'conversations[0].from': expected one of 'human'"),
+    ({"qid": 1, "question": Q, "answers": [{"text": "x"}]}, "expected an object with 'text', 'pm_score'"),
+    (helpsteer(Q, "x", "4"), "field 'helpfulness': expected a finite number, found a string '4'"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), MALFORMED, ids=[message for _, message in MALFORMED])
+def test_a_malformed_row_names_file_row_and_field(tmp_path, row, message):
+    file = write(tmp_path / "rows.jsonl", [SHP, row])
+    with pytest.raises(UserError) as caught:
+        read_records(file)
+    assert str(caught.value).startswith(f"{file}, row 2: ") and message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [user("x"), {**CALL, "tool_calls": "x"}]}, "field 'messages[1].tool_calls': expected a list of"),
+        ({"messages": [user("x"), {**CALL, "tool_calls": [{}]}]}, "messages[1].tool_calls[0].name': expected a string"),
+        (
+            {"messages": [user("x"), {**CALL, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+            "field 'messages[1].tool_calls[0].function.arguments': expected JSON",
+        ),
+        ({"messages": [user("x"), assistant(None)]}, "field 'messages[1].content': expected a string, found nothing"),
+        ({"messages": [user("x"), None]}, "field 'messages[1]': expected a message with 'role' and 'content'"),
+        ({"messages": [user("x"), assistant("y")], "tools": "["}, "field 'tools': expected JSON"),
+        ({"messages": [user("x"), assistant("y")], "tools": [3]}, "field 'tools': expected a list of objects"),
+        ({"prompt": "x", "completion": "y", "tools": [WEATHER]}, "field 'tools': they go through the chat template"),
+    ],
+)
+def test_malformed_tools(tmp_path, row, message):
+    file = write(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(UserError) as caught:
+        read_records(file, responses=("chosen",))
+    assert str(caught.value).startswith(f"{file}, row 1: ") and message in str(caught.value)
+
+
+def test_a_named_format_must_have_its_fields(tmp_path):
+    with pytest.raises(UserError, match=r"row 1: format 'shp' has the fields history, .*, labels, found question"):
+        read_records(write(tmp_path / "rows.jsonl", [{"question": Q}]), format="shp")
+
+
+def test_a_file_may_mix_formats(tmp_path):
+    rows = [row for _, row, *_ in PAIRS.values()]
+    records, dropped = read_records(write(tmp_path / "rows.jsonl", rows))
+    assert [said(r.prompt) for r in records] == [prompt for _, _, prompt, *_ in PAIRS.values()] and not dropped
+
+
+def test_every_format_is_tested():
+    tested = {name for name, *_ in PAIRS.values()} | {"pandalm", "alpaca_eval", "alpaca", "helpsteer"}
+    assert tested | {"pku_saferlhf_safer"} == set(FORMATS)

@@ -1,0 +1,208 @@
+"""Malformed files: one line with file and row, or a repair that data/rows.py documents; and large ones, row by row."""
+
+import codecs
+import gzip
+import json
+import math
+import tracemalloc
+
+import pytest
+
+from prefalign_jax.data import rows as rows_
+from prefalign_jax.data.records import read_records
+from prefalign_jax.data.rows import LARGEST_ROW, content_digest, json_rows, read_rows
+from prefalign_jax.types import UserError
+
+PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
+LINE = json.dumps(PAIR).encode() + b"\n"
+OTHER = {"prompt": [{"role": "user", "content": "p"}]} | {
+    side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")
+}
+SURROGATE = rb'{"prompt": "p\ud83d", "chosen": "c", "rejected": "r"}'
+
+
+def array(*rows, indent=4):
+    return json.dumps(rows, indent=indent).encode()
+
+
+# What is wrong -> (name of the file, its bytes, what the one line says after the file).
+STOPS = {
+    "truncated gzip": (
+        "a.jsonl.gz",
+        gzip.compress(LINE * 9, 0)[:-50],
+        ", row 9: expected a readable file, found",
+    ),
+    "gzip in name only": ("a.jsonl.gz", LINE, ", row 1: expected a readable file, found Not a gzipped file"),
+    "truncated line": ("a.jsonl", LINE + LINE[:20], ", row 2: expected one JSON object in UTF-8, found Unterminated"),
+    "UTF-16": ("a.jsonl", LINE.decode().encode("utf-16"), ", row 1: expected one JSON object in UTF-8, found"),
+    "NaN for text": ("a.jsonl", LINE + LINE.replace(b'"c"', b"NaN"), ", row 2: field 'chosen': expected a string or a"),
+    "wrong types": ("a.jsonl", LINE + LINE.replace(b'"r"', b'["r"]'), ", row 2: field 'rejected[0]': expected a messa"),
+    "nested nulls": (
+        "a.jsonl",
+        LINE + json.dumps({**OTHER, "chosen": [{"role": "assistant", "content": None}]}).encode(),
+        ", row 2: field 'chosen[0].content': expected a string, found nothing",
+    ),
+    "null for a message": (
+        "a.jsonl",
+        LINE + json.dumps({**OTHER, "prompt": [None]}).encode(),
+        ", row 2: field 'prompt[0]': expected a message with 'role' and 'content', found nothing",
+    ),
+    "null for a row": ("a.jsonl", LINE + b"null\n", ", row 2: expected a JSON object, found nothing"),
+    "lone surrogate": ("a.jsonl", LINE + SURROGATE, ", row 2: field 'prompt': expected valid Unicode, found a string"),
+    "duplicate keys": (
+        "a.jsonl",
+        LINE + b'{"prompt": "p", "chosen": "c", "chosen": "d", "rejected": "r"}\n',
+        ", row 2: expected one JSON object in UTF-8, found the field 'chosen' twice",
+    ),
+    "mixed schemas": (
+        "a.jsonl",
+        LINE + b'{"prompt": "p", "good": "c", "bad": "r"}\n',
+        ", row 2: field 'chosen': expected a string or a list of messages, found nothing",
+    ),
+    "mixed schemas in one row": (
+        "a.jsonl",
+        LINE + json.dumps({**PAIR, "rejected": OTHER["rejected"]}).encode(),
+        ", row 2: field 'rejected': expected a string, as in 'chosen', found a list",
+    ),
+    "several objects on a line": (
+        "a.jsonl",
+        LINE + LINE.strip() * 2,
+        ", row 2: expected one JSON object in UTF-8",
+    ),
+    "pretty-printed JSONL": ("a.jsonl", array(PAIR), ", row 1: expected one JSON object in UTF-8, found"),
+    "array cut off": (
+        "a.json",
+        array(PAIR, PAIR)[:-20],
+        ", row 2: expected a JSON array of objects, found Unt",
+    ),
+    "array without an end": (
+        "a.json",
+        array(PAIR)[:-1],
+        ", row 1: expected ',' or ']' after it, found the end",
+    ),
+    "array without commas": ("a.json", b"[" + LINE * 2, ", row 1: expected ',' or ']' after it, found '{'"),
+    "array with more behind": ("a.json", array(PAIR) + LINE, ", row 2: expected nothing after the array, found '{'"),
+    "array with a key twice": (
+        "a.json",
+        b'[{"a": 1, "a": 2}]',
+        ", row 1: expected a JSON object, found the field",
+    ),
+    "array of bad UTF-8": ("a.json", array(PAIR).replace(b"p", b"\xff"), ", row 1: expected JSON in UTF-8, found"),
+    "gzipped array cut off": (
+        "a.json.gz",
+        gzip.compress(array(*[PAIR] * 9), 0)[:-50],
+        ", row 1: expected a readable file",
+    ),
+    "empty array": ("a.json", b"[ ]", ": no record is left (there was no row)"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "says"), STOPS.values(), ids=STOPS)
+def test_what_stops_the_reading_is_one_line_with_file_and_row(tmp_path, name, content, says):
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_records(file)
+    assert str(caught.value).startswith(f"{file}{says}") and "\n" not in str(caught.value)
+
+
+REPAIRS = {
+    "byte order mark": ("a.jsonl", codecs.BOM_UTF8 + LINE * 2),
+    "CRLF": ("a.jsonl", (LINE * 2).replace(b"\n", b"\r\n")),
+    "empty lines": ("a.jsonl", b"\n" + LINE + b" \r\n" + LINE),
+    "no last newline": ("a.jsonl", LINE * 2 + b"\n  "),
+    "NaN in a field that is not read": ("a.jsonl", (LINE * 2).replace(b"}", b', "score": NaN}')),
+    "a key twice in different objects": ("a.jsonl", (LINE * 2).replace(b"}", b', "m": {"prompt": 1}}')),
+    "array": ("a.json", array(PAIR, PAIR)),
+    "array on one line": ("a.json", array(PAIR, PAIR, indent=None)),
+    "array with a byte order mark and CRLF": ("a.json", codecs.BOM_UTF8 + array(PAIR, PAIR).replace(b"\n", b"\r\n")),
+    "gzipped array": ("a.json.gz", gzip.compress(array(PAIR, PAIR))),
+    "lines called .json": ("a.json", LINE * 2),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), REPAIRS.values(), ids=REPAIRS)
+def test_what_is_put_right(tmp_path, name, content):
+    file = tmp_path / name
+    file.write_bytes(content)
+    records, dropped = read_records(file)
+    assert [tuple(record[:3]) for record in records] == [("p", "c", "r")] * 2 and not dropped
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz"])
+def test_a_line_of_100_megabytes_is_named_without_being_held(tmp_path, name):
+    """The file has a hole for most of it, so writing it costs nothing."""
+    file = tmp_path / name
+    if name.endswith("gz"):
+        with gzip.open(file, "wb", compresslevel=1) as out:
+            out.write(LINE)
+            for _ in range(5):
+                out.write(bytes(4 * 2**20))
+    else:
+        with file.open("wb") as out:
+            out.write(LINE)
+            out.truncate(100 * 2**20)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"row 2: longer than 16 MiB; expected one JSON object a line"):
+        list(read_rows(file))
+    assert tracemalloc.get_traced_memory()[1] < 4 * LARGEST_ROW
+    tracemalloc.stop()
+
+
+def test_an_element_larger_than_a_row_may_be_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows_, "LARGEST_ROW", 1000)
+    monkeypatch.setattr(rows_, "_CHUNK", 64)
+    file = tmp_path / "a.json"
+    file.write_bytes(array(PAIR, {"prompt": "x" * 3000}))
+    with pytest.raises(UserError, match="row 2: longer than 0 MiB"):
+        list(json_rows(file))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 64])
+def test_an_array_is_the_same_however_it_is_read(tmp_path, monkeypatch, chunk):
+    """Elements of every type, cut anywhere, between the bytes of a character too."""
+    monkeypatch.setattr(rows_, "_CHUNK", chunk)
+    wanted = [{"a": '日本 \\ " ] , [', "b": [1, [2, {}]]}, 12345, -1.5e-7, "x", True, None, [], {}, 678]
+    for indent in (None, 2):
+        file = tmp_path / "a.json"
+        file.write_text(json.dumps(wanted, indent=indent, ensure_ascii=False), encoding="utf-8")
+        found = list(json_rows(file))
+        assert [row for _, row in found] == wanted
+        assert [where for where, _ in found] == [f"{file}, row {i}" for i in range(1, 10)]
+
+
+def test_rows_come_one_at_a_time(tmp_path):
+    """What comes later is not even looked at."""
+    for name, content in (("a.jsonl", LINE * 3 + b"{"), ("a.json", array(PAIR, PAIR, PAIR) + b"x" * (3 * 2**20))):
+        file = tmp_path / name
+        file.write_bytes(content)
+        rows = read_rows(file)
+        assert [next(rows)[1] for _ in range(3)] == [PAIR] * 3
+
+
+def test_the_digest_is_of_the_content_and_the_names_of_the_files(tmp_path):
+    def made(name, content, folder="x"):
+        file = tmp_path / folder / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(content)
+        return file
+
+    one = content_digest(made("a.jsonl", LINE))
+    assert content_digest(made("a.jsonl", LINE, "y")) == one == content_digest(tmp_path / "y")
+    changed = {content_digest(made("a.jsonl", LINE * 2)), content_digest(made("b.jsonl", LINE)), one}
+    changed.add(content_digest(tmp_path / "x"))
+    assert len(changed) == 4
+    made("test.jsonl", LINE, "z"), made("train.jsonl", LINE * 2, "z")
+    assert content_digest(tmp_path / "z", "test") != content_digest(tmp_path / "z", "train")
+    with pytest.raises(UserError, match=r"missing.jsonl: no such file or directory"):
+        content_digest(tmp_path / "missing.jsonl")
+
+
+def test_the_digest_of_a_saved_data_set(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    for name, rows in (("one", [PAIR]), ("same", [PAIR]), ("two", [PAIR, PAIR])):
+        datasets.Dataset.from_list(rows).save_to_disk(tmp_path / name)
+    digests = [content_digest(tmp_path / name) for name in ("one", "same", "two")]
+    assert digests[0] != digests[2] and len(digests[0]) == 64
+    assert [row for _, row in read_rows(tmp_path / "two")] == [PAIR, PAIR]
+    assert math.isfinite(len(digests[1]))
