@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from prefalign_jax.data.pipeline import PairSet, digest_of, eval_batches
+from prefalign_jax.data.pairs import digest_of
+from prefalign_jax.data.pipeline import PairSet, eval_batches
 from prefalign_jax.files import whole
 from prefalign_jax.logps import REFERENCE_NEEDS, VOCABULARY_CHUNK, preference_logps
 from prefalign_jax.sharding import place_batch

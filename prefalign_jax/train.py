@@ -23,7 +23,8 @@ from prefalign_jax import checkpoint, report
 from prefalign_jax.config import duration, given, loss_of, profiled, resolved, validate
 from prefalign_jax.data.chat import load_tokenizer, tokenize_records
 from prefalign_jax.data.packing import Layout
-from prefalign_jax.data.pipeline import PairSet, digest_of, make_pair_set, mismatched, train_batches
+from prefalign_jax.data.pairs import digest_of
+from prefalign_jax.data.pipeline import PairSet, make_pair_set, mismatched, train_batches
 from prefalign_jax.data.records import (
     Record,
     Text,

@@ -1,5 +1,6 @@
 """Token roles. "TRL" in a comment is TRL 1.16.0 on the same pair and tokenizer (tests/goldens/trl)."""
 
+import collections
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prefalign_jax.data.chat import CHAT_TEMPLATES, load_tokenizer, tokenize_records
+from prefalign_jax.data.chat import CHAT_TEMPLATES, iter_pairs, load_tokenizer, tokenize_records
 from prefalign_jax.data.records import Record, read_records
 from prefalign_jax.types import UserError
 
@@ -226,13 +227,21 @@ def test_truncating_a_prompt_keeps_bos(variant):
     assert tokenize(tokenizer, Record("", BLUE, NO), max_length=5, too_long="truncate_prompt") == ([], {"too long": 1})
 
 
-def test_weight_order_and_progress(tokenizer):
-    records = [Record(f"{SKY} {i}", BLUE, NO, weight=1.0 + i) for i in range(1500)]
-    seen = []
-    pairs, _ = tokenize_records(records, tokenizer, max_length=64, progress=lambda *x: seen.append(x))
-    assert [pair.weight for pair in pairs] == [record.weight for record in records]
-    assert tokenizer.decode(pairs[1499].prompt) == f"{SKY} 1499"
-    assert seen == [(1024, 1500), (1500, 1500)]
+def test_weight_and_order_and_no_more_read_than_asked_for(tokenizer):
+    """Of an iterator too, a batch at a time."""
+    read = []
+
+    def records():
+        for i in range(3000):
+            read.append(i)
+            yield Record(f"{SKY} {i}", BLUE, NO, weight=1.0 + i)
+
+    pairs = iter_pairs(records(), tokenizer, collections.Counter(), max_length=64)
+    found = [next(pairs) for _ in range(1500)]
+    assert len(read) == 2048
+    assert [pair.weight for _, pair in found] == [1.0 + i for i in range(1500)]
+    assert all(pair.weight == record.weight for record, pair in found)
+    assert tokenizer.decode(found[1499][1].prompt) == f"{SKY} 1499"
 
 
 @pytest.mark.parametrize("make", [Record, chat])

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from prefalign_jax.data.packing import Layout, mean_tokens
-from prefalign_jax.data.pipeline import batch_of, digest_of, eval_batches, make_pair_set, mismatched, train_batches
+from prefalign_jax.data.pairs import digest_of
+from prefalign_jax.data.pipeline import batch_of, eval_batches, make_pair_set, mismatched, train_batches
 from prefalign_jax.types import CHOSEN, REJECTED, SIDES, Pair, PairLogps, UserError
 from small import make_pairs
 
@@ -252,7 +253,7 @@ def test_mismatched_needs_two_prompts(count):
     message = rf"^all {count} examples have the same prompt.*apo_zero_unpaired or bco_unpaired, which need none$"
     with pytest.raises(UserError, match=message):
         mismatched(unpaired([(1, 2)] * count), 9)
-    assert mismatched([], 9) == []
+    assert list(mismatched([], 9)) == []
 
 
 # Errors

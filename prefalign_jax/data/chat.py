@@ -11,8 +11,9 @@ text, and both responses are predicted from the same last prompt token.
 from __future__ import annotations
 
 import collections
+import itertools
 import os.path
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -104,8 +105,26 @@ def tokenize_records(
     max_length: int,
     too_long: str = "drop",
     keep_end: bool = False,
-    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Pair], dict[str, int]]:
+    """Tokenizes records into pairs, see `iter_pairs`.
+
+    Returns:
+      The pairs in the order of the records, and the number of records dropped for each reason.
+    """
+    dropped = collections.Counter()
+    options = dict(max_length=max_length, too_long=too_long, keep_end=keep_end)
+    return [pair for _, pair in iter_pairs(records, tokenizer, dropped, **options)], dict(dropped)
+
+
+def iter_pairs(
+    records: Iterable[Record],
+    tokenizer: Tokenizer,
+    dropped: collections.Counter,
+    *,
+    max_length: int,
+    too_long: str = "drop",
+    keep_end: bool = False,
+) -> Iterator[tuple[Record, Pair]]:
     """Tokenizes records into pairs whose responses end with one end-of-sequence token, which is trained.
 
     A prompt of no token at all cannot predict a response, so the first token of the responses joins the prompt if they
@@ -115,15 +134,15 @@ def tokenize_records(
     Args:
       records: as read_records gives them; strings are plain text, messages go through the tokenizer's chat template.
       tokenizer: a Hugging Face tokenizer with an end-of-sequence token.
+      dropped: the records of which no pair is made are counted here by reason, as the iterator goes on: 'too long',
+        'identical responses', 'identical after truncation', 'no prompt', 'end token inside the response'.
       max_length: most tokens of prompt + longer response.
       too_long: what becomes of a longer pair: 'drop'; 'truncate_prompt' on the left, after its BOS;
         'truncate_response' on the right, without EOS.
       keep_end: train also on what the template writes after its end of turn (often a newline), as TRL's DPO does.
-      progress: called with (records done, records in all) now and then.
 
     Returns:
-      The pairs in the order of the records, and the number of records dropped for each reason: 'too long',
-      'identical responses', 'identical after truncation', 'no prompt'.
+      An iterator over (record, its pair) in the order of the records.
 
     Raises:
       UserError: an option is invalid, or the chat template is missing or does not render a record.
@@ -137,32 +156,38 @@ def tokenize_records(
     prefix = _prefix(tokenizer)
     eos, special = tokenizer.eos_token_id, _special_ids(tokenizer)
 
-    pairs, dropped = [], collections.Counter()
-    for start in range(0, len(records), _BATCH):
-        batch = records[start : start + _BATCH]
-        texts = [text for record in batch for text in _texts(record, tokenizer)]
-        # Without special tokens: a template writes its own, and of text we know better where BOS and EOS belong.
-        encoded = iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids)
-        for record in batch:
-            ids = [next(encoded) for _ in range(3 if record.rejected else 2)]
-            chat = not isinstance(record.prompt, str)
-            if not chat and ids[1][: len(prefix)] != prefix:
-                ids = [prefix + x for x in ids]
-            n = len(os.path.commonprefix(ids))
-            responses = [_ended(x[n:], tokenizer, special if chat else {eos}, keep_end) for x in ids[1:]]
-            if any(response.count(eos) > 1 for response in responses):
-                dropped["end token inside the response"] += 1  # nothing may be trained after it
-                continue
-            pair = _fit(ids[1][:n], responses, max_length, too_long, tokenizer.bos_token_id)
-            if isinstance(pair, str):
-                dropped[pair] += 1
-            else:
-                arrays = [np.asarray(x, np.int32) for x in pair]
-                about = dict(weight=record.weight, margin=record.margin, label=record.label, where=record.where)
-                pairs.append(Pair(*arrays, **about))
-        if progress:
-            progress(start + len(batch), len(records))
-    return pairs, dict(dropped)
+    def pairs() -> Iterator[tuple[Record, Pair]]:
+        for batch in _batched(records):
+            texts = [text for record in batch for text in _texts(record, tokenizer)]
+            # Without special tokens: a template writes its own, and of text we know better where BOS and EOS belong.
+            encoded = iter(
+                tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+            )
+            for record in batch:
+                ids = [next(encoded) for _ in range(3 if record.rejected else 2)]
+                chat = not isinstance(record.prompt, str)
+                if not chat and ids[1][: len(prefix)] != prefix:
+                    ids = [prefix + x for x in ids]
+                n = len(os.path.commonprefix(ids))
+                responses = [_ended(x[n:], tokenizer, special if chat else {eos}, keep_end) for x in ids[1:]]
+                if any(response.count(eos) > 1 for response in responses):
+                    dropped["end token inside the response"] += 1  # nothing may be trained after it
+                    continue
+                pair = _fit(ids[1][:n], responses, max_length, too_long, tokenizer.bos_token_id)
+                if isinstance(pair, str):
+                    dropped[pair] += 1
+                else:
+                    arrays = [np.asarray(x, np.int32) for x in pair]
+                    about = dict(weight=record.weight, margin=record.margin, label=record.label, where=record.where)
+                    yield record, Pair(*arrays, **about)
+
+    return pairs()
+
+
+def _batched(records: Iterable[Record]) -> Iterator[list[Record]]:
+    records = iter(records)
+    while batch := list(itertools.islice(records, _BATCH)):
+        yield batch
 
 
 def tokenize_prompts(prompts: Sequence[Text], tokenizer: Tokenizer) -> list[np.ndarray]:

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from prefalign_jax.data.pairs import Pairs, as_pairs
 from prefalign_jax.types import (
     AFTER_CHOSEN,
     CHOSEN,
@@ -94,12 +95,8 @@ class Lengths(NamedTuple):
 
 def lengths_of(pairs: Sequence[Pair], layout: Layout) -> Lengths:
     """Measures pairs under a layout."""
-    count = len(pairs)
-    prompt = np.fromiter((len(pair.prompt) for pair in pairs), np.int64, count)
-    sides = [np.fromiter((len(pair.chosen) for pair in pairs), np.int64, count)]
-    if layout.rejected:
-        sides.append(np.fromiter((len(pair.rejected) for pair in pairs), np.int64, count))
-    responses = np.stack(sides, axis=1)
+    tokens = as_pairs(pairs).length.astype(np.int64)
+    prompt, responses = tokens[:, 0], tokens[:, 1 : 3 if layout.rejected else 2]
     last = np.minimum(responses, 1)
     inputs = responses if layout.after or layout.rewards else responses - last
     trained = last if layout.rewards else responses + last * layout.after
@@ -284,8 +281,13 @@ def _spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def mean_tokens(pairs: Sequence[Pair]) -> np.ndarray:
     """[2] float32: weighted mean number of trained (prompt, chosen) tokens a pair."""
-    counts = np.array([(pair.weight, len(pair.prompt) - 1, len(pair.chosen)) for pair in pairs], np.float64)
-    return (counts[:, :1] * counts[:, 1:]).sum(0).astype(np.float32) / np.float32(counts[:, 0].sum())
+    if isinstance(pairs, Pairs):
+        weight, counts = pairs.weight, pairs.length[:, :2].astype(np.float64)
+    else:
+        weight = np.array([pair.weight for pair in pairs], np.float64)
+        counts = np.array([(len(pair.prompt), len(pair.chosen)) for pair in pairs], np.float64)
+    counts -= [1, 0]
+    return (weight[:, None] * counts).sum(0).astype(np.float32) / np.float32(weight.sum())
 
 
 def lay_out(

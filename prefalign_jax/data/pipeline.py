@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import hashlib
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -14,6 +11,7 @@ import jax
 import numpy as np
 
 from prefalign_jax.data.packing import Layout, Lengths, Shape, choose_shapes, deal, lengths_of, mean_tokens, pack
+from prefalign_jax.data.pairs import Pairs, as_pairs
 from prefalign_jax.types import Pair, PairLogps, PreferenceBatch, UserError
 
 STRETCH = 4096  # pairs dealt to batches at once
@@ -69,6 +67,7 @@ def make_pair_set(
     """
     if not pairs:
         raise UserError("no pairs to batch: every record was dropped")
+    pairs = as_pairs(pairs)
     lengths, share = lengths_of(pairs, layout), batch_size // micro_steps
     rng = np.random.default_rng(0)
     some = rng.permutation(len(pairs))[:STRETCH]
@@ -117,7 +116,7 @@ def batch_of(data: PairSet, index: np.ndarray, means: np.ndarray | None = None) 
     return batch._replace(reference=jax.tree.map(lambda x: x[batch.index], data.reference))
 
 
-def mismatched(pairs: Sequence[Pair], max_length: int) -> list[Pair]:
+def mismatched(pairs: Sequence[Pair], max_length: int) -> Pairs:
     """Gives every example the completion of another prompt as its `rejected`, for KTO's estimate of the KL divergence.
 
     The k-th of the examples in a row that share a prompt gets that of the k-th of the next such run, and the end is
@@ -136,40 +135,40 @@ def mismatched(pairs: Sequence[Pair], max_length: int) -> list[Pair]:
 
     Source: Ethayarajh et al., arXiv 2402.01306, section 4.1.
     """
-    by_prompt = itertools.groupby(range(len(pairs)), key=lambda i: np.asarray(pairs[i].prompt, np.int32).tobytes())
-    runs = [(prompt, list(run)) for prompt, run in by_prompt]
-    if len(runs) > 1 and runs[0][0] == runs[-1][0]:  # the end is followed by the start
-        runs[0] = (runs[0][0], runs.pop()[1] + runs[0][1])
+    pairs = as_pairs(pairs)
+    count = len(pairs)
+    if not count:
+        return pairs
+    runs = _runs_of_a_prompt(pairs)
     if len(runs) == 1:
         raise UserError(
-            f"all {len(pairs)} examples have the same prompt, so none has a mismatched completion; "
+            f"all {count} examples have the same prompt, so none has a mismatched completion; "
             "set loss.name to apo_zero_unpaired or bco_unpaired, which need none"
         )
-    others = {}
-    for number, (_, run) in enumerate(runs):
-        following = runs[(number + 1) % len(runs)][1]
-        others |= {i: following[k % len(following)] for k, i in enumerate(run)}
+    others = np.zeros(count, np.int64)
+    for run, following in zip(runs, [*runs[1:], runs[0]], strict=True):
+        others[run] = following[np.arange(len(run)) % len(following)]
+    room = max_length - pairs.length[:, 0]
+    if room.min() < 1:
+        i = int(np.argmax(room < 1))
+        raise UserError(
+            f"example {i}: its prompt of {pairs.length[i, 0]} tokens leaves no room for a mismatched completion; "
+            f"set max_length above that (it is {max_length})"
+        )
+    return pairs.with_rejected(others, room)
 
-    found = []
+
+def _runs_of_a_prompt(pairs: Pairs) -> list[np.ndarray]:
+    """The numbers of the examples that share a prompt with the one before; the end is followed by the start."""
+    before, starts = pairs[len(pairs) - 1].prompt, []
     for i, pair in enumerate(pairs):
-        room = max_length - len(pair.prompt)
-        if room < 1:
-            raise UserError(
-                f"example {i}: its prompt of {len(pair.prompt)} tokens leaves no room for a mismatched completion; "
-                f"set max_length above that (it is {max_length})"
-            )
-        found.append(dataclasses.replace(pair, rejected=pairs[others[i]].chosen[:room]))
-    return found
-
-
-def digest_of(pairs: Sequence[Pair]) -> str:
-    """SHA-256 of every token of every pair, with its role, weight, margin and label: 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for pair in pairs:
-        for ids in (pair.prompt, pair.chosen, pair.rejected):
-            digest.update(len(ids).to_bytes(4, "little") + np.asarray(ids, np.int32).tobytes())
-        digest.update(np.float32([pair.weight, pair.margin, pair.label]).tobytes())
-    return digest.hexdigest()
+        if not np.array_equal(pair.prompt, before):
+            starts.append(i)
+        before = pair.prompt
+    if not starts:
+        return [np.arange(len(pairs))]
+    numbers = np.roll(np.arange(len(pairs)), -starts[0])
+    return np.split(numbers, np.array(starts[1:], np.int64) - starts[0])
 
 
 def train_batches(

@@ -1,4 +1,9 @@
-"""Tokenized pairs kept on disk under a key of everything that they are made of."""
+"""Tokenized pairs kept on disk under a key of everything that they are made of, and mapped from there.
+
+A file is written a chunk at a time and put in its place when it is whole: one that is there can be believed, and data
+larger than memory can be tokenized. It is an Arrow file, which any reader of Arrow opens: a row a pair, and in the last
+batch's metadata what its maker says about them. Two runs that make the same file each write their own; the last stays.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +11,29 @@ import contextlib
 import datetime
 import hashlib
 import json
-import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prefalign_jax.data.records import Record
+from prefalign_jax.data.pairs import PARTS, Pairs, join
 from prefalign_jax.files import whole
-from prefalign_jax.types import Pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-FORMAT = 1  # raise it whenever the tokens of an old file would no longer be right
+FORMAT = 2  # raise it whenever an old file would no longer be right
 
-Tokenized = tuple[list[Pair], dict[str, int]]
+Made = tuple[Iterable[Pairs], Callable[[], Mapping[str, Any]]]
 
 
-def token_key(records: Sequence[Record], tokenizer: Tokenizer, **options: object) -> str:
-    """A digest of all that decides the tokens: every record, the tokenizer with its template, and the options.
+def token_key(tokenizer: Tokenizer, **what: object) -> str:
+    """A digest of all that decides the tokens: the tokenizer with its template, this package's data code, and more.
 
     Args:
-      records: as they would be tokenized.
       tokenizer: a Hugging Face tokenizer.
-      **options: of `tokenize_records`.
+      **what: the content of the data, and every option that it is read, chosen and tokenized by.
 
     Returns:
       64 hexadecimal digits.
@@ -49,64 +51,90 @@ def token_key(records: Sequence[Record], tokenizer: Tokenizer, **options: object
         "tokenizer": backend.to_str() if backend is not None else [type(tokenizer).__name__, tokenizer.get_vocab()],
         "special": tokenizer.special_tokens_map,
         "template": tokenizer.chat_template,
-        "options": options,
+        "code": _code(),
+        "what": what,
     }
     digest.update(json.dumps(about, sort_keys=True, default=str).encode())
-    for record in records:
-        digest.update(json.dumps(record, ensure_ascii=True, allow_nan=True).encode() + b"\n")
     return digest.hexdigest()
 
 
-def cached_tokens(path: Path | None, make: Callable[[], Tokenized]) -> Tokenized:
-    """Reads pairs from a file named after their key, or makes and writes them.
+def _code() -> str:
+    """A digest of the modules that turn rows into tokens, so that no file outlives a change of them."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
-    The file appears whole or not at all, so one that is there can be believed; one that cannot be read is made anew.
+
+def cached_tokens(path: Path | None, make: Callable[[], Made]) -> tuple[Pairs, dict[str, Any]]:
+    """Maps pairs from a file named after their key, or makes and writes them.
+
+    One that cannot be read is made anew. Where nothing can be written the pairs are made in memory.
 
     Args:
-      path: .npz file, named by `token_key`; None keeps nothing.
-      make: gives the pairs and the numbers dropped by reason.
+      path: .arrow file, named by `token_key`; None keeps no file.
+      make: gives the pairs in chunks, as `pairs.from_list` makes them, and what says about them (JSON) after the last.
 
     Returns:
-      What `make` gives.
+      (the pairs, what is said about them).
     """
-    if path is not None and path.exists():
-        try:
-            return _read(path)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            pass
-    pairs, dropped = make()
     if path is not None:
-        with contextlib.suppress(OSError):  # a full disk, a directory that is not ours: nothing is kept
+        with contextlib.suppress(*_UNREADABLE):
+            return _read(path)
+        with contextlib.suppress(OSError):  # a full disk, a directory that is not ours
             path.parent.mkdir(parents=True, exist_ok=True)
-            with whole(path) as part, part.open("wb") as file:
-                _write(file, pairs, dropped)
-    return pairs, dropped
+            with whole(path) as part:
+                _write(part, *make())
+            return _read(path)
+    chunks, about = make()
+    return join(list(chunks)), dict(about())
 
 
-PARTS = ("prompt", "chosen", "rejected")
+_UNREADABLE = (OSError, ValueError, KeyError)  # Arrow's own errors among them
+_PLAIN = {"weight": np.float64, "margin": np.float64, "label": np.bool_, "place": np.int32, "row": np.int64}
+_PLAIN |= {"source": np.int32, "prompt_key": np.uint64}
 
 
-def _write(file, pairs: list[Pair], dropped: dict[str, int]) -> None:
-    columns = {}
-    for part in PARTS:
-        rows = [getattr(pair, part) for pair in pairs]
-        columns[f"{part}.length"] = np.array([len(row) for row in rows], np.int32)
-        columns[part] = np.concatenate([np.zeros(0, np.int32), *rows])
-    for name in ("weight", "margin", "label"):
-        columns[name] = np.array([getattr(pair, name) for pair in pairs])
-    about = {"where": [pair.where for pair in pairs], "dropped": dropped}
-    np.savez(file, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **columns)
+def _write(file: Path, chunks: Iterable[Pairs], about: Callable[[], Mapping[str, Any]]) -> None:
+    import pyarrow as pa
+
+    fields = [(part, pa.list_(pa.int32())) for part in PARTS]
+    fields += [(name, pa.from_numpy_dtype(kind)) for name, kind in _PLAIN.items()]
+    schema = pa.schema([*fields, ("digest", pa.binary(16))])
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for chunk in chunks:
+            ends = np.concatenate([np.zeros((1, 3), np.int32), np.cumsum(chunk.length, axis=0, dtype=np.int32)])
+            lists = [pa.ListArray.from_arrays(ends[:, i], pa.array(chunk.buffers[i])) for i in range(3)]
+            plain = [pa.array(getattr(chunk, name)) for name in _PLAIN]
+            digest = [None, pa.py_buffer(np.ascontiguousarray(chunk.digest))]
+            columns = [*lists, *plain, pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(chunk), digest)]
+            places = json.dumps(chunk.places)
+            writer.write_batch(pa.record_batch(columns, schema=schema), custom_metadata={"places": places})
+        last = pa.RecordBatch.from_pylist([], schema=schema)
+        writer.write_batch(last, custom_metadata={"about": json.dumps(about())})
 
 
-def _read(path: Path) -> Tokenized:
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-        about = json.loads(stored["about"].tobytes())
-        sides = [np.split(stored[part], np.cumsum(stored[f"{part}.length"])[:-1]) for part in PARTS]
-        columns = [stored[name].tolist() for name in ("weight", "margin", "label")]
-    if not about["where"]:
-        return [], about["dropped"]
-    pairs = [
-        Pair(*ids, weight=weight, margin=margin, label=label, where=where)
-        for *ids, weight, margin, label, where in zip(*sides, *columns, about["where"], strict=True)
-    ]
-    return pairs, about["dropped"]
+def _read(path: Path) -> tuple[Pairs, dict[str, Any]]:
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as source:  # what is read of it keeps it mapped
+        reader = pa.ipc.open_file(source)
+        batches = [reader.get_batch_with_custom_metadata(i) for i in range(reader.num_record_batches)]
+    *batches, (_, about) = batches
+    return join([_chunk(batch, metadata) for batch, metadata in batches]), json.loads(about[b"about"])
+
+
+def _chunk(batch: Any, metadata: Mapping[bytes, bytes]) -> Pairs:
+    lists = [batch.column(part) for part in PARTS]
+    ends = np.stack([column.offsets.to_numpy() for column in lists], axis=1)
+    count = batch.num_rows
+    digest = batch.column("digest")
+    return Pairs(
+        buffers=tuple(column.values.to_numpy() for column in lists),
+        buffer=np.broadcast_to(np.arange(3, dtype=np.int32), (count, 3)),
+        start=ends[:-1].astype(np.int64),
+        length=np.diff(ends, axis=0),
+        places=tuple(json.loads(metadata[b"places"])),
+        digest=np.frombuffer(digest.buffers()[1], np.uint64).reshape(-1, 2)[digest.offset :][:count],
+        **{name: batch.column(name).to_numpy(zero_copy_only=False) for name in _PLAIN},
+    )

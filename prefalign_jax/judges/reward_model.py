@@ -12,7 +12,8 @@ import numpy as np
 
 from prefalign_jax.data.chat import load_tokenizer, tokenize_records
 from prefalign_jax.data.packing import Layout
-from prefalign_jax.data.pipeline import digest_of, eval_batches, make_pair_set
+from prefalign_jax.data.pairs import digest_of
+from prefalign_jax.data.pipeline import eval_batches, make_pair_set
 from prefalign_jax.data.records import Record, Text
 from prefalign_jax.judges.cache import Cache, open_cache
 from prefalign_jax.judges.judge import Scorer, Scores

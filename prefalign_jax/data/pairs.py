@@ -1,0 +1,178 @@
+"""Tokenized pairs by column: a few flat arrays, in memory or mapped from a file, that read as a sequence of `Pair`s.
+
+A million pairs as objects are four million Python objects; as columns they are their tokens and about 150 bytes a pair,
+and the tokens may stay on disk. Choosing some of the pairs, or giving each the completion of another, copies no token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, overload
+
+import numpy as np
+
+from prefalign_jax.types import Pair
+
+PARTS = ("prompt", "chosen", "rejected")
+
+
+class Origin(NamedTuple):
+    """Where a pair comes from, beside its `where`: the number of its source in a mixture and a key of its prompt."""
+
+    source: int = 0
+    prompt: int = 0  # prompts that are the same but for case and spaces have the same key, 64 bits
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pairs(Sequence[Pair]):
+    """P pairs.
+
+    Attributes:
+      buffers: flat arrays of token ids, int32.
+      buffer: [P, 3], for prompt, chosen and rejected which of `buffers` holds it.
+      start, length: [P, 3], and where in there.
+      weight, margin: [P] float64.
+      label: [P] bool.
+      place, row: [P], the `where` of each as a number of `places`, and its row; -1 if it names none.
+      places: names of files.
+      source: [P], see `Origin`.
+      prompt_key: [P] uint64, see `Origin`.
+      digest: [P, 2] uint64, see `digest_of_pair`.
+    """
+
+    buffers: tuple[np.ndarray, ...]
+    buffer: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    weight: np.ndarray
+    margin: np.ndarray
+    label: np.ndarray
+    place: np.ndarray
+    row: np.ndarray
+    places: tuple[str, ...]
+    source: np.ndarray
+    prompt_key: np.ndarray
+    digest: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    @overload
+    def __getitem__(self, index: int) -> Pair: ...
+    @overload
+    def __getitem__(self, index: slice) -> Pairs: ...
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.select(np.arange(len(self))[index])
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        parts = zip(self.buffer[index].tolist(), self.start[index].tolist(), self.length[index].tolist(), strict=True)
+        ids = [self.buffers[buffer][start : start + length] for buffer, start, length in parts]
+        about = self.weight[index].item(), self.margin[index].item(), self.label[index].item(), self.where(index)
+        return Pair(*ids, *about)
+
+    def where(self, index: int) -> str:
+        """The pair's `where`, 'FILE, row N'."""
+        place, row = self.places[self.place[index]], self.row[index]
+        return f"{place}, row {row}" if row >= 0 else place
+
+    def select(self, index: np.ndarray) -> Pairs:
+        """Those with these numbers, in this order."""
+        return dataclasses.replace(self, **{name: getattr(self, name)[index] for name in COLUMNS})
+
+    def with_rejected(self, other: np.ndarray, most: np.ndarray) -> Pairs:
+        """Each with the chosen response of another as its rejected one.
+
+        Args:
+          other: [P], whose.
+          most: [P], tokens of it that are kept.
+        """
+        columns = {name: getattr(self, name).copy() for name in ("buffer", "start", "length")}
+        for column in columns.values():
+            column[:, 2] = column[other, 1]
+        columns["length"][:, 2] = np.minimum(columns["length"][:, 2], most)
+        changed = dataclasses.replace(self, **columns)
+        return dataclasses.replace(changed, digest=_digests(changed))
+
+
+COLUMNS = ("buffer", "start", "length", "weight", "margin", "label", "place", "row", "source", "prompt_key", "digest")
+
+
+def as_pairs(pairs: Sequence[Pair]) -> Pairs:
+    """The same by column; what is already, as it is."""
+    return pairs if isinstance(pairs, Pairs) else from_list(pairs)
+
+
+def from_list(pairs: Sequence[Pair], origins: Iterable[Origin] | None = None) -> Pairs:
+    """Copies pairs into columns.
+
+    Args:
+      pairs: in order.
+      origins: of each; None leaves them 0.
+    """
+    count = len(pairs)
+    parts = [[np.asarray(getattr(pair, name), np.int32) for pair in pairs] for name in PARTS]
+    length = np.array([[len(ids) for ids in part] for part in parts], np.int32).T.reshape(count, 3)
+    start = np.cumsum(length, axis=0, dtype=np.int64) - length
+    names: dict[str, int] = {}
+    places = [_split_where(pair.where) for pair in pairs]
+    origins = list(origins) if origins is not None else [Origin()] * count
+    return Pairs(
+        buffers=tuple(np.concatenate([np.zeros(0, np.int32), *part]) for part in parts),
+        buffer=np.broadcast_to(np.arange(3, dtype=np.int32), (count, 3)),
+        start=start,
+        length=length,
+        weight=np.array([pair.weight for pair in pairs], np.float64),
+        margin=np.array([pair.margin for pair in pairs], np.float64),
+        label=np.array([pair.label for pair in pairs], bool),
+        place=np.array([names.setdefault(name, len(names)) for name, _ in places], np.int32),
+        row=np.array([row for _, row in places], np.int64),
+        places=tuple(names),
+        source=np.array([origin.source for origin in origins], np.int32),
+        prompt_key=np.array([origin.prompt for origin in origins], np.uint64),
+        digest=_digests(pairs),
+    )
+
+
+def join(parts: Sequence[Pairs]) -> Pairs:
+    """One after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    if not parts:
+        return from_list([])
+    columns = {name: [getattr(part, name) for part in parts] for name in COLUMNS}
+    names = list(dict.fromkeys(name for part in parts for name in part.places))
+    number = {name: i for i, name in enumerate(names)}
+    before = 0
+    for i, part in enumerate(parts):
+        columns["buffer"][i] = columns["buffer"][i] + np.int32(before)
+        before += len(part.buffers)
+        columns["place"][i] = np.array([number[name] for name in part.places], np.int32)[columns["place"][i]]
+    joined = {name: np.concatenate(column) for name, column in columns.items()}
+    return Pairs(buffers=tuple(b for part in parts for b in part.buffers), places=tuple(names), **joined)
+
+
+def digest_of(pairs: Sequence[Pair]) -> str:
+    """SHA-256 of the digests of all pairs in order: 64 hexadecimal digits."""
+    return hashlib.sha256(np.ascontiguousarray(as_pairs(pairs).digest)).hexdigest()
+
+
+def digest_of_pair(pair: Pair) -> bytes:
+    """128 bits of every token with its role, of weight, margin and label."""
+    digest = hashlib.blake2b(digest_size=16)
+    for ids in (pair.prompt, pair.chosen, pair.rejected):
+        digest.update(len(ids).to_bytes(4, "little"))
+        digest.update(np.asarray(ids, np.int32).tobytes())
+    digest.update(np.float32([pair.weight, pair.margin, pair.label]).tobytes())
+    return digest.digest()
+
+
+def _digests(pairs: Sequence[Pair]) -> np.ndarray:
+    return np.frombuffer(b"".join(map(digest_of_pair, pairs)), np.uint64).reshape(-1, 2)
+
+
+def _split_where(where: str) -> tuple[str, int]:
+    place, _, row = where.rpartition(", row ")
+    return (place, int(row)) if place and row.isascii() and row.isdigit() and str(int(row)) == row else (where, -1)
