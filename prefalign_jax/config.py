@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -9,12 +10,14 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from prefalign_jax.data.mixture import sources_of
 from prefalign_jax.losses import LOSSES, BoundLoss, hyper_of, make_loss
 from prefalign_jax.names import choose, did_you_mean, read_as
 from prefalign_jax.optim import SCHEDULES, make_optimizer
 from prefalign_jax.pairing import LABELS, PAIRINGS
 from prefalign_jax.types import UserError
 
+LEAKS = ("drop", "report")
 UNITS = ("steps", "examples", "epochs")  # of a duration
 DTYPES = ("float32", "bfloat16")
 CHOICES = {
@@ -133,6 +136,11 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     c.data.path = maybe(str)  # JSONL (or .gz), Parquet, a directory of them, a saved dataset, or a hub name
     c.data.split = "train"  # of a hub dataset
     c.data.limit = maybe(int)  # records to read
+    c.data.format = maybe(str)  # of its rows, a key of data/formats.py; None tells each row's from its fields
+    # Instead of a path: several sources, each a dict with a path and other fields of data/mixture.py's `Source`.
+    c.data.mix = maybe(tuple)
+    # Training pairs whose prompt is held out: drop, or report; None drops them, but for eval_path without mix.
+    c.data.leaks = maybe(str)
     c.data.eval_path = maybe(str)  # held-out data
     c.data.eval_split = "test"
     c.data.eval_limit = maybe(int)
@@ -267,12 +275,18 @@ def validate(config: ConfigDict, *, complete: bool = True) -> None:
     ):
         raise UserError("model.stochastic_rounding is for model.param_dtype=bfloat16 of weights that are trained")
     profiled(config)
+    uses = {source.use for source in sources_of(config.data)}
+    if config.data.leaks is not None:
+        choose("data.leaks", config.data.leaks, dict.fromkeys(LEAKS))
+        if not ({"eval", "test"} & uses or config.data.eval_fraction):
+            raise UserError(f"data.leaks={config.data.leaks!r} is set without held-out data")
     if not 0 <= config.data.flip_labels < 1:
         raise UserError(f"data.flip_labels={config.data.flip_labels} must lie in [0, 1)")
     if config.data.flip_labels and ("rejected" not in loss.needs or {"label", "margin"} & loss.needs):
         raise UserError(f"data.flip_labels applies to pairs without scores; loss {loss.name!r} reads others")
-    if config.data.eval_path and config.data.eval_fraction:
-        raise UserError("data.eval_path and data.eval_fraction both name the held-out data; set one")
+    if "eval" in uses and config.data.eval_fraction:
+        one = "data.eval_path" if config.data.eval_path else "data.mix (use='eval')"
+        raise UserError(f"{one} and data.eval_fraction both name the held-out data; set one")
     needs_reference, kind = "reference" in loss.needs, config.reference.kind
     if config.lora.rank or config.lora.path:
         for name, clash in (("reference.kind", kind == "moving"), ("reference.path", config.reference.path)):
@@ -325,7 +339,7 @@ def validate(config: ConfigDict, *, complete: bool = True) -> None:
         )
     if config.on_policy.prompts and not config.samples.reward:
         raise UserError(f"job={config.job!r} needs samples.reward, to tell which response is better")
-    if config.job in ("pairs", "rounds") and config.data.path:
+    if config.job in ("pairs", "rounds") and (config.data.path or config.data.mix):
         raise UserError(f"data.path={config.data.path!r} is not read: job={config.job!r} makes its own data")
     if not config.export.enabled and (config.job == "sft_first" or config.on_policy.rounds > 1):
         raise UserError(f"export.enabled=False, and job={config.job!r} goes on from the exported model; leave it on")
@@ -337,7 +351,7 @@ def validate(config: ConfigDict, *, complete: bool = True) -> None:
             raise UserError(f"sft.{name}={value} and job={config.job!r} do not fit: sft_first needs it, others do not")
         if value is not None and not value > 0:
             raise UserError(f"sft.{name}={value!r} must be positive")
-    if config.job in ("train", "sft_first") and not (config.data.eval_path or config.data.eval_fraction):
+    if config.job in ("train", "sft_first") and not ("eval" in uses or config.data.eval_fraction):
         for name in ("checkpoint.best_metric", "eval_steps", "data.eval_limit"):
             if flat[name] and not (config.samples.prompts and name != "data.eval_limit"):
                 raise UserError(f"{name} is set without held-out data; set data.eval_path or data.eval_fraction")
@@ -345,7 +359,7 @@ def validate(config: ConfigDict, *, complete: bool = True) -> None:
         raise UserError("model.path is not set; write a Hugging Face directory or a hub name: --config.model.path=...")
     if complete and config.job in ("train", "sft_first"):
         for name, what in (("model.path", "a Hugging Face directory"), ("data.path", "a file, a directory")):
-            if not flat[name]:
+            if not flat[name] and not (name == "data.path" and config.data.mix):
                 raise UserError(
                     f"{name} is not set; write {what} or a hub name: --config=FILE.py:{name.split('.')[0]}=... "
                     f"or --config.{name}=..."
@@ -396,6 +410,9 @@ def duration(config: ConfigDict, name: str, pairs: int) -> int | None:
 def resolved(config: ConfigDict) -> dict[str, Any]:
     """The config as a plain dict, with the hyper-parameters that the loss, the optimizer and the reference will use."""
     plain = config.to_dict()
+    if plain["data"]["mix"] is not None:
+        mix = json.dumps(plain["data"]["mix"], default=lambda x: dict(x) if isinstance(x, ConfigDict) else str(x))
+        plain["data"]["mix"] = json.loads(mix)  # as config.json gives it back
     loss = loss_of(config)
     plain["loss"] = {"name": loss.name, **loss.hyper}
     if config.reference.kind == "moving":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def user_cache() -> Path:
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A file beside its place to write to, which is put there once all went well."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")  # machines that share a disk share numbers too
     try:
         yield part
         os.replace(part, path)

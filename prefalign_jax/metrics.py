@@ -141,14 +141,14 @@ class Progress:
     """One line on stderr: share done, the latest metrics, time left. Rewritten in place on a terminal, else appended.
 
     Args:
-      total: units in all.
+      total: units in all; None if nobody knows, then no share and no time left is shown.
       unit: what is counted.
       every: seconds between lines where stderr is no terminal.
       stream: stderr by default.
     """
 
-    def __init__(self, total: int, unit: str = "step", *, every: float = 30.0, stream: TextIO | None = None):
-        self.total, self.unit = total, unit
+    def __init__(self, total: int | None, unit: str = "step", *, every: float = 30.0, stream: TextIO | None = None):
+        self.total, self.unit = math.inf if total is None else total, unit
         self.stream = stream or sys.stderr
         self.terminal = self.stream.isatty()
         self.every = 0.1 if self.terminal else every
@@ -170,9 +170,10 @@ class Progress:
         if self.quiet or (now - self.shown < self.every and step < self.total):
             return
         self.shown = now
-        parts = [f"{self.unit} {step}/{self.total} ({100 * step // max(1, self.total)}%)"]
+        known = self.total < math.inf
+        parts = [f"{self.unit} {step}" + (f"/{self.total} ({100 * step // max(1, self.total)}%)" if known else "")]
         parts += [f"{name} {value:.4g}" for name, value in (metrics or {}).items()]
-        if (done := step - self.began[1]) > 0:
+        if known and (done := step - self.began[1]) > 0:
             seconds = (now - self.began[0]) / done * (self.total - step)
             parts.append(f"{datetime.timedelta(seconds=round(seconds))} left")
         line = " | ".join(parts)

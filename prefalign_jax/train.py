@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import math
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,20 +23,24 @@ from ml_collections import ConfigDict
 
 from prefalign_jax import checkpoint, report
 from prefalign_jax.config import duration, given, loss_of, profiled, resolved, validate
-from prefalign_jax.data.chat import load_tokenizer, tokenize_records
-from prefalign_jax.data.packing import Layout
-from prefalign_jax.data.pairs import digest_of
-from prefalign_jax.data.pipeline import PairSet, make_pair_set, mismatched, train_batches
-from prefalign_jax.data.records import (
-    Record,
-    Text,
-    ascii_quotes,
-    flip_labels,
-    read_prompts,
-    read_records,
-    split_by_prompt,
+from prefalign_jax.data.chat import iter_pairs, load_tokenizer
+from prefalign_jax.data.mixture import (
+    Source,
+    in_proportion,
+    leaked,
+    prompt_key,
+    prompt_keys,
+    source_digest,
+    source_records,
+    sources_of,
 )
-from prefalign_jax.data.token_cache import cached_tokens, token_key
+from prefalign_jax.data.packing import Layout
+from prefalign_jax.data.pairs import Origin, Pairs, digest_of, from_list
+from prefalign_jax.data.pipeline import PairSet, make_pair_set, mismatched, train_batches
+from prefalign_jax.data.records import Record, Text, ascii_quotes, flip_labels, read_prompts
+from prefalign_jax.data.records import draw as draw_number
+from prefalign_jax.data.rows import count_rows
+from prefalign_jax.data.token_cache import Made, cached_tokens, token_key
 from prefalign_jax.drawn import draw, measure, scorer_of
 from prefalign_jax.evaluate import evaluate, summary
 from prefalign_jax.export import export, hub_token, push
@@ -62,9 +68,10 @@ from prefalign_jax.runs import read_metrics
 from prefalign_jax.samples import write_jsonl
 from prefalign_jax.sharding import groups_of, make_mesh, param_shardings
 from prefalign_jax.train_step import init_state, make_eval_step, make_train_step
-from prefalign_jax.types import SIDES, LanguageModel, Pair, PairLogps, Params, PreferenceBatch, UserError
+from prefalign_jax.types import SIDES, LanguageModel, PairLogps, Params, PreferenceBatch, UserError
 
 SHOWN = 10_000  # records whose tokenization is too quick to show
+CHUNK = 8192  # pairs tokenized before they are written
 
 
 class Result(NamedTuple):
@@ -112,7 +119,8 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
     # Data: records -> pairs of token ids.
     load_config(resolve(config.model.path))  # a model that does not fit is found before a long reading of data
     tokenizer = load_tokenizer(config.model.path, config.data.chat_template)
-    train_pairs, eval_pairs, dropped = load_pairs(config, loss, tokenizer)
+    data = load_pairs(config, loss, tokenizer)
+    train_pairs, eval_pairs = data.training, data.held_out
     digests = {"training pairs": digest_of(train_pairs)}
 
     # Model: the policy, sets that know how to make batches for it, and what the loss compares it with.
@@ -323,7 +331,8 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
             "data": {
                 f"training {unit_of(loss)}": len(train_pairs),
                 f"held-out {unit_of(loss)}": len(eval_pairs),
-                "dropped": dropped,
+                "dropped": data.dropped,
+                **({"sources": data.sources} if data.sources else {}),
             },
             "metrics": means,
             "config": plain,
@@ -341,9 +350,22 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
     return result
 
 
-def load_pairs(
-    config: ConfigDict, loss: BoundLoss, tokenizer: Any
-) -> tuple[list[Pair], list[Pair], dict[str, dict[str, int]]]:
+class Data(NamedTuple):
+    """What a run is trained and evaluated on, and what became of the rest.
+
+    Attributes:
+      training, held_out: the pairs.
+      dropped: for 'training' and 'held out' the counts by reason.
+      sources: of a mixture's training sources what each gave: its pairs, share and dropped counts.
+    """
+
+    training: Pairs
+    held_out: Pairs
+    dropped: dict[str, dict[str, int]]
+    sources: list[dict[str, Any]]
+
+
+def load_pairs(config: ConfigDict, loss: BoundLoss, tokenizer: Any) -> Data:
     """Reads, holds out and tokenizes; says on stderr what was dropped and why.
 
     Args:
@@ -352,63 +374,140 @@ def load_pairs(
       tokenizer: Hugging Face tokenizer.
 
     Returns:
-      (training pairs, held-out pairs, dropped counts by file and reason).
+      The `Data`.
 
     Raises:
       UserError: a malformed row, or nothing left to train on.
     """
-    data = config.data
-    kind = record_kind(loss)
-    records, counts = read_records(data.path, split=data.split, limit=data.limit, **kind)
-    dropped = {"training": dict(counts), "held out": {}}
-    held_out: list[Record] = []
-    if data.eval_path:
-        held_out, counts = read_records(data.eval_path, split=data.eval_split, limit=data.eval_limit, **kind)
-        dropped["held out"] = dict(counts)
-    elif data.eval_fraction:
-        records, held_out = split_by_prompt(records, data.eval_fraction, config.seed)
-        held_out = held_out[: data.eval_limit]
-    if data.flip_labels:
-        records, flipped = flip_labels(records, data.flip_labels, config.seed)
-        note(f"labels of {flipped} of {len(records)} training pairs flipped")
-    if data.ascii_quotes:
-        records, held_out = ([ascii_quotes(record) for record in part] for part in (records, held_out))
-    pairs, reasons = [], {}
-    for part, which in ((records, "training"), (held_out, "held out")):
-        tokenized, counts = tokenized_pairs(part, tokenizer, config, which)
-        pairs.append(tokenized)
-        for reason, count in counts.items():
-            dropped[which][reason] = dropped[which].get(reason, 0) + count
-        reasons[which] = ", ".join(f"{count} {reason}" for reason, count in dropped[which].items() if count) or "none"
-        if part:
-            note(f"{which} data: {len(tokenized)} {unit_of(loss)}; dropped {reasons[which]}")
-    if not pairs[0]:
-        why = f"dropped {reasons['training']}; max_length is {config.max_length}"
-        raise UserError(f"{data.path}: no {unit_of(loss)} left to train on, {why}")
-    if (data.eval_path or data.eval_fraction) and not pairs[1]:
-        where = data.eval_path or data.path
-        raise UserError(f"{where}: no held-out {unit_of(loss)} left; dropped {reasons['held out']}")
+    data, unit = config.data, unit_of(loss)
+    sources = sources_of(data)
+    training, counts = tokenized_sources([s for s in sources if s.use == "train"], tokenizer, config, loss, "training")
+    others = [s for s in sources if s.use == "eval"]
+    if others:
+        held_out, more = tokenized_sources(others, tokenizer, config, loss, "held out")
+        counts["held out"] = more["held out"]
+    else:
+        held_out, training = training.select(training.held_out), training.select(~training.held_out)
+    if counts["flipped"]:
+        note(f"labels of {counts['flipped']} of {counts['to flip']} training pairs flipped")
+
+    # No prompt on both sides, whatever its case and spaces, and in whatever source.
+    tests = [prompt_keys(source) for source in sources if source.use == "test"]
+    if tests and (mask := leaked(held_out, np.concatenate(tests))).any():
+        held_out = held_out.select(~mask)
+        counts["held out"].append({"prompt of a test set": int(mask.sum())})
+    mask = leaked(training, np.concatenate([held_out.prompt_key, *tests]))
+    if mask.any() and (data.leaks or ("report" if data.eval_path else "drop")) == "report":
+        note(f"{mask.sum()} training {unit} have a prompt that is held out too; data.leaks=drop leaves them out")
+    elif mask.any():
+        training = training.select(~mask)
+        counts["training"].append({"prompt held out": int(mask.sum())})
+
+    if training:
+        chosen = in_proportion(training.source, [s.weight for s in sources if s.use == "train"], config.seed)
+        if len(chosen) < len(training):
+            counts["training"].append({"beyond its source's weight": len(training) - len(chosen)})
+            training = training.select(chosen)
+    dropped = {which: dict(sum(map(collections.Counter, counts[which]), collections.Counter()))
+               for which in ("training", "held out")}  # fmt: skip
+    reasons = {which: listed(dropped[which]) for which in dropped}
+    note(f"training data: {len(training)} {unit}; dropped {reasons['training']}")
+    about = []
+    if data.mix is not None:
+        for number, source in enumerate(s for s in sources if s.use == "train"):
+            there = int((training.source == number).sum())
+            share = there / max(1, len(training))
+            about.append({"source": str(source), unit: there, "share": share, "dropped": counts["training"][number]})
+            note(f"  {source}: {there} ({share:.1%}); dropped {listed(counts['training'][number])}")
+    if held_out or others:
+        note(f"held out data: {len(held_out)} {unit}; dropped {reasons['held out']}")
+    name = data.path or "data.mix"
+    if not training:
+        raise UserError(
+            f"{name}: no {unit} left to train on, dropped {reasons['training']}; max_length is {config.max_length}"
+        )
+    if (others or data.eval_fraction) and not held_out:
+        where = ", ".join(source.name for source in others) or name
+        raise UserError(f"{where}: no held-out {unit} left; dropped {reasons['held out']}")
     if "mismatched" in loss.needs:
-        pairs = [part and mismatched(part, config.max_length) for part in pairs]
-    return pairs[0], pairs[1], dropped
+        training, held_out = mismatched(training, config.max_length), mismatched(held_out, config.max_length)
+    return Data(training, held_out, dropped, about)
 
 
-def tokenized_pairs(
-    records: Sequence[Record], tokenizer: Any, config: ConfigDict, which: str
-) -> tuple[list[Pair], dict[str, int]]:
-    """As `tokenize_records`, from the cache if they were tokenized before; many show their progress."""
-    options = dict(max_length=config.max_length, too_long=config.too_long, keep_end=config.data.keep_end)
+def listed(counts: Mapping[str, int]) -> str:
+    """Counts by reason, in words."""
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count) or "none"
+
+
+def tokenized_sources(
+    sources: Sequence[Source], tokenizer: Any, config: ConfigDict, loss: BoundLoss, which: str
+) -> tuple[Pairs, dict[str, Any]]:
+    """The pairs of some sources, from the cache if they were tokenized before; many show their progress.
+
+    Args:
+      sources: read one after the other.
+      tokenizer: Hugging Face tokenizer.
+      config: its data fields, max_length, too_long and seed.
+      loss: which records it takes.
+      which: 'training' or 'held out', for the progress.
+
+    Returns:
+      (the pairs, those of the held-out prompts marked; for 'training' and 'held out' what each source lost by reason).
+    """
+    data, kind = config.data, record_kind(loss)
+    options = dict(max_length=config.max_length, too_long=config.too_long, keep_end=data.keep_end)
+    drawn = data.eval_fraction, data.flip_labels, data.eval_limit if data.eval_fraction else None
     path = None
-    if config.data.cache_dir != "":
-        directory = Path(config.data.cache_dir or user_cache() / "tokens")
-        path = directory / f"{token_key(records, tokenizer, **options)}.npz"
+    if data.cache_dir != "":
+        directory = Path(data.cache_dir or user_cache() / "tokens")
+        what = dict(
+            sources=list(map(source_digest, sources)), kind=kind, drawn=drawn, ascii=data.ascii_quotes, **options
+        )
+        if any(drawn) or any(source.fraction < 1 for source in sources):
+            what["seed"] = config.seed
+        path = directory / f"{token_key(tokenizer, **what)}.arrow"
 
-    def make() -> tuple[list[Pair], dict[str, int]]:
-        progress = Progress(len(records), f"{which} record")
-        update = progress.update if len(records) > SHOWN else None
-        out = tokenize_records(records, tokenizer, **options, progress=update)
-        progress.close()
-        return out
+    def make() -> Made:
+        counts = {part: [collections.Counter() for _ in sources] for part in ("training", "held out")}
+        counts |= {"flipped": 0, "to flip": 0}
+        rows = [count_rows(source.name, source.part) for source in sources]
+        progress = Progress(None if None in rows else sum(rows), f"{which} record")
+        done = itertools.count(1)
+
+        def records() -> Iterator[Record]:
+            held = 0
+            for number, source in enumerate(sources):
+                part, empty = "held out" if source.use == "eval" else "training", True
+                for record in source_records(source, number, counts[part][number], seed=config.seed, **kind):
+                    empty = False
+                    if (count := next(done)) % 1024 == 0 and count > SHOWN:
+                        progress.update(count)
+                    if source.use == "train" and draw_number(config.seed, record.prompt) < data.eval_fraction:
+                        held += 1
+                        if data.eval_limit and held > data.eval_limit:
+                            continue
+                        record = record._replace(held_out=True)
+                    if data.flip_labels and not record.held_out:
+                        (record,), flipped = flip_labels([record], data.flip_labels, config.seed)
+                        counts["flipped"] += flipped
+                        counts["to flip"] += 1
+                    yield ascii_quotes(record) if data.ascii_quotes else record
+                if empty:
+                    reasons = listed(counts[part][number]).replace("none", "there was no row")
+                    raise UserError(f"{source.name}: no record is left ({reasons})")
+
+        def chunks() -> Iterator[Pairs]:
+            pairs = iter_pairs(records(), tokenizer, **options)
+            while some := list(itertools.islice(pairs, CHUNK)):
+                for record, pair in some:
+                    if isinstance(pair, str):
+                        counts["held out" if record.held_out else "training"][record.source][pair] += 1
+                kept = [(record, pair) for record, pair in some if not isinstance(pair, str)]
+                origins = [Origin(r.source, r.held_out, prompt_key(r.prompt)) for r, _ in kept]
+                yield from_list([pair for _, pair in kept], origins)
+            progress.close()
+
+        return chunks(), lambda: counts
 
     return cached_tokens(path, make)
 

@@ -1,6 +1,5 @@
 """Token roles. "TRL" in a comment is TRL 1.16.0 on the same pair and tokenizer (tests/goldens/trl)."""
 
-import collections
 import json
 from pathlib import Path
 
@@ -236,7 +235,7 @@ def test_weight_and_order_and_no_more_read_than_asked_for(tokenizer):
             read.append(i)
             yield Record(f"{SKY} {i}", BLUE, NO, weight=1.0 + i)
 
-    pairs = iter_pairs(records(), tokenizer, collections.Counter(), max_length=64)
+    pairs = iter_pairs(records(), tokenizer, max_length=64)
     found = [next(pairs) for _ in range(1500)]
     assert len(read) == 2048
     assert [pair.weight for _, pair in found] == [1.0 + i for i in range(1500)]

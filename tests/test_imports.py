@@ -51,7 +51,7 @@ LAYERS = {
     "sweep": 5,
 }
 # The parts of layer 2 do not know each other; a config, though, checks the names of what it chooses from.
-WITHIN_LAYER_2 = {("config", "losses"), ("config", "optim")}
+WITHIN_LAYER_2 = {("config", "data"), ("config", "losses"), ("config", "optim")}
 
 
 def imported(source: str, module: str, is_package: bool = False) -> set[str]:

@@ -1,67 +1,215 @@
+import collections
 import copy
 import dataclasses
-import math
+import itertools
+import json
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from prefalign_jax.data.chat import tokenize_records
-from prefalign_jax.data.records import Record
+from prefalign_jax.data import token_cache
+from prefalign_jax.data.pairs import COLUMNS, Origin, digest_of, from_list, join
 from prefalign_jax.data.token_cache import cached_tokens, token_key
+from prefalign_jax.types import Pair
+from small import make_pairs
 
-RECORDS = [
-    Record("a b", "the sky", "the tea", where="x, row 1"),
-    Record("", "blue", "blue", weight=2.0, margin=0.5, where="x, row 2"),
-    Record("c " * 40, "sky", "tea", label=False, where="x, row 3"),
+PAIRS = [
+    dataclasses.replace(pair, weight=1.0 + i, margin=float(i) if i % 3 else np.nan, label=i % 2 == 0, where=where)
+    for i, (pair, where) in enumerate(
+        zip(
+            make_pairs(7),
+            ["a, row 1", "b.jsonl, row 12", "", "x", "a, row 2", "a, row 012", "b, row 3, row 4"],
+            strict=True,
+        )  # fmt: skip
+    )
 ]
+ORIGINS = [Origin(i % 3, i % 2 == 0, 2**64 - 1 - i) for i in range(7)]
+ABOUT = {"training": [{"too long": 3}], "flipped": 0}
 
 
-def test_pairs_come_back_as_they_were_made_and_are_made_once(tiny_tokenizer, tmp_path):
+def chunks(size=3, pairs=PAIRS, origins=ORIGINS):
+    return [from_list(pairs[i : i + size], origins[i : i + size]) for i in range(0, len(pairs), size)]
+
+
+def made(size=3):
+    return iter(chunks(size)), lambda: ABOUT
+
+
+def equal(one, other):
+    return all(np.array_equal(getattr(one, f.name), getattr(other, f.name), equal_nan=f.name == "margin")
+               for f in dataclasses.fields(one))  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_pairs_come_back_as_they_were_made_and_are_made_once(tmp_path, size):
     calls = []
+    path = tmp_path / "deep" / "x.arrow"
+    for _ in range(2):
+        found, about = cached_tokens(path, lambda: calls.append(1) or made(size))
+        assert all(map(equal, found, PAIRS)) and len(found) == 7 and about == ABOUT
+        assert found.source.tolist() == [o.source for o in ORIGINS]
+        assert found.held_out.tolist() == [o.held_out for o in ORIGINS]
+        assert found.prompt_key.tolist() == [o.prompt for o in ORIGINS]
+        assert digest_of(found) == digest_of(PAIRS) and found[0].prompt.dtype == np.int32
+        assert type(found[0].label) is bool and type(found[0].weight) is float
+    assert calls == [1] and [file.name for file in path.parent.iterdir()] == [path.name]
+    in_memory, about = cached_tokens(None, lambda: made(size))
+    assert all(map(equal, in_memory, PAIRS)) and about == ABOUT
 
-    def make():
-        calls.append(1)
-        return tokenize_records(RECORDS, tiny_tokenizer, max_length=30)
 
-    path = tmp_path / "deep" / f"{token_key(RECORDS, tiny_tokenizer, max_length=30)}.npz"
-    made, dropped = cached_tokens(path, make)
-    read, counts = cached_tokens(path, make)
-    assert calls == [1] and counts == dropped and sum(dropped.values()) == 2 and len(read) == len(made) == 1
-    for one, other in zip(made, read, strict=True):
-        for field in dataclasses.fields(one):
-            np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name))
-    assert read[0].prompt.dtype == np.int32 and math.isnan(read[0].margin)
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
+def test_tokens_stay_on_disk_and_survive_that_the_file_goes(tmp_path):
+    found, _ = cached_tokens(tmp_path / "x.arrow", made)
+    assert not any(buffer.flags.owndata or buffer.flags.writeable for buffer in found.buffers)
+    (tmp_path / "x.arrow").unlink()
+    assert all(map(equal, found, PAIRS))
 
 
 def test_a_set_of_which_nothing_is_left_comes_back_too(tmp_path):
-    path = tmp_path / "x.npz"
-    assert cached_tokens(path, lambda: ([], {"too long": 3})) == ([], {"too long": 3})
-    assert cached_tokens(path, lambda: pytest.fail("made again")) == ([], {"too long": 3})
+    for empty in ([], [from_list([])]):
+        path = tmp_path / f"{len(empty)}.arrow"
+        for make in (lambda empty=empty: (empty, lambda: ABOUT), lambda: pytest.fail("made again")):
+            pairs, about = cached_tokens(path, make)
+            assert list(pairs) == [] and about == ABOUT
 
 
-@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04", b"\x00" * 100])
-def test_a_damaged_file_is_made_anew(tiny_tokenizer, tmp_path, damage):
-    path = tmp_path / "x.npz"
-    make = lambda: tokenize_records(RECORDS, tiny_tokenizer, max_length=300)  # noqa: E731
-    cached_tokens(path, make)
+def test_a_damaged_file_is_made_anew(tmp_path):
+    path = tmp_path / "x.arrow"
+    cached_tokens(path, made)
     whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2] if not damage else damage)
-    pairs, _ = cached_tokens(path, make)
-    np.testing.assert_array_equal(pairs[0].chosen, make()[0][0].chosen)
-    assert path.read_bytes() == whole
+    cuts = [whole[:at] for at in range(0, len(whole), max(1, len(whole) // 40))]
+    for damage in [*cuts, whole[:-1], b"\x00" * 100, b"PK\x03\x04", whole[: len(whole) // 2] + bytes(len(whole) // 2)]:
+        path.write_bytes(damage)
+        found, about = cached_tokens(path, made)
+        assert all(map(equal, found, PAIRS)) and about == ABOUT
+        assert path.read_bytes() == whole
 
 
-def test_whatever_decides_the_tokens_is_in_the_key(tiny_tokenizer):
+def test_what_fails_in_the_middle_leaves_no_file(tmp_path):
+    def broken():
+        yield chunks()[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cached_tokens(tmp_path / "x.arrow", lambda: (broken(), lambda: ABOUT))
+    assert list(tmp_path.iterdir()) == []
+
+
+DIES = """
+import os, signal, sys
+from pathlib import Path
+from prefalign_jax.data.pairs import from_list
+from prefalign_jax.data.token_cache import cached_tokens
+from prefalign_jax.types import Pair
+
+def dies():
+    yield from_list([Pair([1], [2], [3])] * 1000)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+cached_tokens(Path(sys.argv[1]), lambda: (dies(), dict))
+"""
+
+
+def test_a_kill_in_the_middle_leaves_nothing_that_is_believed(tmp_path):
+    path = tmp_path / "x.arrow"
+    process = subprocess.run([sys.executable, "-c", DIES, str(path)], capture_output=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    (left,) = tmp_path.iterdir()
+    assert left != path and left.name.endswith(".part")
+    calls = []
+    found, _ = cached_tokens(path, lambda: calls.append(1) or made())
+    assert calls and digest_of(found) == digest_of(PAIRS)
+
+
+def test_two_runs_at_once_each_write_their_own(tmp_path):
+    """Both are in the middle of writing before either goes on."""
+    path, middle = tmp_path / "x.arrow", threading.Barrier(2)
+
+    def waits():
+        yield chunks()[0]
+        middle.wait()
+        assert not path.exists() and len(list(tmp_path.iterdir())) == 2
+        middle.wait()
+        yield from chunks()[1:]
+
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(cached_tokens, path, lambda: (waits(), lambda: ABOUT)) for _ in range(2)]
+        found = [run.result() for run in runs]
+    assert [(digest_of(pairs), about) for pairs, about in found] == [(digest_of(PAIRS), ABOUT)] * 2
+    assert [file.name for file in tmp_path.iterdir()] == ["x.arrow"]
+    pairs, _ = cached_tokens(path, lambda: pytest.fail("made again"))
+    assert digest_of(pairs) == digest_of(PAIRS)
+
+
+def test_where_nothing_can_be_written_pairs_are_made_in_memory(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way of a directory")
+    pairs, about = cached_tokens(tmp_path / "file" / "x.arrow", made)
+    assert digest_of(pairs) == digest_of(PAIRS) and about == ABOUT
+
+    def full(part, some, about):
+        next(iter(some))
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(token_cache, "_write", full)
+    pairs, about = cached_tokens(tmp_path / "x.arrow", made)
+    assert digest_of(pairs) == digest_of(PAIRS) and about == ABOUT and not (tmp_path / "x.arrow").exists()
+
+
+def test_whatever_decides_the_tokens_is_in_the_key(tiny_tokenizer, monkeypatch):
     other_template = copy.deepcopy(tiny_tokenizer)
     other_template.chat_template = "{{ messages }}"
 
-    def key(records=RECORDS, tokenizer=tiny_tokenizer, **options):
-        return token_key(records, tokenizer, **{"max_length": 30, "too_long": "drop"} | options)
+    def key(tokenizer=tiny_tokenizer, **what):
+        return token_key(tokenizer, **{"max_length": 30, "sources": ["a", "b"]} | what)
 
-    keys = {key(), key(max_length=31), key(too_long="truncate_prompt"), key(tokenizer=other_template)}
-    changes = {"prompt": "a c", "chosen": "", "rejected": "x", "weight": 2.0, "margin": 1.0, "label": False}
-    for field, value in changes.items():
-        keys.add(key([RECORDS[0]._replace(**{field: value}), *RECORDS[1:]]))
-    keys |= {key(RECORDS[::-1]), key(RECORDS[:2])}
-    assert len(keys) == 12 and key() == key(list(RECORDS))
+    keys = {key(), key(max_length=31), key(sources=["b", "a"]), key(more=1), key(tokenizer=other_template)}
+    assert key() in keys and len(keys) == 5
+    monkeypatch.setattr(token_cache, "_code", lambda: "changed")
+    assert key() not in keys
+
+
+# Pairs by column.
+
+
+def test_columns_read_as_the_list_they_were_made_of():
+    pairs = join(chunks())
+    assert len(pairs) == 7 and all(map(equal, pairs, PAIRS)) and equal(pairs[-1], PAIRS[-1])
+    assert [pair.where for pair in pairs[2:5]] == ["", "x", "a, row 2"]
+    with pytest.raises(IndexError):
+        pairs[7]
+    assert list(join([])) == [] and not join([])
+
+
+def test_choosing_pairs_copies_no_token():
+    pairs = join(chunks())
+    index = np.array([5, 0, 0, 3])
+    chosen = pairs.select(index)
+    assert [equal(a, PAIRS[i]) for a, i in zip(chosen, index, strict=True)] == [True] * 4
+    assert chosen.buffers is pairs.buffers and digest_of(chosen) == digest_of([PAIRS[i] for i in index])
+    assert all(len(getattr(chosen, name)) == 4 for name in COLUMNS)
+    mask = np.arange(7) % 2 == 0
+    assert [equal(a, b) for a, b in zip(pairs.select(mask), itertools.compress(PAIRS, mask), strict=True)] == [True] * 4
+
+
+def test_another_pairs_completion_as_the_rejected_one():
+    pairs = join(chunks())
+    other, most = np.array([1, 2, 3, 4, 5, 6, 0]), np.array([1, 2, 3, 4, 5, 6, 99])
+    changed = pairs.with_rejected(other, most)
+    wanted = [dataclasses.replace(p, rejected=PAIRS[o].chosen[:m]) for p, o, m in zip(PAIRS, other, most, strict=True)]
+    assert all(map(equal, changed, wanted)) and digest_of(changed) == digest_of(wanted)
+    assert digest_of(pairs) == digest_of(PAIRS) and all(map(equal, pairs, PAIRS))
+
+
+def test_the_file_can_be_read_by_others(tmp_path):
+    """By any reader of Arrow files, such as the library `datasets`."""
+    pa = pytest.importorskip("pyarrow")
+    cached_tokens(tmp_path / "x.arrow", made)
+    with pa.memory_map(str(tmp_path / "x.arrow")) as source:
+        rows = pa.ipc.open_file(source).read_all().to_pylist()
+    assert [row["chosen"] for row in rows] == [pair.chosen.tolist() for pair in PAIRS]
+    assert collections.Counter(row["source"] for row in rows) == {0: 3, 1: 2, 2: 2}
+    assert json.dumps(rows[0]["weight"]) == "1.0" and isinstance(PAIRS[0], Pair)

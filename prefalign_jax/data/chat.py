@@ -99,7 +99,7 @@ def load_tokenizer(path: str | Path, chat_template: str | None = None) -> Tokeni
 
 
 def tokenize_records(
-    records: Sequence[Record],
+    records: Iterable[Record],
     tokenizer: Tokenizer,
     *,
     max_length: int,
@@ -111,20 +111,20 @@ def tokenize_records(
     Returns:
       The pairs in the order of the records, and the number of records dropped for each reason.
     """
-    dropped = collections.Counter()
     options = dict(max_length=max_length, too_long=too_long, keep_end=keep_end)
-    return [pair for _, pair in iter_pairs(records, tokenizer, dropped, **options)], dict(dropped)
+    found = [pair for _, pair in iter_pairs(records, tokenizer, **options)]
+    reasons = [pair for pair in found if isinstance(pair, str)]
+    return [pair for pair in found if not isinstance(pair, str)], dict(collections.Counter(reasons))
 
 
 def iter_pairs(
     records: Iterable[Record],
     tokenizer: Tokenizer,
-    dropped: collections.Counter,
     *,
     max_length: int,
     too_long: str = "drop",
     keep_end: bool = False,
-) -> Iterator[tuple[Record, Pair]]:
+) -> Iterator[tuple[Record, Pair | str]]:
     """Tokenizes records into pairs whose responses end with one end-of-sequence token, which is trained.
 
     A prompt of no token at all cannot predict a response, so the first token of the responses joins the prompt if they
@@ -134,15 +134,15 @@ def iter_pairs(
     Args:
       records: as read_records gives them; strings are plain text, messages go through the tokenizer's chat template.
       tokenizer: a Hugging Face tokenizer with an end-of-sequence token.
-      dropped: the records of which no pair is made are counted here by reason, as the iterator goes on: 'too long',
-        'identical responses', 'identical after truncation', 'no prompt', 'end token inside the response'.
       max_length: most tokens of prompt + longer response.
       too_long: what becomes of a longer pair: 'drop'; 'truncate_prompt' on the left, after its BOS;
         'truncate_response' on the right, without EOS.
       keep_end: train also on what the template writes after its end of turn (often a newline), as TRL's DPO does.
 
     Returns:
-      An iterator over (record, its pair) in the order of the records.
+      An iterator over (record, its pair) in the order of the records; where no pair is made of one, the reason in its
+      place: 'too long', 'identical responses', 'identical after truncation', 'no prompt', or 'end token inside the
+      response'.
 
     Raises:
       UserError: an option is invalid, or the chat template is missing or does not render a record.
@@ -156,7 +156,7 @@ def iter_pairs(
     prefix = _prefix(tokenizer)
     eos, special = tokenizer.eos_token_id, _special_ids(tokenizer)
 
-    def pairs() -> Iterator[tuple[Record, Pair]]:
+    def pairs() -> Iterator[tuple[Record, Pair | str]]:
         for batch in _batched(records):
             texts = [text for record in batch for text in _texts(record, tokenizer)]
             # Without special tokens: a template writes its own, and of text we know better where BOS and EOS belong.
@@ -171,15 +171,13 @@ def iter_pairs(
                 n = len(os.path.commonprefix(ids))
                 responses = [_ended(x[n:], tokenizer, special if chat else {eos}, keep_end) for x in ids[1:]]
                 if any(response.count(eos) > 1 for response in responses):
-                    dropped["end token inside the response"] += 1  # nothing may be trained after it
+                    yield record, "end token inside the response"  # nothing may be trained after it
                     continue
                 pair = _fit(ids[1][:n], responses, max_length, too_long, tokenizer.bos_token_id)
-                if isinstance(pair, str):
-                    dropped[pair] += 1
-                else:
-                    arrays = [np.asarray(x, np.int32) for x in pair]
+                if not isinstance(pair, str):
                     about = dict(weight=record.weight, margin=record.margin, label=record.label, where=record.where)
-                    yield record, Pair(*arrays, **about)
+                    pair = Pair(*(np.asarray(x, np.int32) for x in pair), **about)
+                yield record, pair
 
     return pairs()
 

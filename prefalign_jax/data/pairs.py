@@ -19,10 +19,11 @@ PARTS = ("prompt", "chosen", "rejected")
 
 
 class Origin(NamedTuple):
-    """Where a pair comes from, beside its `where`: the number of its source in a mixture and a key of its prompt."""
+    """What is known of a pair beside its tokens."""
 
-    source: int = 0
-    prompt: int = 0  # prompts that are the same but for case and spaces have the same key, 64 bits
+    source: int = 0  # its number in a mixture
+    held_out: bool = False
+    prompt: int = 0  # 64 bits: prompts that are the same but for case and spaces have the same
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,7 +38,7 @@ class Pairs(Sequence[Pair]):
       label: [P] bool.
       place, row: [P], the `where` of each as a number of `places`, and its row; -1 if it names none.
       places: names of files.
-      source: [P], see `Origin`.
+      source, held_out: [P], see `Origin`.
       prompt_key: [P] uint64, see `Origin`.
       digest: [P, 2] uint64, see `digest_of_pair`.
     """
@@ -53,6 +54,7 @@ class Pairs(Sequence[Pair]):
     row: np.ndarray
     places: tuple[str, ...]
     source: np.ndarray
+    held_out: np.ndarray
     prompt_key: np.ndarray
     digest: np.ndarray
 
@@ -97,7 +99,8 @@ class Pairs(Sequence[Pair]):
         return dataclasses.replace(changed, digest=_digests(changed))
 
 
-COLUMNS = ("buffer", "start", "length", "weight", "margin", "label", "place", "row", "source", "prompt_key", "digest")
+COLUMNS = ("buffer", "start", "length", "weight", "margin", "label", "place", "row")
+COLUMNS += ("source", "held_out", "prompt_key", "digest")
 
 
 def as_pairs(pairs: Sequence[Pair]) -> Pairs:
@@ -131,6 +134,7 @@ def from_list(pairs: Sequence[Pair], origins: Iterable[Origin] | None = None) ->
         row=np.array([row for _, row in places], np.int64),
         places=tuple(names),
         source=np.array([origin.source for origin in origins], np.int32),
+        held_out=np.array([origin.held_out for origin in origins], bool),
         prompt_key=np.array([origin.prompt for origin in origins], np.uint64),
         digest=_digests(pairs),
     )

@@ -47,6 +47,8 @@ class Record(NamedTuple):
     where: str = ""  # 'FILE, row N', for messages
     columns: tuple[tuple[str, Any], ...] = ()  # (name, value or None) of further fields that were asked for
     tools: tuple[dict[str, Any], ...] = ()  # what the chat template is told may be called, as JSON schemas
+    source: int = 0  # its number in a mixture
+    held_out: bool = False
 
 
 def read_records(
@@ -226,9 +228,20 @@ def read_prompts(
       UserError: the data cannot be read, a row is malformed, or no prompt is left.
     """
     known, dropped = {}, collections.Counter()
-    for where, row, common in in_common(read_rows(path, split), dropped, pairs=False):
+    for one in iter_prompts(read_rows(path, split), dropped):
         if len(known) == limit:
             break
+        if known.setdefault(json.dumps(one.prompt, sort_keys=True), one) is not one:
+            dropped["the prompt of an earlier row"] += 1
+    if not known:
+        counts = ", ".join(f"{reason}: {n}" for reason, n in dropped.items()) or "there was no row"
+        raise UserError(f"{path}: no prompt is left ({counts})")
+    return list(known.values()), dict(dropped)
+
+
+def iter_prompts(rows: Rows, dropped: collections.Counter) -> Iterator[Prompt]:
+    """The prompts of rows, one at a time; the rows without one are counted by reason."""
+    for where, row, common in in_common(rows, dropped, pairs=False):
         if not common:
             continue
         row, given = common[0], row
@@ -245,14 +258,10 @@ def read_prompts(
         except Dropped as reason:
             dropped[str(reason)] += 1
             continue
-        if not prompt:
+        if prompt:
+            yield one
+        else:
             dropped["no prompt"] += 1
-        elif known.setdefault(json.dumps(prompt, sort_keys=True), one) is not one:
-            dropped["the prompt of an earlier row"] += 1
-    if not known:
-        counts = ", ".join(f"{reason}: {n}" for reason, n in dropped.items()) or "there was no row"
-        raise UserError(f"{path}: no prompt is left ({counts})")
-    return list(known.values()), dict(dropped)
 
 
 def ascii_quotes(record: Record) -> Record:
@@ -286,7 +295,7 @@ def split_by_prompt(records: Iterable[Record], fraction: float, seed: int) -> tu
         raise UserError(f"fraction to hold out: expected a number in [0, 1), found {fraction}")
     sides: tuple[list[Record], list[Record]] = [], []
     for record in records:
-        sides[_draw(seed, record.prompt) < fraction].append(record)
+        sides[draw(seed, record.prompt) < fraction].append(record)
     return sides
 
 
@@ -307,13 +316,13 @@ def flip_labels(records: Iterable[Record], share: float, seed: int) -> tuple[lis
       0
     """
     out = list(records)
-    flipped = [i for i, r in enumerate(out) if _draw(f"flip {seed}", [r.prompt, r.chosen, r.rejected]) < share]
+    flipped = [i for i, r in enumerate(out) if draw(f"flip {seed}", [r.prompt, r.chosen, r.rejected]) < share]
     for i in flipped:
         out[i] = out[i]._replace(chosen=out[i].rejected, rejected=out[i].chosen)
     return out, len(flipped)
 
 
-def _draw(seed: int | str, what: Any) -> float:
+def draw(seed: int | str, what: Any) -> float:
     """A number in [0, 1) that is a function of its arguments."""
     key = f"{seed}\n{json.dumps(what, sort_keys=True, ensure_ascii=False)}"
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64

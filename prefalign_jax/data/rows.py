@@ -87,6 +87,35 @@ def content_digest(path: str | Path, split: str = "train") -> str:
     return digest.hexdigest()
 
 
+def count_rows(path: str | Path, split: str = "train") -> int | None:
+    """How many rows `read_rows` will come to, where it can be told at once: not of gzipped files and arrays of JSON.
+
+    Empty lines are counted too, so it is for showing progress only.
+    """
+    path = str(path)
+    local = Path(path).expanduser()
+    if local.is_dir() and any((local / name).exists() for name in _SAVED):
+        return len(_saved_dataset(path, split))
+    if not local.exists():
+        return None if _LOOKS_LOCAL.search(path) else len(_hub_dataset(path, split))
+    counts = [_count(file) for file in split_files(local, split)]
+    return None if None in counts else sum(counts)
+
+
+def _count(file: Path) -> int | None:
+    try:
+        if file.suffix == ".parquet":
+            import pyarrow.parquet
+
+            return pyarrow.parquet.read_metadata(file).num_rows
+        if file.suffix == ".gz" or _ARRAY.search(file.name):
+            return None
+        with file.open("rb") as opened:
+            return sum(block.count(b"\n") for block in iter(lambda: opened.read(_CHUNK), b""))
+    except (OSError, ValueError):  # whoever reads it says what is wrong
+        return None
+
+
 def split_files(path: Path, split: str) -> list[Path]:
     """The file itself, or a directory's files of a split by the name of file or folder; unnamed ones are all 'train'.
 

@@ -92,7 +92,7 @@ def cached_tokens(path: Path | None, make: Callable[[], Made]) -> tuple[Pairs, d
 
 _UNREADABLE = (OSError, ValueError, KeyError)  # Arrow's own errors among them
 _PLAIN = {"weight": np.float64, "margin": np.float64, "label": np.bool_, "place": np.int32, "row": np.int64}
-_PLAIN |= {"source": np.int32, "prompt_key": np.uint64}
+_PLAIN |= {"source": np.int32, "held_out": np.bool_, "prompt_key": np.uint64}
 
 
 def _write(file: Path, chunks: Iterable[Pairs], about: Callable[[], Mapping[str, Any]]) -> None:

@@ -1,0 +1,312 @@
+"""Several sources of data as one: what is taken of each, and no prompt on both sides of a split.
+
+    mix = (
+        {"path": "HuggingFaceH4/ultrafeedback_binarized", "split": "train_prefs", "weight": 0.7},
+        {"path": "hh/train.jsonl.gz", "weight": 0.3, "filter": {"source": ["helpful-base"]}},
+        {"path": "HuggingFaceH4/ultrafeedback_binarized", "split": "test_prefs", "use": "eval"},
+        {"path": "hh/test.jsonl.gz", "use": "test"},
+    )
+
+`weight`s are the sources' shares of the training pairs. They hold exactly (to a pair): of the sources that have more
+than their share a part is taken, drawn by the seed, and what is left is counted. Nothing is repeated.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import importlib
+import importlib.util
+import itertools
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from prefalign_jax.data.formats import FORMATS
+from prefalign_jax.data.pairs import Pairs
+from prefalign_jax.data.records import Record, Rows, Text, draw, iter_prompts, iter_records
+from prefalign_jax.data.rows import content_digest, one_line, read_rows
+from prefalign_jax.names import choose, did_you_mean
+from prefalign_jax.types import UserError
+
+USES = ("train", "eval", "test")
+
+
+class Source(NamedTuple):
+    """Where some of the data come from, and what is taken of them.
+
+    Attributes:
+      path: a file, a directory or a hub name, see `rows.read_rows`.
+      use: train; eval, held out; test, only its prompts are read, to keep them out of training and evaluation.
+      split: of a directory or hub data set; 'train' for use=train, 'test' for others, unless it is set.
+      subset: of a hub data set.
+      format: a key of formats.FORMATS; None tells each row's from its fields.
+      columns: name in the common format -> the row's own, with dots into objects ('info.post').
+      filter: field -> value, or list of values, that rows must have there.
+      map_fn: 'module:function', from a row to a row, a list of rows, or None to leave it out; called last.
+      fraction: part of the records that is taken, drawn by the seed.
+      limit: records at most, the first ones.
+      weight: the source's share of the training pairs, relative to the other sources'.
+    """
+
+    path: str
+    use: str = "train"
+    split: str | None = None
+    subset: str | None = None
+    format: str | None = None
+    columns: Mapping[str, str] | None = None
+    filter: Mapping[str, Any] | None = None
+    map_fn: str | None = None
+    fraction: float = 1.0
+    limit: int | None = None
+    weight: float | None = None
+
+    @property
+    def name(self) -> str:
+        """As `read_rows` takes it."""
+        return f"{self.path}:{self.subset}" if self.subset else self.path
+
+    @property
+    def part(self) -> str:
+        """The split that is read."""
+        return self.split or ("train" if self.use == "train" else "test")
+
+    def __str__(self) -> str:
+        local = Path(self.path).expanduser().is_file()
+        return self.name if local else f"{self.name} ({self.part})"
+
+
+def sources_of(data: Mapping[str, Any]) -> list[Source]:
+    """The sources that the data fields of a config name, `data.path` with `data.eval_path` or `data.mix`, checked.
+
+    Raises:
+      UserError: naming the source, its field, and what it takes.
+    """
+    if data["mix"] is None:
+        of = {"format": data["format"]}
+        sources = [Source(data["path"], split=data["split"], limit=data["limit"], **of)] if data["path"] else []
+        if data["eval_path"]:
+            sources.append(Source(data["eval_path"], "eval", data["eval_split"], limit=data["eval_limit"], **of))
+        if data["format"] is not None:
+            choose("data.format", data["format"], FORMATS)
+        return sources
+    for name, unset in (("path", None), ("split", "train"), ("limit", None), ("format", None), ("eval_path", None)):
+        if data[name] != unset:
+            raise UserError(f"data.{name}={data[name]!r} and data.mix are both set; write it into a source of data.mix")
+    sources = [_source(fields, f"data.mix[{i}]") for i, fields in enumerate(data["mix"])]
+    training = [source for source in sources if source.use == "train"]
+    if not training:
+        raise UserError("data.mix has no source with use='train'")
+    unweighted = [source.name for source in training if source.weight is None]
+    if 0 < len(unweighted) < len(training):
+        raise UserError(f"data.mix: give every training source a weight or none; {unweighted[0]} has none")
+    return sources
+
+
+def _source(fields: Any, place: str) -> Source:
+    names = Source._fields
+    fields = _plain(fields)
+    if not isinstance(fields, Mapping) or not isinstance(fields.get("path"), str):
+        raise UserError(f"{place}: expected a dict with 'path' and any of {', '.join(names[1:])}, found {fields!r}")
+    for name in fields:
+        if name not in names:
+            raise UserError(f"{place}: no field {name!r}, {did_you_mean(name, names)}there are {', '.join(names)}")
+    source = Source(**{name: value for name, value in fields.items() if value is not None})
+    choose(f"{place}.use", source.use, dict.fromkeys(USES))
+    if source.format is not None:
+        choose(f"{place}.format", source.format, FORMATS)
+    kinds = {"split": str, "subset": str, "columns": Mapping, "filter": Mapping, "map_fn": str, "limit": int}
+    for name, kind in {**kinds, "fraction": (int, float), "weight": (int, float)}.items():
+        value = getattr(source, name)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise UserError(f"{place}.{name}={value!r} is no {getattr(kind, '__name__', 'number').lower()}")
+    if not 0 < source.fraction <= 1:
+        raise UserError(f"{place}.fraction={source.fraction} must lie in (0, 1]; nothing is repeated")
+    for name in ("limit", "weight"):
+        value = getattr(source, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{place}.{name}={value} must be positive")
+    if source.weight is not None and source.use != "train":
+        raise UserError(f"{place}.weight applies to use='train', not {source.use!r}")
+    for name in ("fraction", "limit"):
+        if source.use == "test" and getattr(source, name) != Source._field_defaults[name]:
+            raise UserError(f"{place}.{name} applies to use='train' and 'eval': all prompts of a test set are kept out")
+    if source.use == "train" and re.match(r"test|valid|eval", source.part):
+        raise UserError(
+            f"{place}: the split {source.part!r} is for measuring; set its use to 'eval' or 'test', or name another"
+        )
+    if source.map_fn is not None:
+        load_function(source.map_fn, f"{place}.map_fn")
+    return source
+
+
+def _plain(value: Any) -> Any:
+    """Dicts for whatever reads like one, such as a ConfigDict."""
+    return {key: _plain(one) for key, one in value.items()} if hasattr(value, "items") else value
+
+
+def load_function(name: str, field: str) -> Callable[[Mapping], Any]:
+    """The function that 'module:function' names.
+
+    Raises:
+      UserError: there is none.
+    """
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except Exception as error:  # a module raises whatever it likes
+        found = error
+    if not callable(found):
+        raise UserError(f"{field}={name!r}: expected 'module:function', importable from here, found {found!r}")
+    return found
+
+
+def source_digest(source: Source) -> str:
+    """Of the content of a source and of all that decides what is read of it; of a map_fn the text of its module."""
+    digest = hashlib.sha256(content_digest(source.name, source.part).encode())
+    digest.update(repr(source._replace(weight=None)).encode())
+    if source.map_fn:
+        found = importlib.util.find_spec(source.map_fn.partition(":")[0])
+        digest.update(Path(found.origin).read_bytes())
+    return digest.hexdigest()
+
+
+def adapted(rows: Rows, source: Source, dropped: collections.Counter) -> Iterator[tuple[str, Any]]:
+    """Rows after a source's filter, columns and map_fn; what they leave out is counted by reason."""
+    function = load_function(source.map_fn, "map_fn") if source.map_fn else None
+    wanted = {
+        name: values if isinstance(values, list | tuple) else (values,)
+        for name, values in (source.filter or {}).items()
+    }
+    for where, row in rows:
+        if isinstance(row, Mapping):
+            if any(_field(row, name, where, "filter") not in values for name, values in wanted.items()):
+                dropped["left out by the filter"] += 1
+                continue
+            if source.columns:
+                row = {
+                    **{name: value for name, value in row.items() if name not in source.columns.values()},
+                    **{name: _field(row, theirs, where, "columns") for name, theirs in source.columns.items()},
+                }
+        if function is None:
+            yield where, row
+            continue
+        try:
+            out = function(row)
+        except Exception as error:  # the user's own
+            raise UserError(f"{where}: map_fn {source.map_fn}: {type(error).__name__}: {one_line(error)}") from None
+        out = out if isinstance(out, list) else [] if out is None else [out]
+        dropped["left out by map_fn"] += not out
+        yield from ((where, one) for one in out)
+
+
+def _field(row: Mapping, name: str, where: str, what: str) -> Any:
+    """The value of a field, with dots into objects."""
+    if name in row:
+        return row[name]
+    value: Any = row
+    for part in name.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            raise UserError(f"{where}: {what}: no field {name!r}, found {', '.join(map(str, row))}")
+        value = value[part]
+    return value
+
+
+def source_records(
+    source: Source, number: int, dropped: collections.Counter, *, seed: int = 0, **kind: Any
+) -> Iterator[Record]:
+    """The records of a source, one at a time.
+
+    Args:
+      source: where from.
+      number: of the source, for `Record.source`.
+      dropped: what is left out is counted here by reason, as the iterator goes on.
+      seed: of what a fraction takes; a record's fate depends on its texts and the seed alone.
+      **kind: options of `iter_records`.
+
+    Returns:
+      An iterator over the records, those of use='eval' marked as held out.
+    """
+    rows = adapted(read_rows(source.name, source.part), source, dropped)
+    form = source.format or ("common" if source.columns or source.map_fn else None)
+    records = iter_records(rows, dropped, format=form, **kind)
+
+    def taken() -> Iterator[Record]:
+        for record in records:
+            texts = [record.prompt, record.chosen, record.rejected]
+            if source.fraction < 1 and draw(f"fraction {seed}", texts) >= source.fraction:
+                dropped["left out by the fraction"] += 1
+            else:
+                yield record._replace(source=number, held_out=source.use == "eval")
+
+    return itertools.islice(taken(), source.limit)
+
+
+def prompt_keys(source: Source) -> np.ndarray:
+    """The keys of the prompts of a test set, uint64, sorted."""
+    rows = adapted(read_rows(source.name, source.part), source, collections.Counter())
+    prompts = iter_prompts(rows, collections.Counter())
+    return np.unique(np.array([prompt_key(one.prompt) for one in prompts], np.uint64))
+
+
+def normalised(prompt: Text) -> str:
+    """A prompt's words without case, spaces, and the way that its turns are written, so that equal ones compare equal.
+
+    Example:
+      >>> normalised([{"role": "user", "content": "Why  is\\nit BLUE?"}]) == normalised("\\n\\nHuman: why is it blue?"
+      ...                                                                        "\\n\\nAssistant:")
+      True
+    """
+    if not isinstance(prompt, str):
+        prompt = "\n".join(message["content"] for message in prompt)
+    prompt = re.sub(r"\n\n(Human|Assistant):", "\n", prompt)
+    return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
+
+
+def prompt_key(prompt: Text) -> int:
+    """64 bits of the normalised prompt."""
+    return int.from_bytes(hashlib.blake2b(normalised(prompt).encode(), digest_size=8).digest(), "big")
+
+
+def leaked(pairs: Pairs, keys: np.ndarray) -> np.ndarray:
+    """[P] bool: which pairs have a prompt with one of these keys."""
+    return np.isin(pairs.prompt_key, keys)
+
+
+def in_proportion(numbers: np.ndarray, weights: Sequence[float | None], seed: int) -> np.ndarray:
+    """Chooses pairs such that the sources' shares are as their weights.
+
+    Args:
+      numbers: [P], the source of each pair.
+      weights: of the sources, by number; all None takes everything.
+      seed: of which pairs of a source are taken.
+
+    Returns:
+      The numbers of the pairs chosen, in order: as many as there can be without one twice.
+
+    Raises:
+      UserError: a source has no pair.
+
+    Example:
+      >>> in_proportion(np.array([0, 0, 0, 0, 1, 1]), [1, 1], seed=0)[-2:]
+      array([4, 5])
+    """
+    share = np.array([weight or 0.0 for weight in weights], np.float64)
+    if not share.any():
+        return np.arange(len(numbers))
+    there = np.bincount(numbers, minlength=len(share))
+    if (there[share > 0] == 0).any():
+        raise UserError(f"no pair is left of source {int(np.argmax((share > 0) & (there == 0)))} of data.mix")
+    share /= share.sum()
+    total = (there[share > 0] / share[share > 0]).min()
+    take = np.minimum(np.floor(total * share + 0.5).astype(np.int64), there)
+    chosen = [
+        np.flatnonzero(numbers == source)[np.random.default_rng((seed, source)).permutation(there[source])[:count]]
+        for source, count in enumerate(take)
+    ]
+    return np.sort(np.concatenate(chosen))
