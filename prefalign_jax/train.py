@@ -454,7 +454,7 @@ def tokenized_sources(
     Returns:
       (the pairs, those of the held-out prompts marked; for 'training' and 'held out' what each source lost by reason).
     """
-    data, kind = config.data, record_kind(loss)
+    data, seed, kind = config.data, config.seed, record_kind(loss)
     options = dict(max_length=config.max_length, too_long=config.too_long, keep_end=data.keep_end)
     drawn = data.eval_fraction, data.flip_labels, data.eval_limit if data.eval_fraction else None
     path = None
@@ -464,7 +464,7 @@ def tokenized_sources(
             sources=list(map(source_digest, sources)), kind=kind, drawn=drawn, ascii=data.ascii_quotes, **options
         )
         if any(drawn) or any(source.fraction < 1 for source in sources):
-            what["seed"] = config.seed
+            what["seed"] = seed
         path = directory / f"{token_key(tokenizer, **what)}.arrow"
 
     def make() -> Made:
@@ -473,25 +473,26 @@ def tokenized_sources(
         rows = [count_rows(source.name, source.part) for source in sources]
         progress = Progress(None if None in rows else sum(rows), f"{which} record")
         done = itertools.count(1)
+        fraction, limit, flip, ascii_ = data.eval_fraction, data.eval_limit, data.flip_labels, data.ascii_quotes
 
         def records() -> Iterator[Record]:
             held = 0
             for number, source in enumerate(sources):
                 part, empty = "held out" if source.use == "eval" else "training", True
-                for record in source_records(source, number, counts[part][number], seed=config.seed, **kind):
+                for record in source_records(source, number, counts[part][number], seed=seed, **kind):
                     empty = False
                     if (count := next(done)) % 1024 == 0 and count > SHOWN:
                         progress.update(count)
-                    if source.use == "train" and draw_number(config.seed, record.prompt) < data.eval_fraction:
+                    if fraction and source.use == "train" and draw_number(seed, record.prompt) < fraction:
                         held += 1
-                        if data.eval_limit and held > data.eval_limit:
+                        if limit and held > limit:
                             continue
                         record = record._replace(held_out=True)
-                    if data.flip_labels and not record.held_out:
-                        (record,), flipped = flip_labels([record], data.flip_labels, config.seed)
+                    if flip and not record.held_out:
+                        (record,), flipped = flip_labels([record], flip, seed)
                         counts["flipped"] += flipped
                         counts["to flip"] += 1
-                    yield ascii_quotes(record) if data.ascii_quotes else record
+                    yield ascii_quotes(record) if ascii_ else record
                 if empty:
                     reasons = listed(counts[part][number]).replace("none", "there was no row")
                     raise UserError(f"{source.name}: no record is left ({reasons})")

@@ -5,10 +5,12 @@ Prints a small table and writes it as JSON, with the options and the versions th
 
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,12 +25,15 @@ import ml_dtypes
 import numpy as np
 import optax
 import tokenizers
+import transformers
 from safetensors.numpy import save_file
 
 import prefalign_jax
 from prefalign_jax import cli
+from prefalign_jax.config import defaults, loss_of
+from prefalign_jax.data.chat import load_tokenizer
 from prefalign_jax.data.packing import Layout, lengths_of
-from prefalign_jax.data.pipeline import balanced, batch_of, make_pair_set
+from prefalign_jax.data.pipeline import balanced, batch_of, make_pair_set, train_batches
 from prefalign_jax.data.records import read_records
 from prefalign_jax.files import whole, write_json
 from prefalign_jax.flops import count_flops
@@ -41,6 +46,7 @@ from prefalign_jax.models.quantize import quantize_params
 from prefalign_jax.names import choose, hyper_parameters
 from prefalign_jax.sampling import Sampling
 from prefalign_jax.sharding import make_mesh, param_shardings
+from prefalign_jax.train import load_pairs
 from prefalign_jax.train_step import init_state, make_train_step
 from prefalign_jax.types import Pair, TrainState, UserError
 
@@ -529,12 +535,96 @@ def memory(*, model: str = "", pairs: int = 16, length: int = 64, remat: str = "
     return out
 
 
+def data(*, pairs: float = 1e6, max_length: int = 512, keep: str = "") -> dict[str, Any]:
+    """A file of made-up pairs -> the first batch, read and tokenized, and again from the cache, in a process each.
+
+    Args:
+      pairs: in the file, about 110 tokens each.
+      max_length: longer pairs are left out.
+      keep: directory for the file and the cache, or where an earlier run left them; none is a temporary one.
+
+    Returns:
+      For both seconds to the first batch, by the clock and of all processors, imports left out, and peaks of memory, imports included. File-backed memory
+      is mapped from the files, and free for others to take.
+    """
+    if pairs < 16 or max_length < 2:
+        raise UserError(f"--pairs={pairs:g} must be at least 16 and --max_length={max_length} at least 2")
+    with contextlib.ExitStack() as stack:
+        directory = Path(keep or stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
+        file = directory / f"{int(pairs)}.jsonl"
+        write_pairs(directory, file, int(pairs))
+        out: dict[str, Any] = {"file, GiB": file.stat().st_size / GIB}
+        for name in ("made", "cached"):
+            step = dict(path=str(file), max_length=max_length, made=name == "made", devices=1)
+            found, anonymous, mapped = measured("data_step", **step)
+            out |= {f"{name}: {key}": value for key, value in found.items()}
+            out[f"{name}: peak anonymous memory, GiB"] = anonymous / GIB
+            out[f"{name}: peak file-backed memory, GiB"] = mapped / GIB
+    return out
+
+
+def write_pairs(directory: Path, file: Path, count: int) -> None:
+    """A file of made-up preference pairs of different lengths and a tokenizer beside it, unless they are there."""
+    if file.exists() and (directory / "tokenizer").exists():
+        return
+    rng = np.random.default_rng(0)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    words = ["".join(rng.choice(letters, rng.integers(2, 9))) for _ in range(5000)]
+    often = rng.zipf(1.3, 400_000) % len(words)
+    sentences = [" ".join(words[i] for i in often[at : at + rng.integers(5, 20)]) + "." for at in range(0, 380_000, 20)]
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=8192, special_tokens=["</s>"], initial_alphabet=alphabet)
+    bpe.train_from_iterator(sentences, trainer)
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>")
+    wrapped.save_pretrained(directory / "tokenizer")
+
+    def text(most: int) -> str:
+        return " ".join(sentences[i] for i in rng.integers(0, len(sentences), rng.integers(1, most + 1)))
+
+    with whole(file) as part, part.open("w", encoding="utf-8") as out:
+        for number in range(count):
+            row = {"prompt": f"Question {number}. {text(5)}", "chosen": f" {text(4)}", "rejected": f" {text(4)}"}
+            out.write(json.dumps(row) + "\n")
+
+
+def data_step(path: str, max_length: int, made: bool, devices: int) -> dict[str, Any]:
+    """Seconds to the first batch of a file of pairs, and what the batches after it take."""
+    directory = Path(path).parent
+    config = defaults("dpo")
+    config.data.path, config.data.cache_dir, config.max_length = path, str(directory / "cache"), max_length
+    if made:
+        shutil.rmtree(directory / "cache", ignore_errors=True)
+    began, busy = time.perf_counter(), time.process_time()
+    tokenizer = load_tokenizer(directory / "tokenizer")
+    pairs = load_pairs(config, loss_of(config), tokenizer).training
+    loaded = time.perf_counter()
+    set_ = make_pair_set(pairs, config.batch_size)
+    batches = train_batches(set_, seed=0, shuffle=True, start=0, stop=max(1, len(pairs) // config.batch_size))
+    next(batches)
+    first, busy = time.perf_counter(), time.process_time() - busy
+    more = sum(1 for _ in itertools.islice(batches, 1000))
+    rate = more * config.batch_size / (time.perf_counter() - first)
+    tokens = int(pairs.length.sum())
+    return {
+        "pairs": len(pairs),
+        "tokens, millions": tokens / 1e6,
+        "seconds to the pairs": loaded - began,
+        "seconds to the first batch": first - began,
+        "processor seconds to it": busy,
+        "pairs a second after it": rate,
+    }
+
+
 BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "import": import_,
     "memory": memory,
     "decode": decode,
     "train": train,
     "pack": pack,
+    "data": data,
     "cost": cost,
 }
 
@@ -663,6 +753,7 @@ STEPS: dict[str, Callable[..., dict[str, Any]]] = {
     "load": load,
     "decode_side": decode_step,
     "pack_step": pack_step,
+    "data_step": data_step,
     "cost_step": cost_step,
 }
 

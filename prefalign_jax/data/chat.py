@@ -13,7 +13,7 @@ from __future__ import annotations
 import collections
 import itertools
 import os.path
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -154,32 +154,40 @@ def iter_pairs(
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-sequence token, so no response would ever end")
     prefix = _prefix(tokenizer)
-    eos, special = tokenizer.eos_token_id, _special_ids(tokenizer)
+    eos, bos, special = tokenizer.eos_token_id, tokenizer.bos_token_id, _special_ids(tokenizer)
+    encode = _encoder(tokenizer)
 
     def pairs() -> Iterator[tuple[Record, Pair | str]]:
         for batch in _batched(records):
             texts = [text for record in batch for text in _texts(record, tokenizer)]
             # Without special tokens: a template writes its own, and of text we know better where BOS and EOS belong.
-            encoded = iter(
-                tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
-            )
+            encoded = iter(encode(texts))
             for record in batch:
                 ids = [next(encoded) for _ in range(3 if record.rejected else 2)]
                 chat = not isinstance(record.prompt, str)
                 if not chat and ids[1][: len(prefix)] != prefix:
                     ids = [prefix + x for x in ids]
                 n = len(os.path.commonprefix(ids))
-                responses = [_ended(x[n:], tokenizer, special if chat else {eos}, keep_end) for x in ids[1:]]
+                responses = [_ended(x[n:], tokenizer, eos, special if chat else {eos}, keep_end) for x in ids[1:]]
                 if any(response.count(eos) > 1 for response in responses):
                     yield record, "end token inside the response"  # nothing may be trained after it
                     continue
-                pair = _fit(ids[1][:n], responses, max_length, too_long, tokenizer.bos_token_id)
+                pair = _fit(ids[1][:n], responses, max_length, too_long, bos)
                 if not isinstance(pair, str):
                     about = dict(weight=record.weight, margin=record.margin, label=record.label, where=record.where)
                     pair = Pair(*(np.asarray(x, np.int32) for x in pair), **about)
                 yield record, pair
 
     return pairs()
+
+
+def _encoder(tokenizer: Tokenizer) -> Callable[[list[str]], list[list[int]]]:
+    """Texts -> their ids without special tokens, in as many threads as there are processors."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+    tokenizer("")  # leaves the backend without truncation and padding
+    return lambda texts: [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _batched(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -265,9 +273,8 @@ def _join(prompt: Messages, response: Messages) -> Messages:
     return [*before, {**begun, "content": begun["content"] + response[0]["content"]}, *response[1:]]
 
 
-def _ended(response: list[int], tokenizer: Tokenizer, ends: set[int], keep_end: bool) -> list[int]:
+def _ended(response: list[int], tokenizer: Tokenizer, eos: int, ends: set[int], keep_end: bool) -> list[int]:
     """The response with one EOS at its end; if a token of `ends` is last but for whitespace, that whitespace is cut."""
-    eos = tokenizer.eos_token_id
     last = next((i for i in reversed(range(len(response))) if response[i] in ends), None)
     if last is None or tokenizer.decode(response[last + 1 :]).strip():
         return [*response, eos]

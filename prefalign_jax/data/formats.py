@@ -64,10 +64,10 @@ def detect(row: Row, pairs: bool = True) -> str:
       >>> detect({"history": "Q", "human_ref_A": "a", "human_ref_B": "b", "labels": 1})
       'shp'
     """
+    there = {field for field, value in row.items() if value is not None}
     for name, one in FORMATS.items():
-        if all(row.get(field) is not None for field in one.fields) and (pairs or not one.pairs):
-            if not any(row.get(field) is not None for field in one.without):
-                return name
+        if there.issuperset(one.fields) and there.isdisjoint(one.without) and (pairs or not one.pairs):
+            return name
     return "common"
 
 
