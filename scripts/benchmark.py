@@ -544,8 +544,8 @@ def data(*, pairs: float = 1e6, max_length: int = 512, keep: str = "") -> dict[s
       keep: directory for the file and the cache, or where an earlier run left them; none is a temporary one.
 
     Returns:
-      For both seconds to the first batch, by the clock and of all processors, imports left out, and peaks of memory, imports included. File-backed memory
-      is mapped from the files, and free for others to take.
+      For both seconds to the first batch, by the clock and of all processors, imports left out, and peaks of memory,
+      imports included. File-backed memory is mapped from the files, and free for others to take.
     """
     if pairs < 16 or max_length < 2:
         raise UserError(f"--pairs={pairs:g} must be at least 16 and --max_length={max_length} at least 2")
