@@ -124,6 +124,9 @@ OPTIONS = [  # what is written, in which experiment, what the line must say
     ("data.eval_fraction=1", "dpo", "data.eval_fraction=1.0 [0, 1)"),
     ("data.eval_fraction=0.1 data.eval_path=x", "dpo", "data.eval_path data.eval_fraction set one"),
     ("data.eval_path=absent.jsonl", "dpo", "absent.jsonl no such file"),
+    ('data.mix=({"path":"x"},)', "dpo", "data.path data.mix both set"),
+    ("data.format=hsp", "dpo", "data.format='hsp' mean 'shp'"),
+    ("data.leaks=drop", "dpo", "data.leaks='drop' held-out"),
     ("checkpoint.best_metric=eval/loss", "dpo", "checkpoint.best_metric data.eval_path data.eval_fraction"),
     ("checkpoint.best_mode=mim", "dpo", "checkpoint.best_mode='mim' mean 'min'"),
     ("reference.path=absent", "dpo", "'absent' directory hub"),
@@ -154,6 +157,16 @@ DATA = {  # a file's name -> (its rows, what the line must say besides the name)
     "broken.parquet": (["nothing of the sort"], "row 1: readable Parquet"),
     "broken.jsonl.gz": (["nothing of the sort"], "row 1: readable gzip"),
     "absent.jsonl": (None, "no such file"),
+    "twice.jsonl": (
+        [PAIRS[0], '{"prompt": "a", "chosen": "b", "chosen": "c", "rejected": "d"}'],
+        "row 2: 'chosen' twice",
+    ),
+    "surrogate.jsonl": ([PAIRS[0] | {"chosen": "\ud83d"}], "row 1: 'chosen': Unicode"),
+    "nan.jsonl": ([PAIRS[0], PAIRS[1] | {"chosen": float("nan")}], "row 2: 'chosen': string nan"),
+    "nulls.jsonl": ([CHAT[0] | {"chosen": [{"role": "assistant", "content": None}]}], "row 1: 'chosen[0].content':"),
+    "mixed.jsonl": ([PAIRS[0], CHAT[0] | {"chosen": "a"}], "row 2: 'rejected': string 'chosen'"),
+    "cut.json": (["[" + json.dumps(PAIRS[0]) + ","], "row 2: JSON array"),
+    "labels.jsonl": ([{"history": "a", "human_ref_A": "b", "human_ref_B": "c", "labels": 3}], "row 1: 'labels': 0, 1"),
 }
 
 

@@ -1,6 +1,8 @@
+import collections
 import gzip
 import json
 import math
+import random
 
 import pytest
 
@@ -277,6 +279,34 @@ def test_each_reason_is_counted_and_the_rest_is_kept(tmp_path):
     records, dropped = read(tmp_path, *rows)
     assert [record[0] for record in records] == ["p", "last"]
     assert dropped == {"prompts differ": 2, "identical responses": 1, "empty response": 3}
+
+
+def test_dropped_transcripts_are_those_that_another_way_of_counting_finds(tmp_path):
+    """Rows of HH-RLHF's form; counted turn by turn, not by where a marker stands last."""
+    rng = random.Random(0)
+
+    def transcript(questions, answers):
+        turns = zip(questions, answers, strict=True)
+        return "".join(f"\n\nHuman: {question}\n\nAssistant:{answer}" for question, answer in turns)
+
+    rows, wanted, kept = [], collections.Counter(), []
+    for i in range(400):
+        questions = [f"q{i}.{j}" for j in range(rng.randint(1, 3))]
+        before = [f" a{j}" for j in range(len(questions) - 1)]
+        last = [rng.choice([f" x{i}", f" y{i}", f" z{i}", "", " ", "\n"]) for _ in range(2)]
+        others = [q if rng.random() < 0.9 else q + "?" for q in questions]
+        rows.append({"chosen": transcript(questions, [*before, last[0]]),
+                     "rejected": transcript(others, [*before, last[1]])})  # fmt: skip
+        if questions != others:
+            wanted["prompts differ"] += 1
+        elif not last[0].split() or not last[1].split():
+            wanted["empty response"] += 1
+        elif last[0] == last[1]:
+            wanted["identical responses"] += 1
+        else:
+            kept.append((transcript(questions, [*before, ""]), *last))
+    assert min(wanted.values()) > 10
+    assert read(tmp_path, *rows) == (kept, wanted)
 
 
 def test_a_conversation_is_never_cut_by_the_other_sides_length(tmp_path):
