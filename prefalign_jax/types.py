@@ -1,6 +1,7 @@
 """Records that travel between the parts, and the shape letters every docstring uses.
 
 B  pairs in a batch             R  packed rows            L  tokens in a row
+P  pairs in a data set
 G  groups of rows, one for each data-parallel shard (R is a multiple of G)
 T  trained tokens in a group    N  any number of tokens
 A  tiles of attention in a group
