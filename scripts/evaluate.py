@@ -67,6 +67,7 @@ OPTIONS = {
     "max_length": ("integer", None, f"Tokens of prompt + longer response; {LENGTH}, or as many as the models take"),
     "too_long": ("string", "drop", "What happens to longer pairs: drop, truncate_prompt, truncate_response"),
     "split": ("string", "test", "Part of a hub data set or a directory"),
+    "format": ("string", None, "Of the rows, a key of data/formats.py; told from their fields by default"),
     "limit": ("integer", None, "Records to read"),
     "eval_fraction": ("float", 0.0, "Measure only the prompts that a run with this data.eval_fraction held out"),
     "seed": ("integer", 0, "Of that run, and of the examples at random"),
@@ -79,7 +80,7 @@ OPTIONS = {
 }
 # Those that are fields of an experiment.
 FIELDS = ("too_long", "seed", "batch_size", "dtype")
-DATA_FIELDS = ("split", "limit", "eval_fraction", "chat_template", "ascii_quotes", "keep_end")
+DATA_FIELDS = ("split", "format", "limit", "eval_fraction", "chat_template", "ascii_quotes", "keep_end")
 
 
 class Model(NamedTuple):
@@ -154,7 +155,9 @@ def exported(path: str) -> str:
 def read(config: ConfigDict, loss: BoundLoss, tokenizer: Any, columns: Sequence[str]) -> tuple[list, list, dict]:
     """(records, pairs, dropped counts by reason)."""
     data = config.data
-    records, dropped = read_records(data.path, split=data.split, limit=data.limit, columns=columns, **record_kind(loss))
+    records, dropped = read_records(
+        data.path, split=data.split, format=data.format, limit=data.limit, columns=columns, **record_kind(loss)
+    )
     if data.eval_fraction:
         records = split_by_prompt(records, data.eval_fraction, config.seed)[1]
     if data.ascii_quotes:
