@@ -226,3 +226,19 @@ def test_trl_and_ours_start_with_the_same_losses(script, loss):
     pytest.importorskip("trl")
     found = script.train(peer="trl", loss=loss, lengths="12+8", shape="tiny", pairs=2, steps=3, rounds=1)
     assert found["largest difference of a loss"] < 1e-4
+
+
+def test_data_gives_the_same_batches_made_and_cached(script, tmp_path):
+    file = tmp_path / "40.jsonl"
+    script.write_pairs(tmp_path, file, 40)
+    before = file.read_bytes()
+    made, cached = (script.data_step(str(file), 512, made, 1) for made in (True, False))
+    assert made["pairs"] == cached["pairs"] == 40 and made["tokens, millions"] == cached["tokens, millions"] > 0
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    for found in (made, cached):
+        assert 0 < found["seconds to the pairs"] < found["seconds to the first batch"]
+        assert found["processor seconds to it"] > 0 and found["pairs a second after it"] > 0
+    script.write_pairs(tmp_path, file, 40)  # made once
+    assert file.read_bytes() == before
+    with pytest.raises(UserError, match="--pairs=3 must be at least 16"):
+        script.data(pairs=3)
