@@ -173,6 +173,15 @@ def test_progress_of_a_resumed_run_counts_only_its_own_steps(clock):
     assert stream.getvalue().splitlines()[-1].endswith("0:01:30 left")
 
 
+def test_progress_towards_nobody_knows_what_is_a_count(clock):
+    stream = io.StringIO()
+    progress = metrics.Progress(None, "record", every=0.0, stream=stream)
+    for count in (1, 1000):
+        progress.update(count)
+        clock[0] += 10.0
+    assert stream.getvalue().splitlines() == ["record 1", "record 1000"]
+
+
 def test_memory_is_in_gib():
     memory = metrics.device_memory()
     assert list(memory) == ["memory/host_peak_gib"]  # jax's CPU devices report none

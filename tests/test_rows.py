@@ -10,7 +10,7 @@ import pytest
 
 from prefalign_jax.data import rows as rows_
 from prefalign_jax.data.records import read_records
-from prefalign_jax.data.rows import LARGEST_ROW, content_digest, json_rows, read_rows
+from prefalign_jax.data.rows import LARGEST_ROW, content_digest, count_rows, json_rows, read_rows
 from prefalign_jax.types import UserError
 
 PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
@@ -198,11 +198,24 @@ def test_the_digest_is_of_the_content_and_the_names_of_the_files(tmp_path):
         content_digest(tmp_path / "missing.jsonl")
 
 
+def test_rows_are_counted_where_that_costs_little(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    files = {"a.jsonl": LINE * 3, "b.jsonl.gz": gzip.compress(LINE), "c.json": array(PAIR)}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    parquet.write_table(pyarrow.Table.from_pylist([PAIR] * 5), tmp_path / "d.parquet")
+    counts = {name: count_rows(tmp_path / name) for name in (*files, "d.parquet", "missing.jsonl")}
+    assert counts == {"a.jsonl": 3, "b.jsonl.gz": None, "c.json": None, "d.parquet": 5, "missing.jsonl": None}
+    assert count_rows(tmp_path) is None
+    (tmp_path / "b.jsonl.gz").unlink(), (tmp_path / "c.json").unlink()
+    assert count_rows(tmp_path) == 8
+
+
 def test_the_digest_of_a_saved_data_set(tmp_path):
     datasets = pytest.importorskip("datasets")
     for name, rows in (("one", [PAIR]), ("same", [PAIR]), ("two", [PAIR, PAIR])):
         datasets.Dataset.from_list(rows).save_to_disk(tmp_path / name)
     digests = [content_digest(tmp_path / name) for name in ("one", "same", "two")]
     assert digests[0] != digests[2] and len(digests[0]) == 64
-    assert [row for _, row in read_rows(tmp_path / "two")] == [PAIR, PAIR]
+    assert [row for _, row in read_rows(tmp_path / "two")] == [PAIR, PAIR] and count_rows(tmp_path / "two") == 2
     assert math.isfinite(len(digests[1]))
