@@ -266,6 +266,18 @@ def test_a_prompt_that_only_looks_different_is_not_kept_for_training_beside_its_
     assert len(training) + len(held_out) + data.dropped["training"]["prompt held out"] == 200
 
 
+def test_from_the_cache_no_row_is_read_and_a_changed_file_is_read_again(load, tmp_path, monkeypatch, capsys):
+    path = write(tmp_path / "a.jsonl", [pair(f"p{i}") for i in range(30)] + [{**pair("x"), "rejected": " "}])
+    made = load(path=path, eval_fraction=0.2)
+    said = capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "source_records", lambda *_, **__: pytest.fail("read again"))
+        cached = load(path=path, eval_fraction=0.2)
+        assert cached[:2] == made[:2] and capsys.readouterr().err == said and "1 empty response" in said
+    write(tmp_path / "a.jsonl", [pair(f"q{i}") for i in range(30)])
+    assert load(path=path, eval_fraction=0.2)[0][0].startswith("q")
+
+
 # Mistakes.
 
 
