@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, overload
 
 import numpy as np
@@ -16,6 +16,8 @@ import numpy as np
 from prefalign_jax.types import Pair
 
 PARTS = ("prompt", "chosen", "rejected")
+
+_BLOCK = 1024  # pairs made into objects at once
 
 
 class Origin(NamedTuple):
@@ -70,15 +72,23 @@ class Pairs(Sequence[Pair]):
             return self.select(np.arange(len(self))[index])
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        parts = zip(self.buffer[index].tolist(), self.start[index].tolist(), self.length[index].tolist(), strict=True)
-        ids = [self.buffers[buffer][start : start + length] for buffer, start, length in parts]
-        about = self.weight[index].item(), self.margin[index].item(), self.label[index].item(), self.where(index)
-        return Pair(*ids, *about)
+        return self.some(np.array([index]))[0]
 
-    def where(self, index: int) -> str:
-        """The pair's `where`, 'FILE, row N'."""
-        place, row = self.places[self.place[index]], self.row[index]
-        return f"{place}, row {row}" if row >= 0 else place
+    def __iter__(self) -> Iterator[Pair]:
+        for start in range(0, len(self), _BLOCK):
+            yield from self.some(np.arange(start, min(start + _BLOCK, len(self))))
+
+    def some(self, index: np.ndarray) -> list[Pair]:
+        """Those with these numbers, as objects; quicker than one by one."""
+        buffer, start, end = self.buffer[index], self.start[index], self.start[index] + self.length[index]
+        about = self.weight[index], self.margin[index], self.label[index], self.place[index], self.row[index]
+        out = []
+        for b, i, j, weight, margin, label, place, row in zip(
+            *(column.tolist() for column in (buffer, start, end, *about)), strict=True
+        ):
+            ids = [self.buffers[b[side]][i[side] : j[side]] for side in range(3)]
+            out.append(Pair(*ids, weight, margin, label, _where(self.places[place], row)))
+        return out
 
     def select(self, index: np.ndarray) -> Pairs:
         """Those with these numbers, in this order."""
@@ -175,6 +185,10 @@ def digest_of_pair(pair: Pair) -> bytes:
 
 def _digests(pairs: Sequence[Pair]) -> np.ndarray:
     return np.frombuffer(b"".join(map(digest_of_pair, pairs)), np.uint64).reshape(-1, 2)
+
+
+def _where(place: str, row: int) -> str:
+    return f"{place}, row {row}" if row >= 0 else place
 
 
 def _split_where(where: str) -> tuple[str, int]:

@@ -98,7 +98,7 @@ def batch_of(data: PairSet, index: np.ndarray, means: np.ndarray | None = None) 
       A batch of NumPy arrays with M as leading axis.
     """
     batch = pack(
-        [data.pairs[i] for i in index],
+        as_pairs(data.pairs).some(np.asarray(index)),
         index,
         data.batch_size,
         data.shapes,
