@@ -539,7 +539,7 @@ def data(*, pairs: float = 1e6, max_length: int = 512, keep: str = "") -> dict[s
     """A file of made-up pairs -> the first batch, read and tokenized, and again from the cache, in a process each.
 
     Args:
-      pairs: in the file, about 110 tokens each.
+      pairs: in the file, about 70 tokens each.
       max_length: longer pairs are left out.
       keep: directory for the file and the cache, or where an earlier run left them; none is a temporary one.
 
@@ -586,7 +586,7 @@ def write_pairs(directory: Path, file: Path, count: int) -> None:
 
     with whole(file) as part, part.open("w", encoding="utf-8") as out:
         for number in range(count):
-            row = {"prompt": f"Question {number}. {text(5)}", "chosen": f" {text(4)}", "rejected": f" {text(4)}"}
+            row = {"prompt": f"Question {number}. {text(3)}", "chosen": f" {text(2)}", "rejected": f" {text(2)}"}
             out.write(json.dumps(row) + "\n")
 
 

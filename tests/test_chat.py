@@ -227,17 +227,17 @@ def test_truncating_a_prompt_keeps_bos(variant):
 
 
 def test_weight_and_order_and_no_more_read_than_asked_for(tokenizer):
-    """Of an iterator too, a batch at a time."""
+    """Of an iterator too, a batch at a time and one ahead."""
     read = []
 
     def records():
-        for i in range(3000):
+        for i in range(5000):
             read.append(i)
             yield Record(f"{SKY} {i}", BLUE, NO, weight=1.0 + i)
 
     pairs = iter_pairs(records(), tokenizer, max_length=64)
     found = [next(pairs) for _ in range(1500)]
-    assert len(read) == 2048
+    assert len(read) == 3 * 1024
     assert [pair.weight for _, pair in found] == [1.0 + i for i in range(1500)]
     assert all(pair.weight == record.weight for record, pair in found)
     assert tokenizer.decode(found[1499][1].prompt) == f"{SKY} 1499"

@@ -14,6 +14,7 @@ import collections
 import itertools
 import os.path
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -157,32 +158,45 @@ def iter_pairs(
     eos, bos, special = tokenizer.eos_token_id, tokenizer.bos_token_id, _special_ids(tokenizer)
     encode = _encoder(tokenizer)
 
+    def finished(batch: list[Record], texts_ids: Iterable[list[int]]) -> Iterator[tuple[Record, Pair | str]]:
+        encoded = iter(texts_ids)
+        for record in batch:
+            ids = [next(encoded) for _ in range(3 if record.rejected else 2)]
+            chat = not isinstance(record.prompt, str)
+            if not chat and ids[1][: len(prefix)] != prefix:
+                ids = [prefix + x for x in ids]
+            n = len(os.path.commonprefix(ids))
+            responses = [_ended(x[n:], tokenizer, eos, special if chat else {eos}, keep_end) for x in ids[1:]]
+            if any(response.count(eos) > 1 for response in responses):
+                yield record, "end token inside the response"  # nothing may be trained after it
+                continue
+            pair = _fit(ids[1][:n], responses, max_length, too_long, bos)
+            if not isinstance(pair, str):
+                about = dict(weight=record.weight, margin=record.margin, label=record.label, where=record.where)
+                pair = Pair(*(np.asarray(x, np.int32) for x in pair), **about)
+            yield record, pair
+
     def pairs() -> Iterator[tuple[Record, Pair | str]]:
-        for batch in _batched(records):
-            texts = [text for record in batch for text in _texts(record, tokenizer)]
-            # Without special tokens: a template writes its own, and of text we know better where BOS and EOS belong.
-            encoded = iter(encode(texts))
-            for record in batch:
-                ids = [next(encoded) for _ in range(3 if record.rejected else 2)]
-                chat = not isinstance(record.prompt, str)
-                if not chat and ids[1][: len(prefix)] != prefix:
-                    ids = [prefix + x for x in ids]
-                n = len(os.path.commonprefix(ids))
-                responses = [_ended(x[n:], tokenizer, eos, special if chat else {eos}, keep_end) for x in ids[1:]]
-                if any(response.count(eos) > 1 for response in responses):
-                    yield record, "end token inside the response"  # nothing may be trained after it
-                    continue
-                pair = _fit(ids[1][:n], responses, max_length, too_long, bos)
-                if not isinstance(pair, str):
-                    about = dict(weight=record.weight, margin=record.margin, label=record.label, where=record.where)
-                    pair = Pair(*(np.asarray(x, np.int32) for x in pair), **about)
-                yield record, pair
+        # While the tokenizer's threads are at one batch the next is read and the one before is finished.
+        with ThreadPoolExecutor(1) as pool:
+            waiting = None
+            for batch in _batched(records):
+                texts = [text for record in batch for text in _texts(record, tokenizer)]
+                job = pool.submit(encode, texts)
+                if waiting:
+                    yield from finished(waiting[0], waiting[1].result())
+                waiting = batch, job
+            if waiting:
+                yield from finished(waiting[0], waiting[1].result())
 
     return pairs()
 
 
 def _encoder(tokenizer: Tokenizer) -> Callable[[list[str]], list[list[int]]]:
-    """Texts -> their ids without special tokens, in as many threads as there are processors."""
+    """Texts -> their ids without special tokens, in as many threads as there are processors.
+
+    A template writes its own special tokens, and of text we know better where BOS and EOS belong.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
