@@ -307,6 +307,12 @@ def test_from_the_cache_no_row_is_read_and_a_changed_file_is_read_again(load, tm
         (({"path": "a"},), {"path": "b"}, "data.path='b' and data.mix are both set"),
         (({"path": "a"},), {"eval_path": "b"}, "data.eval_path='b' and data.mix are both set"),
         (({"path": "a"},), {"limit": 3}, "data.limit=3 and data.mix are both set"),
+        (({"path": "a"}, {"path": "b", "use": "eval"}), {"eval_limit": 3}, "data.eval_limit=3 and data.mix are both"),
+        (
+            ({"path": "a"}, {"path": "b", "use": "eval"}),
+            {"eval_split": "x"},
+            "data.eval_split='x' and data.mix",
+        ),
         (
             ({"path": "a"}, {"path": "b", "use": "eval"}),
             {"eval_fraction": 0.1},

@@ -95,7 +95,17 @@ def sources_of(data: Mapping[str, Any]) -> list[Source]:
         if data["format"] is not None:
             choose("data.format", data["format"], FORMATS)
         return sources
-    for name, unset in (("path", None), ("split", "train"), ("limit", None), ("format", None), ("eval_path", None)):
+    of_sources = {
+        "path": None,
+        "split": "train",
+        "limit": None,
+        "format": None,
+        "eval_path": None,
+        "eval_split": "test",
+    }
+    if not data["eval_fraction"]:
+        of_sources["eval_limit"] = None
+    for name, unset in of_sources.items():
         if data[name] != unset:
             raise UserError(f"data.{name}={data[name]!r} and data.mix are both set; write it into a source of data.mix")
     sources = [_source(fields, f"data.mix[{i}]") for i, fields in enumerate(data["mix"])]
