@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from prefalign_jax.config import defaults, loss_of
@@ -50,7 +50,7 @@ def read_back(batch):
     for m in range(len(batch.index)):
         one = jax.tree.map(lambda x, m=m: x[m], batch._replace(reference=None))
         groups, length = len(one.source), one.tokens.shape[1]
-        rows = {n: getattr(one, n).reshape(groups, -1) for n in ("tokens", "segments", "branches")}
+        rows = {n: getattr(one, n).reshape(groups, -1) for n in ("tokens", "segments", "branches", "positions")}
         sides = [{} for _ in one.index]
         for g in range(groups):
             for source, target, slot in zip(one.source[g], one.target[g], one.slot[g], strict=True):
@@ -62,7 +62,11 @@ def read_back(batch):
                     prompt = rows["tokens"][g][at : at + length][mine & (rows["branches"][g][at : at + length] == 0)]
                     sides[pair].setdefault("prompt", prompt.tolist())
                     assert sides[pair]["prompt"] == prompt.tolist()
-                    sides[pair].setdefault(side, []).append(int(target))
+                    ids = sides[pair].setdefault(side, [])
+                    # Each token is predicted from the one before it, the first from the last of the prompt.
+                    assert rows["positions"][g][source] == len(prompt) - 1 + len(ids)
+                    assert rows["tokens"][g][source] == (ids or prompt.tolist())[-1]
+                    ids.append(int(target))
         found += [(int(i), s["prompt"], s[CHOSEN], s[REJECTED]) for i, s in zip(one.index, sides, strict=True)]
     return found
 
@@ -72,7 +76,12 @@ def directory(tmp_path_factory):
     return tmp_path_factory.mktemp("rows")
 
 
-@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+NO_SHRINKING = [Phase.explicit, Phase.reuse, Phase.generate]  # an example is small, and costs a quarter of a second
+
+
+@settings(
+    deadline=None, max_examples=12, phases=NO_SHRINKING, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     given_rows=ROWS,
     size=st.sampled_from([(2, 1), (4, 2)]),
