@@ -58,7 +58,7 @@ def test_the_benchmark_that_was_hit_is_named(tmp_path):
     rows = [Record(text(*range(15)), "a", "b"), Record("free", "a", "b"), Record(text(*range(15, 30)), "a", "b")]
     kept, counts = contamination(rows, [], benchmarks=f"{files[0]}, {files[1]}")
     assert kept == rows[1:2]
-    assert counts == {f"in benchmark {file}": 1 for file in files}
+    assert counts == {f"in benchmark {file.name}": 1 for file in files}
 
 
 def test_a_benchmark_that_is_not_there_is_an_error(tmp_path):

@@ -116,7 +116,7 @@ def test_training_prompts_that_are_held_out_are_found(data, tmp_path):
     assert dropped == {"contamination": {"in a held-out prompt": 2}}
     fields = {"data.clean": "contamination", "data.cleaning.contamination.benchmarks": str(held_out)}
     found = loaded(config_of(data, **fields))
-    assert found.stages["training"][1].dropped == {f"in benchmark {held_out}": 2}
+    assert found.stages["training"][1].dropped == {"in benchmark test.jsonl": 2}
     assert [(one.role, one.name) for one in found.read_from] == [("training", str(data)), ("benchmark", str(held_out))]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from prefalign_jax.data.records import Record, Text, read_prompts
@@ -58,11 +59,13 @@ def contamination(
 
     Source: Brown et al., arXiv 2005.14165, appendix C (13 words; shorter examples whole, of 8 words at least).
     """
-    sources = {}
+    sources: dict[str, list[Text]] = {}
     for path in split_names(benchmarks):
-        sources[f"in benchmark {path}"] = [one.prompt for one in read_prompts(path, split="test")[0]]
+        local = Path(path).expanduser()
+        name = local.name if local.exists() else path  # where a file lies means nothing to a reader of the counts
+        sources.setdefault(f"in benchmark {name}", []).extend(one.prompt for one in read_prompts(path, split="test")[0])
     if held_out_too:
-        sources["in a held-out prompt"] = held_out
+        sources["in a held-out prompt"] = list(held_out)
     index = make_index(sources, ngram)
     kept, dropped = [], collections.Counter(dict.fromkeys(sources, 0))
     for record in records:
