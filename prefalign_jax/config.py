@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from prefalign_jax.data.cleaning import CLEANING, BoundStep, cleaning_steps
 from prefalign_jax.data.mixture import sources_of
 from prefalign_jax.losses import LOSSES, BoundLoss, hyper_of, make_loss
 from prefalign_jax.names import choose, did_you_mean, read_as
@@ -146,6 +147,13 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     c.data.eval_limit = maybe(int)
     c.data.eval_fraction = 0.0  # without eval_path: part of the training prompts that is held out
     c.data.flip_labels = 0.0  # part of the training pairs whose responses are swapped, to study noise in the labels
+    # Steps of data/cleaning.py by name, in this order, separated by commas: 'exact_duplicates,role_markers'. They clean
+    # the training data; an option that is None keeps the step's default.
+    c.data.clean = maybe(str)
+    c.data.cleaning = ConfigDict()
+    for name, step in CLEANING.items():
+        if step.options:
+            c.data.cleaning[name] = ConfigDict({key: maybe(type(value)) for key, value in step.options.items()})
     c.data.cache_dir = maybe(str)  # of tokenized data; None is ~/.cache/prefalign_jax/tokens, '' keeps none
     c.data.shuffle = True
     # Deal shuffled pairs to batches so that all hold about as many tokens, which saves padding; None does as shuffle.
@@ -236,6 +244,16 @@ def loss_of(config: ConfigDict) -> BoundLoss:
     return make_loss(config.loss.name, **given(config.loss))
 
 
+def kind_of(loss: BoundLoss) -> str:
+    """What a loss is trained on: pairs, unpaired or supervised data."""
+    return "unpaired" if "label" in loss.needs else "pairs" if "rejected" in loss.needs else "supervised"
+
+
+def cleaning_of(config: ConfigDict) -> list[BoundStep]:
+    """The steps of cleaning that a config names, with their options, checked against the data that its loss takes."""
+    return cleaning_steps(config.data.clean, config.data.cleaning, kind_of(loss_of(config)))
+
+
 def validate(config: ConfigDict, *, complete: bool = True) -> None:
     """Checks what can be checked without data or devices.
 
@@ -280,6 +298,9 @@ def validate(config: ConfigDict, *, complete: bool = True) -> None:
         choose("data.leaks", config.data.leaks, dict.fromkeys(LEAKS))
         if not ({"eval", "test"} & uses or config.data.eval_fraction):
             raise UserError(f"data.leaks={config.data.leaks!r} is set without held-out data")
+    for step in cleaning_of(config):
+        if step.options.get("held_out_too") and not ("eval" in uses or config.data.eval_fraction):
+            raise UserError(f"data.cleaning.{step.name}.held_out_too is set without held-out data")
     if not 0 <= config.data.flip_labels < 1:
         raise UserError(f"data.flip_labels={config.data.flip_labels} must lie in [0, 1)")
     if config.data.flip_labels and ("rejected" not in loss.needs or {"label", "margin"} & loss.needs):
@@ -415,6 +436,9 @@ def resolved(config: ConfigDict) -> dict[str, Any]:
         plain["data"]["mix"] = json.loads(mix)  # as config.json gives it back
     loss = loss_of(config)
     plain["loss"] = {"name": loss.name, **loss.hyper}
+    for step in cleaning_of(config):
+        if step.options:
+            plain["data"]["cleaning"][step.name] = step.options
     if config.reference.kind == "moving":
         plain["reference"] |= {**MOVING, **given(config.reference)}
     plain["optimizer"] = {"name": plain["optimizer"]["name"], **given(plain["optimizer"])}

@@ -9,7 +9,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from prefalign_jax import cli, quickstart
-from prefalign_jax.config import defaults
+from prefalign_jax.config import cleaning_of, defaults
 from prefalign_jax.on_policy import run_pairs, run_rounds
 from prefalign_jax.train import note, train
 
@@ -36,6 +36,12 @@ def run_sft_first(config: ConfigDict, workdir: Path) -> int:
         first.steps, first.examples, first.epochs, first.profile_steps = None, None, config.sft.epochs, None
         first.learning_rate = config.sft.learning_rate
         first.data.flip_labels = 0.0
+        steps = cleaning_of(config)
+        supervised = [step.name for step in steps if "supervised" in step.step.kinds]
+        first.data.clean = ",".join(supervised) or None
+        for step in steps:
+            if step.name not in supervised and step.options:
+                first.data.cleaning[step.name] = dict.fromkeys(step.options)
     first.sft = dict.fromkeys(config.sft)
     note(f"1/2 fine-tuning on chosen responses, then {config.loss.name}")
     if train(first, workdir / "sft").stopped:

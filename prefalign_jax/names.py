@@ -51,6 +51,16 @@ def choose(field: str, name: Any, table: Mapping[str, Any]) -> Any:
     return table[name]
 
 
+def split_names(text: str | None) -> list[str]:
+    """What a field names, separated by commas.
+
+    Example:
+      >>> split_names("a, b,"), split_names(None)
+      (['a', 'b'], [])
+    """
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
 def hyper_parameters(function: Callable[..., Any]) -> dict[str, Any]:
     """The keyword-only parameters of a function and their defaults.
 

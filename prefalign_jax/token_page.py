@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from prefalign_jax.html_page import self_contained
+
 WORST, BEST = (178, 58, 46), (38, 104, 178)  # red and blue, told apart by the colour-blind
 RARE = (120, 81, 169)
 STRONGEST = 0.75  # opacity of the full colour, under which black text can be read
@@ -136,13 +138,7 @@ def page(title: str, about: str, examples: Sequence[Example], *, beta: float) ->
     values = values[values > 0]
     top = float(np.quantile(values, 0.95)) if values.size else 1.0  # a few outliers would leave the rest pale
     lowest = 10.0  # nats of surprise that get the full colour
-    parts = [
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>",
-        f"<h1>{html.escape(title)}</h1><p>{html.escape(about)}</p><p>",
-    ]
+    parts = [f"<h1>{html.escape(title)}</h1><p>{html.escape(about)}</p><p>"]
     if values.size:
         scale = _scale(_colour(WORST), "#fff", _colour(BEST))
         meaning = f"implicit reward of a token, {beta:g} (log policy − log reference)"
@@ -164,7 +160,7 @@ def page(title: str, about: str, examples: Sequence[Example], *, beta: float) ->
             parts += [_panel(response, name, beta, top, lowest) for name in response.policies]
             parts.append("</div>")
         parts.append("</article>")
-    return "".join([*parts, "</body></html>\n"])
+    return self_contained(title, _STYLE, "".join(parts))
 
 
 def _panel(response: Response, name: str, beta: float, top: float, lowest: float) -> str:

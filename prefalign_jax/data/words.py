@@ -1,0 +1,81 @@
+"""A record's text taken apart: what is written, its words, their shingles, and the turns of the person who asks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from prefalign_jax.data.records import Record, Text
+
+# Scripts without spaces: each character is a word. Thai, Lao and others like them are not told apart.
+_CHARACTERS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_WORD = re.compile(f"[{_CHARACTERS}]|[^\\W{_CHARACTERS}]+")
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+def content(text: Text) -> str:
+    """What is written: a string as it is, the contents of messages one after the other.
+
+    Example:
+      >>> content([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
+      'Hi\\nHello'
+    """
+    return text if isinstance(text, str) else "\n".join(message["content"] for message in text)
+
+
+def parts(record: Record) -> list[str]:
+    """The contents of prompt, chosen and rejected; of unpaired and supervised data the last is empty."""
+    return [content(text) for text in (record.prompt, record.chosen, record.rejected)]
+
+
+def responses(record: Record) -> list[str]:
+    """The contents of the responses that there are."""
+    return [content(text) for text in (record.chosen, record.rejected) if text]
+
+
+def words(text: str) -> list[str]:
+    """Words without case and punctuation; of Chinese and Japanese the characters.
+
+    Example:
+      >>> words("It's GPT-2, 日本語だ")
+      ['it', 's', 'gpt', '2', '日', '本', '語', 'だ']
+    """
+    return _WORD.findall(text.casefold())
+
+
+def runs(these: Sequence[str], size: int) -> list[str]:
+    """Every `size` words in a row, each joined by spaces.
+
+    Example:
+      >>> runs(["a", "b", "c"], 2)
+      ['a b', 'b c']
+    """
+    return [" ".join(these[i : i + size]) for i in range(len(these) - size + 1)]
+
+
+def shingles(text: str, size: int) -> frozenset[str]:
+    """The set of runs of `size` words; of a shorter text all its words, and of one without words its characters.
+
+    Example:
+      >>> sorted(shingles("The cat, the cat!", 2)), shingles("Hi", 2), shingles(" !? ", 2), shingles("", 2)
+      (['cat the', 'the cat'], frozenset({'hi'}), frozenset({'!?'}), frozenset())
+    """
+    found = words(text)
+    if not found:
+        return frozenset([text.strip()] if text.strip() else [])
+    return frozenset(runs(found, min(size, len(found))))
+
+
+def turns(prompt: Text) -> list[str]:
+    """What the person wrote, turn by turn: user messages, the Human's turns of an HH-RLHF transcript, or the string.
+
+    Example:
+      >>> turns("\\n\\nHuman: Hi\\n\\nAssistant: Hello\\n\\nHuman: Why?\\n\\nAssistant:")
+      [' Hi', ' Why?']
+    """
+    if not isinstance(prompt, str):
+        return [message["content"] for message in prompt if message["role"] == "user"]
+    if not prompt.startswith("\n\nHuman:"):
+        return [prompt]
+    pieces = _TURN.split(prompt)[1:]  # role, text, role, text, ...
+    return [text for role, text in zip(pieces[::2], pieces[1::2], strict=True) if role == "Human"]

@@ -1,0 +1,172 @@
+import base64
+import html.parser
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prefalign_jax.data.packing import Layout
+from prefalign_jax.data_page import Branch, Shown, Token, page, pictures, shown_pairs, visible, written_pair
+from prefalign_jax.types import Pair
+from small import make_pairs, packed
+
+EOS = 60
+HOSTILE = '<script>alert(\'1\')</script> & "quoted" </i> title=" onmouseover="x \u202eevil\u200b\ttab\n👧'
+
+
+def with_eos(pairs):
+    """The same pairs; each response ends with EOS, which is nowhere else."""
+
+    def end(ids):
+        return np.append(np.where(ids == EOS, 1, ids), EOS).astype(np.int32)
+
+    return [Pair(np.where(p.prompt == EOS, 1, p.prompt), end(p.chosen), end(p.rejected), weight=i + 1.0, margin=0.5 * i)
+            for i, p in enumerate(pairs)]  # fmt: skip
+
+
+LAYOUTS = [
+    Layout(),
+    Layout(tree=False),
+    Layout(prompt=True),
+    Layout(tree=False, prompt=True),
+    Layout(after=True),
+    Layout(rejected=False),
+    Layout(rewards=True),
+    Layout(tree=False, rewards=True),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("how", [{}, {"micro_steps": 2, "groups": 2}, {"row_length": 64}], ids=str)
+def test_what_is_shown_is_what_was_packed(layout, how):
+    pairs = with_eos(make_pairs(6, seed=len(how)))
+    batch = packed(pairs, layout=layout, **how)
+    shown = {one.index: one for one in shown_pairs(batch, layout, EOS)}
+    assert sorted(shown) == list(range(6))
+    for i, pair in enumerate(pairs):
+        one = shown[i]
+        assert (one.weight, one.margin, one.label) == (i + 1, 0.5 * i, True)
+        sides = [pair.chosen, pair.rejected][: 1 + layout.rejected]
+        assert len(one.branches) == len(sides)
+        for side, branch in zip(sides, one.branches, strict=True):
+            assert [t.id for t in branch.prompt] == pair.prompt.tolist()
+            roles = [t.role for t in branch.response]
+            ids, end = [t.id for t in branch.response], side.tolist()
+            if layout.rewards:  # nothing is trained; the reward is read at the last token
+                assert ids == end and set(roles) == {"untrained"}
+                assert [t.read for t in branch.response] == [False] * (len(end) - 1) + [True]
+            elif layout.after:
+                assert ids == [*end, EOS] and roles == ["trained"] * (len(end) - 1) + ["eos", "eos"]
+            else:
+                assert ids == end and roles == ["trained"] * (len(end) - 1) + ["eos"]
+                assert [t.held for t in branch.response] == [True] * (len(end) - 1) + [False]
+            assert [t.position for t in branch.prompt + branch.response] == list(range(len(pair.prompt) + len(ids)))
+        prompt = [t.role for t in one.branches[0].prompt]
+        assert prompt == ["prompt", *(["trained" if layout.prompt else "prompt"] * (len(pair.prompt) - 1))]
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 6))
+def test_the_trained_tokens_are_those_of_the_batch(seed, count):
+    """Counted on the page and in the arrays that the step reads, in whatever rows the pairs fell."""
+    pairs = with_eos(make_pairs(count, seed=seed))
+    batch = packed(pairs, batch_size=count + 1)
+    shown = list(shown_pairs(batch, Layout(), EOS))
+    trained = sum(t.role in ("trained", "eos") for one in shown for b in one.branches for t in b.response)
+    assert trained == sum(len(p.chosen) + len(p.rejected) for p in pairs)
+    assert len(shown) == count, "filler is not shown"
+
+
+def test_a_target_that_does_not_follow_its_source_is_an_error():
+    pairs = with_eos(make_pairs(3))
+    batch = packed(pairs)
+    target = batch.target.copy()
+    target[0, 0, 0] += 1  # the first token of a response
+    with pytest.raises(ValueError, match="target"):
+        list(shown_pairs(batch._replace(target=target), Layout(), EOS))
+
+
+def test_a_response_without_eos_is_marked(tiny_tokenizer):
+    ids = [5, 6, 7]
+    cut = [Token(i, n, "trained") for n, i in enumerate(ids, 3)]
+    ended = [*cut, Token(tiny_tokenizer.eos_token_id, 6, "eos", held=False)]
+    prompt = [Token(5, n, "prompt") for n in range(3)]
+    shown = Shown(0, [Branch(prompt, cut), Branch(prompt, ended)], 1.0, 0.0, True)
+    text = written_pair(shown, tiny_tokenizer, "pairs", "t", "w")
+    chosen, rejected = text.split("<section>")[1:]
+    assert "does not end with EOS" in chosen and "does not end with EOS" not in rejected
+    assert 'class="eos"' in rejected and "3 tokens, 3 trained" in chosen
+
+
+class Seen(html.parser.HTMLParser):
+    """A page's elements, and the text of its tokens without what stands for white space."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.elements, self.open, self.tokens, self.texts = [], [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in ("meta", "br", "img", "wbr"):
+            self.open.append(tag)
+        if tag == "i" and "title" in dict(attrs):
+            self.tokens.append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+        if "i" in self.open and self.tokens:
+            self.tokens[-1] += data
+
+
+def ids_of(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def hostile_page(tokenizer):
+    prompt, response = (ids_of(tokenizer, text) for text in ("Hi " + HOSTILE, HOSTILE))
+    tokens = [Token(i, n, "prompt") for n, i in enumerate(prompt)]
+    more = [Token(i, len(prompt) + n, "trained") for n, i in enumerate(response)]
+    shown = Shown(0, [Branch(tokens, more), Branch(tokens, more)], 2.0, 0.0, True)
+    pair = written_pair(shown, tokenizer, "pairs", HOSTILE, HOSTILE)
+    drawn = {"tokens": {"prompt": np.arange(9), "chosen": np.arange(9), "rejected": np.arange(9)[::-1]}}
+    drawn |= {"total": {"prompt + longer response": np.arange(1, 9)}, "scores": {"margin": np.arange(5.0)}}
+    images = pictures(drawn, 5)
+    assert len(images) == 4
+    return page(HOSTILE, HOSTILE, [(HOSTILE, (HOSTILE, 1), [(HOSTILE, 1)])], images, [(HOSTILE, [pair])])
+
+
+def test_the_page_escapes_everything_and_loads_nothing(tiny_tokenizer):
+    text = hostile_page(tiny_tokenizer)
+    seen = Seen(text)
+    names = {tag for tag, _ in seen.elements}
+    assert names.isdisjoint({"script", "link", "iframe", "object", "base"})
+    policy = next(a["content"] for t, a in seen.elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    for tag, attributes in seen.elements:
+        assert not any(name.startswith("on") for name in attributes)
+        assert attributes.get("src", "data:").startswith("data:") and attributes.get("href", "#").startswith("#")
+        if tag == "img":
+            assert base64.b64decode(attributes["src"].partition(",")[2]).startswith(b"\x89PNG")
+    # All tokens are there, and their text, white space shown.
+    ids = [len(ids_of(tiny_tokenizer, text)) for text in ("Hi " + HOSTILE, HOSTILE)]
+    assert len(seen.tokens) == ids[0] + 2 * ids[1]
+    written = "".join(token for token in seen.tokens[: ids[0]] if token != "•")
+    shape = HOSTILE.replace(" ", "·").replace("\n", "↵\n").replace("\t", "⇥")
+    shape = shape.replace("\u202e", "U+202E").replace("\u200b", "U+200B")
+    assert written == "Hi·" + shape
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text() | st.text(alphabet="<>&;/ab\n "))
+def test_visible_text_has_no_markup_and_no_hidden_character(text):
+    seen = Seen(f"<p>{visible(text)}</p>")
+    assert {tag for tag, _ in seen.elements} <= {"p", "s", "wbr"}
+    assert not any(char in visible(text) for char in "\u202a\u202e\u200b\u2066\t\xa0")
+    if text.isascii() and text.replace("\n", "").isprintable():
+        assert "".join(seen.texts) == text.replace(" ", "·").replace("\n", "↵\n")
