@@ -55,6 +55,9 @@ def _of_equation(equation: Any) -> int:
         raise ValueError("a loop of unknown length has matrix products in it")
     if name in ("custom_vjp_call", "custom_jvp_call"):
         counts = counts[:1]
+    if name == "shard_map":  # of one device: the rows of the first argument lie on so many, and others repeat them
+        axes = jax.tree.leaves(tuple(params["in_specs"][0]))
+        return math.prod(params["mesh"].shape[axis] for axis in axes) * sum(counts)
     return (params["length"] if name == "scan" else 1) * sum(counts)
 
 
