@@ -18,6 +18,7 @@ from ml_collections import ConfigDict, config_flags
 from prefalign_jax.config import resolved, validate
 from prefalign_jax.data.rows import one_line
 from prefalign_jax.files import user_cache
+from prefalign_jax.processes import HEARTBEAT, join, status_of
 from prefalign_jax.types import UserError
 
 # What other trainers and habit call a field.
@@ -31,11 +32,10 @@ USUAL_NAMES = {
     "max_grad_norm": "grad_clip",
     "per_device_train_batch_size": "batch_size",
 }
-STOPPED = 143  # what a shell reports of a process that SIGTERM ended: launchers restart it
 
 
 def launch(main: Callable[[ConfigDict, Path], int | None], argv: Sequence[str] | None = None) -> int:
-    """Parses --config, --workdir and --print_config, and runs `main(config, workdir)`.
+    """Parses --config, --workdir, --print_config and the processes of the run, and runs `main(config, workdir)`.
 
     Args:
       main: returns the exit status, None for 0.
@@ -62,21 +62,10 @@ def launch(main: Callable[[ConfigDict, Path], int | None], argv: Sequence[str] |
             values.workdir = str(Path("runs") / Path(_option(argv, "config").split(":")[0]).stem)
             print(f"workdir: {values.workdir}", file=sys.stderr)
         _cache_compilations()
+        join(values.coordinator, values.processes, values.process, values.heartbeat)
         return main(config, Path(values.workdir))
 
     return status_of(run)
-
-
-def status_of(run: Callable[[], int | None]) -> int:
-    """The exit status of what `run` does: its own, or 2 after a mistake of the user's, which is printed as one line."""
-    try:
-        return run() or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
 
 
 class Parser(argparse.ArgumentParser):
@@ -111,6 +100,16 @@ def _define(argv: list[str]) -> flags.FlagValues:
     )
     flags.DEFINE_bool("print_config", False, "Print the resolved experiment and stop", flag_values=values)
     flags.DEFINE_bool("help", False, "Show this text", flag_values=values)
+    flags.DEFINE_string(
+        "coordinator", None, "Of a run of several processes: HOST:PORT of process 0", flag_values=values
+    )
+    flags.DEFINE_string(
+        "processes", None, "How many there are; auto asks the launcher, as on a TPU pod", flag_values=values
+    )
+    flags.DEFINE_integer("process", None, "The number of this one, from 0", flag_values=values)
+    flags.DEFINE_integer(
+        "heartbeat", HEARTBEAT, "Seconds after which a silent process counts as dead", flag_values=values
+    )
     return values
 
 

@@ -131,7 +131,8 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     c.dtype = "float32"  # activations and matrix products; losses and log-softmax are float32 always
     c.matmul_precision = "highest"  # of float32 products on GPUs and TPUs: highest, high, default (TF32 or less)
     c.vocabulary_chunk = 8192  # columns of logits in memory at once
-    c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # devices along each axis; -1 takes the rest
+    # Devices along each axis, -1 takes the rest: of rows, of rows and weights, of weights, of the tokens of rows.
+    c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "context": 1})
 
     c.data = ConfigDict()
     c.data.path = maybe(str)  # JSONL (or .gz), Parquet, a directory of them, a saved dataset, or a hub name

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pipeline import PairSet, eval_batches, make_pair_set
@@ -17,7 +18,7 @@ from prefalign_jax.intervals import Interval, bootstrap_difference, bootstrap_me
 from prefalign_jax.logps import VOCABULARY_CHUNK, target_logps
 from prefalign_jax.losses import BoundLoss
 from prefalign_jax.reference import compute
-from prefalign_jax.sharding import groups_of, place_batch
+from prefalign_jax.sharding import packing_of, place_batch
 from prefalign_jax.types import SIDES, LanguageModel, Pair, PairLogps, Params, Sides, UserError
 
 FEW = 20  # prompts that an interval of a mean takes; fewer do not show what a resample could
@@ -75,7 +76,8 @@ def columns_of(
     loss: BoundLoss, policy: PairLogps, frozen: PairLogps | None, running: Mapping[str, jax.Array] | None = None
 ) -> dict[str, np.ndarray]:
     """`evaluate` of what `set_logps` gave."""
-    losses, metrics = jax.device_get(jax.jit(loss.function)(policy._replace(running=running), frozen))
+    policy = policy._replace(running=jax.device_get(running))
+    losses, metrics = jax.device_get(jax.jit(loss.function)(policy, frozen))
     return {"loss": losses, **metrics, "weight": policy.weight}
 
 
@@ -314,7 +316,10 @@ def response_logps(
     Returns:
       For each pair (chosen, rejected), [tokens] float32 each, rejected empty where the layout has none.
     """
-    logps = jax.jit(lambda params, batch: target_logps(model, params, jax.tree.map(lambda x: x[0], batch), chunk))
+    logps = jax.jit(
+        lambda params, batch: target_logps(model, params, jax.tree.map(lambda x: x[0], batch), chunk),
+        out_shardings=mesh and NamedSharding(mesh, P()),
+    )
     out: list[Sides] = []
     for batch in eval_batches(data):
         values, slots = np.asarray(logps(params, place_batch(mesh, batch))).ravel(), batch.slot[0].ravel()
@@ -357,6 +362,6 @@ def sequence_logps(
     model: LanguageModel, params: Params, samples: Sequence[Pair], batch_size: int = 32, mesh: Mesh | None = None
 ) -> np.ndarray:
     """[len(samples)] float32 log-probability of the whole `chosen` response of each; arguments as above."""
-    groups = groups_of(mesh) if mesh else 1
-    data = make_pair_set(samples, batch_size, groups=groups, layout=Layout(rejected=False), attends=model.attends)
+    packing = packing_of(mesh) if mesh else {}
+    data = make_pair_set(samples, batch_size, layout=Layout(rejected=False), attends=model.attends, **packing)
     return compute(model, params, data, mesh=mesh).chosen

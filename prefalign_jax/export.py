@@ -20,6 +20,7 @@ import yaml
 from prefalign_jax.files import write_json
 from prefalign_jax.models import hf_io
 from prefalign_jax.models.decoder import DecoderConfig
+from prefalign_jax.processes import agreed, is_first
 from prefalign_jax.types import Params, UserError
 
 # What a card may say.
@@ -51,6 +52,8 @@ def export(
 ) -> None:
     """Writes a directory that transformers loads; it appears whole or not at all, and replaces an earlier export.
 
+    Of several processes all call, and the first writes.
+
     Args:
       params: the parameter tree of `make_decoder`, adapters merged.
       config: the decoder's shape.
@@ -77,10 +80,12 @@ def export(
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     with hf_io.replacing(directory) as fresh:
         hf_io.write_params(params, config, fresh, dtype=dtype, extra=ids)
-        tokenizer.save_pretrained(fresh)
-        if not config.reward:
-            write_json(fresh / "generation_config.json", generation_config(tokenizer))
-        (fresh / "README.md").write_text(text)
+        if is_first():
+            tokenizer.save_pretrained(fresh)
+            if not config.reward:
+                write_json(fresh / "generation_config.json", generation_config(tokenizer))
+            (fresh / "README.md").write_text(text)
+    agreed("written")  # what comes next may read it in any process
 
 
 def hub_token(repository: str) -> str:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prefalign_jax.models.hf_io import read_json
+from prefalign_jax.processes import fetch
 from prefalign_jax.sampling import Parts, Sampling, adjust
 from prefalign_jax.sharding import ROWS, groups_of
 from prefalign_jax.types import Cached, LanguageModel, Params, UserError
@@ -182,7 +183,7 @@ def stream(
         cuts: dict[int, int] = {}
         for until in range(every, max_new_tokens + every, every):
             state = _continue(task, weights, head, rows, draw, state, min(until, max_new_tokens))
-            tokens, logps, ends, done = jax.device_get((state.tokens, state.logps, state.lengths, state.done))
+            tokens, logps, ends, done = fetch((state.tokens, state.logps, state.lengths, state.done))
             for row in set(range(len(batch))) - cuts.keys() if stop_strings else ():
                 if (cut := _first_stop(tokens[row, : ends[row]], stop_strings, decode)) is not None:
                     cuts[row] = cut

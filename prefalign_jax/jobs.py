@@ -8,15 +8,16 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from prefalign_jax import cli, quickstart
+from prefalign_jax import processes, quickstart
 from prefalign_jax.config import cleaning_of, defaults
 from prefalign_jax.on_policy import run_pairs, run_rounds
-from prefalign_jax.train import note, train
+from prefalign_jax.processes import note
+from prefalign_jax.train import train
 
 
 def run_train(config: ConfigDict, workdir: Path) -> int:
     """One training; its exit status."""
-    return cli.STOPPED if train(config, workdir).stopped else 0
+    return processes.STOPPED if train(config, workdir).stopped else 0
 
 
 def run_sft_first(config: ConfigDict, workdir: Path) -> int:
@@ -27,7 +28,7 @@ def run_sft_first(config: ConfigDict, workdir: Path) -> int:
       workdir: of both; each is resumed where it stopped.
 
     Returns:
-      The exit status: 0, or cli.STOPPED if a stage was told to stop.
+      The exit status: 0, or processes.STOPPED if a stage was told to stop.
     """
     first = copy.deepcopy(config)
     with first.unlocked():
@@ -45,7 +46,7 @@ def run_sft_first(config: ConfigDict, workdir: Path) -> int:
     first.sft = dict.fromkeys(config.sft)
     note(f"1/2 fine-tuning on chosen responses, then {config.loss.name}")
     if train(first, workdir / "sft").stopped:
-        return cli.STOPPED
+        return processes.STOPPED
     second = copy.deepcopy(config)
     second.job = "train"
     second.sft = dict.fromkeys(config.sft)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from prefalign_jax.files import whole
+from prefalign_jax.processes import is_first
 
 GIB = 2**30
 
@@ -102,7 +103,7 @@ def open_writer(
     Returns:
       The writer. In a run of several processes only the first one's writes.
     """
-    if jax.process_index() != 0:
+    if not is_first():
         return Writer(None, None)
     path = Path(workdir) / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +153,7 @@ class Progress:
         self.stream = stream or sys.stderr
         self.terminal = self.stream.isatty()
         self.every = 0.1 if self.terminal else every
-        self.quiet = jax.process_index() != 0
+        self.quiet = not is_first()
         self.began: tuple[float, int] | None = None  # when the first update came, and its step
         self.shown = -math.inf
         self.open_line = False

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from prefalign_jax import cli
+from prefalign_jax import processes
 from prefalign_jax.config import validate
 from prefalign_jax.data.chat import load_tokenizer
 from prefalign_jax.drawn import draw, scorer_of
@@ -17,9 +18,10 @@ from prefalign_jax.generate import stop_ids
 from prefalign_jax.metrics import Progress
 from prefalign_jax.models.hf_io import resolve
 from prefalign_jax.pairing import Scored, pair_up
+from prefalign_jax.processes import agreed, by_first, note
 from prefalign_jax.samples import write_jsonl
 from prefalign_jax.sharding import make_mesh
-from prefalign_jax.train import load_model, load_prompts, locked, note, train
+from prefalign_jax.train import load_model, load_prompts, locked, train
 from prefalign_jax.types import UserError
 
 PAIRS, MADE = "pairs.jsonl", "pairs.json"  # the data, and what it was made with
@@ -47,7 +49,7 @@ def make_pairs(config: ConfigDict, model_path: str, directory: Path, seed: int) 
     fields, how = config.samples, config.on_policy
     made = {"model": model_path, "seed": seed, "chat_template": config.data.chat_template}
     made |= {name: how[name] for name in PAIRING} | {name: fields[name] for name in DRAWING}
-    if (directory / MADE).exists():
+    if agreed((directory / MADE).exists()):
         known = read_json(directory / MADE)["made"]
         if known != made:
             name = next(name for name in made if known.get(name) != made[name])
@@ -95,17 +97,21 @@ def make_pairs(config: ConfigDict, model_path: str, directory: Path, seed: int) 
         row = {"prompt": prompts[number], "chosen": responses[chosen], "rejected": responses[rejected]}
         row |= {"score_chosen": scores[chosen], "score_rejected": scores[rejected]}
         rows.append({**row, "prompt_number": number, "model": model_path, "reward": fields.reward, "seed": seed})
-    directory.mkdir(parents=True, exist_ok=True)
-    write_jsonl(directory / PAIRS, rows)
-    write_json(directory / MADE, {"made": made, "pairs": len(rows), "left_out": dropped})  # last: all is there
+
+    def write() -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_jsonl(directory / PAIRS, rows)
+        write_json(directory / MADE, {"made": made, "pairs": len(rows), "left_out": dropped})  # last: all is there
+
+    by_first(write)
     return directory / PAIRS
 
 
 def run_pairs(config: ConfigDict, workdir: Path) -> int:
     """WORKDIR/pairs.jsonl from the model of the config; the exit status."""
     validate(config)
-    workdir.mkdir(parents=True, exist_ok=True)
-    with locked(workdir):
+    with contextlib.ExitStack() as stack:
+        by_first(lambda: stack.enter_context(locked(workdir)))
         note(f"pairs in {make_pairs(config, config.model.path, workdir, config.seed)}")
     return 0
 
@@ -120,7 +126,7 @@ def run_rounds(config: ConfigDict, workdir: Path) -> int:
       workdir: gets round-1/, round-2/, ... with pairs.jsonl and a run each; resumed where it stopped.
 
     Returns:
-      The exit status: 0, or cli.STOPPED if it was told to stop.
+      The exit status: 0, or processes.STOPPED if it was told to stop.
 
     Source: iterative DPO as in Xu et al., arXiv 2312.16682; Guo et al., arXiv 2402.04792, do so at every step.
     """
@@ -139,6 +145,6 @@ def run_rounds(config: ConfigDict, workdir: Path) -> int:
         else:
             one.samples.reward = None
         if train(one, directory / "train").stopped:
-            return cli.STOPPED
+            return processes.STOPPED
         path = str(directory / "train" / "export")
     return 0

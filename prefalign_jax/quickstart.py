@@ -19,15 +19,16 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from prefalign_jax import cli, report
+from prefalign_jax import processes, report
 from prefalign_jax.config import defaults
 from prefalign_jax.evaluate import sequence_log_ratios
 from prefalign_jax.generate import sample
 from prefalign_jax.models.decoder import DecoderConfig
 from prefalign_jax.models.families import to_hf
+from prefalign_jax.processes import note
 from prefalign_jax.runs import read_metrics
-from prefalign_jax.train import Result, note, train
-from prefalign_jax.types import Pair
+from prefalign_jax.train import Result, train
+from prefalign_jax.types import Pair, UserError
 
 THINGS = (
     "bakery bridge castle garden harbour library market mill museum orchard park river school station tower".split()
@@ -166,8 +167,10 @@ def run(config: ConfigDict, workdir: Path) -> int:
       workdir: gets data/, base/, pretrain/, sft/, one named after the loss, and the table and plots.
 
     Returns:
-      The exit status: 0, or cli.STOPPED if a stage was told to stop.
+      The exit status: 0, or processes.STOPPED if a stage was told to stop.
     """
+    if jax.process_count() > 1:
+        raise UserError("the quickstart runs in one process, which may see several devices")
     began = time.monotonic()
     data, base = workdir / "data", workdir / "base"
     shape = config.quickstart
@@ -184,14 +187,14 @@ def run(config: ConfigDict, workdir: Path) -> int:
     )
     pretrain.model.random_init = True
     if train(pretrain, workdir / "pretrain").stopped:
-        return cli.STOPPED
+        return processes.STOPPED
     note("3/4 fine-tuning on questions and answers")
     sft = stage(
         config, "sft", workdir / "pretrain" / "export", data / "sft.jsonl", learning_rate=2e-3, schedule="cosine"
     )
     before = train(sft, workdir / "sft")
     if before.stopped:
-        return cli.STOPPED
+        return processes.STOPPED
 
     note(f"4/4 aligning with {config.loss.name.upper()}")
     align = copy.deepcopy(config)
@@ -201,7 +204,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
     name = config.loss.name
     after = train(align, workdir / name)
     if after.stopped:
-        return cli.STOPPED
+        return processes.STOPPED
 
     questions = read_metrics(data / "held_out.jsonl")
     old_rewards, _, old_texts = measure(before, questions, config.seed)

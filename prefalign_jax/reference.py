@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import zipfile
 from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from prefalign_jax.data.pairs import digest_of
 from prefalign_jax.data.pipeline import PairSet, eval_batches
 from prefalign_jax.files import whole
 from prefalign_jax.logps import REFERENCE_NEEDS, VOCABULARY_CHUNK, preference_logps
+from prefalign_jax.processes import all_have, is_first
 from prefalign_jax.sharding import place_batch
 from prefalign_jax.types import LanguageModel, Pair, PairLogps, Params, Sides
 
-FORMAT = 2  # raise it whenever the numbers of an old cache would no longer be right
+FORMAT = 3  # raise it whenever the numbers of an old cache would no longer be right
 
 
 def compute(
@@ -46,7 +50,7 @@ def compute(
       `PairLogps` of float32 NumPy arrays [len(data.pairs)], with what `needs` names and without prompt.
     """
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=mesh and NamedSharding(mesh, P()))
     def logps(params, batch):
         out = preference_logps(model, params, jax.tree.map(lambda x: x[0], batch), chunk, needs & REFERENCE_NEEDS)
         return PairLogps(*out[:4], shared=out.shared, sampled=out.sampled)
@@ -85,20 +89,36 @@ def cache_key(
 
 
 def params_digest(params: Params) -> str:
-    """SHA-256 of every array's name, type, shape and bytes, one array at a time: 64 hexadecimal digits."""
+    """A digest of every array's name, type, shape and bits, the same however they lie: 64 hexadecimal digits.
+
+    Each array is summed up where it lies, in 64 bits that depend on every bit and its place.
+    """
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        array = np.asarray(jax.device_get(leaf))
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        digest.update(np.asarray(jax.device_get(_bit_sums(leaf))).tobytes())
     return digest.hexdigest()
+
+
+@jax.jit
+def _bit_sums(x: jax.Array) -> jax.Array:
+    """[2] uint32: sums of hashes of (bits, place), of which the order of summation changes nothing."""
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+    place = jnp.zeros((), jnp.uint32)
+    for axis in range(x.ndim):
+        place = place * jnp.uint32(0x9E3779B1) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    h = (bits ^ place) + jnp.uint32(1)
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)  # MurmurHash3's finaliser
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    h = h ^ (h >> 16)
+    return jnp.stack([jnp.sum(h), jnp.sum(h * (2 * place + 1))])
 
 
 def cached(path: Path, make: Callable[[], PairLogps]) -> PairLogps:
     """Reads log-probabilities from a file named after their key, or makes and writes them.
 
     The file appears whole or not at all: it is written beside its place and renamed. One that cannot be read is made
-    anew.
+    anew. Of several processes each reads it, and the first writes it.
 
     Args:
       path: .npz file, named by `cache_key`.
@@ -107,19 +127,32 @@ def cached(path: Path, make: Callable[[], PairLogps]) -> PairLogps:
     Returns:
       `PairLogps` of NumPy arrays.
     """
-    names = ("chosen", "rejected", "chosen_tokens", "rejected_tokens")
-    if path.exists():
-        try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-                sides = {
-                    name: Sides(*(stored[f"{name}.{side}"] for side in Sides._fields))
-                    for name in sorted(REFERENCE_NEEDS)
-                    if f"{name}.chosen" in stored
-                }
-                return PairLogps(*(stored[name] for name in names), **sides)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            pass
+    found = _read(path)
+    if all_have(found is not None):
+        return found
     logps = make()
+    if is_first():
+        _write(path, logps)
+    return logps
+
+
+_SUMS = ("chosen", "rejected", "chosen_tokens", "rejected_tokens")
+
+
+def _read(path: Path) -> PairLogps | None:
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            sides = {
+                name: Sides(*(stored[f"{name}.{side}"] for side in Sides._fields))
+                for name in sorted(REFERENCE_NEEDS)
+                if f"{name}.chosen" in stored
+            }
+            return PairLogps(*(stored[name] for name in _SUMS), **sides)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _write(path: Path, logps: PairLogps) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     sides = {
         f"{name}.{side}": value
@@ -128,8 +161,7 @@ def cached(path: Path, make: Callable[[], PairLogps]) -> PairLogps:
         for side, value in getattr(logps, name)._asdict().items()
     }
     with whole(path) as part, part.open("wb") as file:
-        np.savez(file, **{name: getattr(logps, name) for name in names}, **sides)
-    return logps
+        np.savez(file, **{name: getattr(logps, name) for name in _SUMS}, **sides)
 
 
 def mover(mixup: float, every: int) -> Callable[[jax.Array, Params, Params], Params]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prefalign_jax.types import Params, PreferenceBatch, TrainState, UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 ROWS = ("data", "fsdp")  # the axes that rows of a batch are dealt over
 
 # First match wins; a parameter that matches none is an error. Layers are stacked, so axis 0 of a layer's kernel is
@@ -25,10 +27,10 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"layers/(attention/[qkv]|mlp/(gate|up))/(int8|nf4|scales)", P(None, "fsdp", "tensor")),
     (r"layers/(attention/o|mlp/down)/(int8|nf4|scales)", P(None, "tensor", "fsdp")),
     (r"layers/(attention/[qkv]|mlp/(gate|up))/lora_a", P(None, "fsdp")),
-    (r"layers/(attention/[qkv]|mlp/(gate|up))/lora_b", P(None, None, "tensor")),
+    (r"layers/(attention/[qkv]|mlp/(gate|up))/lora_b", P(None, "fsdp", "tensor")),
     (r"layers/(attention/[qkv]|mlp/(gate|up))/lora_magnitude", P(None, "tensor")),
     (r"layers/(attention/o|mlp/down)/lora_magnitude", P()),
-    (r"layers/(attention/o|mlp/down)/lora_a", P(None, "tensor")),
+    (r"layers/(attention/o|mlp/down)/lora_a", P(None, "tensor", "fsdp")),
     (r"layers/(attention/o|mlp/down)/lora_b", P(None, None, "fsdp")),
     (r"layers/attention/[qkv]/bias", P(None, "tensor")),
     (r"layers/attention/o/kernel", P(None, "tensor", "fsdp")),
@@ -36,8 +38,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"layers/mlp/(gate|up)/bias", P(None, "tensor")),
     (r"layers/mlp/down/kernel", P(None, "tensor", "fsdp")),
     (r"layers/experts/router/kernel", P(None, "fsdp")),
-    (r"layers/experts/(gate|up)/kernel", P(None, None, "fsdp", "tensor")),
-    (r"layers/experts/down/kernel", P(None, None, "tensor", "fsdp")),
+    (r"layers/experts/(gate|up)/kernel", P(None, "tensor", "fsdp")),
+    (r"layers/experts/down/kernel", P(None, "tensor", None, "fsdp")),
     (r"layers/(attention/o|mlp/down)/bias", P()),
     (r"position/embedding", P(None, "fsdp")),
     (r"head/bias", P("tensor")),
@@ -46,11 +48,12 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
-    """A mesh with axes data, fsdp and tensor over all devices.
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes data, fsdp, context and tensor.
 
     Args:
       sizes: devices along each axis; at most one -1 stands for the rest, a missing axis for 1.
+      devices: to lay out; None for all.
 
     Returns:
       The mesh.
@@ -63,18 +66,18 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
             raise UserError(f"mesh.{name} is unknown; the axes are {', '.join(AXES)}")
     shape = [sizes.get(name, 1) for name in AXES]
     try:
-        devices = jax.device_count()
+        devices = jax.devices() if devices is None else devices
     except (RuntimeError, AssertionError) as error:  # a platform was asked for that is not there
         reason = next(iter(str(error).splitlines()), "is JAX_PLATFORMS right?")
         raise UserError(f"no device: {reason}") from None
     known = math.prod(size for size in shape if size != -1)
-    if shape.count(-1) == 1 and known > 0 and devices % known == 0:
-        shape[shape.index(-1)] = devices // known
-    if any(size < 1 for size in shape) or math.prod(shape) != devices:
+    if shape.count(-1) == 1 and known > 0 and len(devices) % known == 0:
+        shape[shape.index(-1)] = len(devices) // known
+    if any(size < 1 for size in shape) or math.prod(shape) != len(devices):
         raise UserError(
-            f"mesh {dict(sizes)} does not fit: the sizes must multiply to the {devices} device(s); one may be -1"
+            f"mesh {dict(sizes)} does not fit: the sizes must multiply to the {len(devices)} device(s); one may be -1"
         )
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def groups_of(mesh: Mesh) -> int:
@@ -119,6 +122,11 @@ def param_shardings(mesh: Mesh, params: Params, rules: Sequence[tuple[str, P]] |
     return jax.tree_util.tree_map_with_path(one, params)
 
 
+def born(mesh: Mesh, make: Callable[..., Params], *args: Any) -> Params:
+    """The parameters that make(*args) gives, made where they belong: no device ever holds them whole."""
+    return jax.jit(make, out_shardings=param_shardings(mesh, jax.eval_shape(make, *args)))(*args)
+
+
 def _size(mesh: Mesh, axis: str | tuple[str, ...] | None) -> int:
     """Devices along an entry of a spec: an axis, several, or none (0)."""
     names = (axis,) if isinstance(axis, str) else axis or ()
@@ -156,14 +164,105 @@ def state_shardings(
     )
 
 
+def packing_of(mesh: Mesh) -> dict[str, Any]:
+    """What packing has to know of a mesh: options of `make_pair_set`."""
+    return dict(groups=groups_of(mesh), own=own_groups(mesh), context=mesh.shape["context"])
+
+
+def own_groups(mesh: Mesh) -> list[int]:
+    """The data-parallel shards that lie on this process's devices, in order."""
+    shards = mesh.devices.reshape(groups_of(mesh), -1)
+    here = jax.process_index()
+    return [number for number, devices in enumerate(shards) if any(x.process_index == here for x in devices)]
+
+
+def spread(mesh: Mesh) -> Callable[..., jax.Array]:
+    """How tokens [R, L] are looked up in an embedding: (look_up, *ids) -> look_up(*ids) [R, L, D].
+
+    The table's columns lie over fsdp. Each device looks up its own, and what was found is exchanged. XLA does so by
+    itself where rows are dealt over fsdp alone. Over data too it gathers activations of the backward pass, where the
+    tokens of a row are dealt over context the whole table.
+    """
+    alone = mesh.shape["fsdp"] == 1 or mesh.shape["data"] == mesh.shape["context"] == 1
+
+    def lie(x: jax.Array, *axes: Any) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*axes)))
+
+    def place(look_up: Callable[..., jax.Array], *ids: jax.Array) -> jax.Array:
+        if alone:
+            return look_up(*ids)
+        x = look_up(*(lie(one, "data", "context") for one in ids))
+        whole = x.shape[-1] % mesh.shape["fsdp"]
+        return lie(lie(x, "data", "context", None if whole else "fsdp"), ROWS, "context")
+
+    return place
+
+
+def deal_experts(mesh: Mesh) -> Callable[..., jax.Array]:
+    """How a mixture's experts are computed: (experts, x, gate, up, down, weights, chosen) -> experts(...).
+
+    Whole experts are dealt over tensor. Each device computes what its own add to the tokens, which all of these devices
+    have, and the sum is taken as that of a split MLP is.
+    """
+
+    def apply(experts: Callable[..., jax.Array], x: jax.Array, gate: jax.Array, *args: jax.Array) -> jax.Array:
+        devices = mesh.shape["tensor"]
+        if devices == 1 or gate.shape[0] % devices:
+            return experts(x, gate, *args)
+        axes = (*ROWS, "context") if x.shape[0] % (groups_of(mesh) * mesh.shape["context"]) == 0 else None
+        rows, kernel = P(axes), P("tensor")
+
+        # With its check of what varies over tensor, jax 0.10 gives wrong gradients of x and the weights.
+        options = dict(in_specs=(rows, kernel, kernel, kernel, rows, rows), out_specs=rows, check_vma=False)
+
+        @functools.partial(jax.shard_map, mesh=mesh, **options)
+        def part(x: jax.Array, gate: jax.Array, *args: jax.Array) -> jax.Array:
+            first = jax.lax.axis_index("tensor") * gate.shape[0]
+            return jax.lax.psum(experts(x, gate, *args, first), "tensor")
+
+        return part(x, gate, *args)
+
+    return apply
+
+
 def place_batch(mesh: Mesh | None, batch: PreferenceBatch) -> PreferenceBatch:
-    """The batch on its shardings; without a mesh, as it is."""
-    return batch if mesh is None else jax.device_put(batch, batch_shardings(mesh, batch))
+    """The batch on its shardings; without a mesh, as it is.
+
+    Args:
+      mesh: the mesh.
+      batch: of NumPy arrays; its rows are those of `own_groups` alone.
+
+    Returns:
+      The batch of all groups.
+    """
+    if mesh is None:
+        return batch
+    shardings = batch_shardings(mesh, batch)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, shardings)
+    own, groups = own_groups(mesh), groups_of(mesh)
+
+    def place(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        if sharding.spec == P():
+            return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+        rows = x.shape[1] // len(own)  # of a group
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            at = own.index((index[1].start or 0) // rows) * rows
+            return x[index[0], at : at + rows, *index[2:]]
+
+        return jax.make_array_from_callback((x.shape[0], rows * groups, *x.shape[2:]), sharding, part)
+
+    return jax.tree.map(place, batch, shardings)
 
 
 def batch_shardings(mesh: Mesh, batch: PreferenceBatch) -> PreferenceBatch:
-    """Shardings of a batch [M, ...]: rows and their trained tokens over data and fsdp, what is per pair replicated."""
-    rows, replicated = NamedSharding(mesh, P(None, ROWS)), NamedSharding(mesh, P())
+    """Shardings of a batch [M, ...]: what is per pair is everywhere, rows are dealt over data and fsdp.
+
+    A row's tokens, its trained tokens and its tiles of attention are each dealt over context: so all of these devices
+    have as much to compute, and they gather the keys and values that they lack.
+    """
+    rows, replicated = NamedSharding(mesh, P(None, ROWS, "context")), NamedSharding(mesh, P())
     per_row = {"tokens", "segments", "branches", "positions", "source", "target", "slot", "tiles", "sequences"}
     return PreferenceBatch(
         **{

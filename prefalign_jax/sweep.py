@@ -21,11 +21,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from prefalign_jax import cli
+from prefalign_jax import cli, processes
 from prefalign_jax.config import resolved, validate
 from prefalign_jax.files import read_json, whole, write_json
+from prefalign_jax.processes import note
 from prefalign_jax.runs import MARK, flatten, last_row, latest_stage, read_run
-from prefalign_jax.train import locked, note, stop_requested
+from prefalign_jax.train import locked, stop_signal
 from prefalign_jax.types import UserError
 
 LOCK = ".point_lock"  # held by the run of a point for as long as it lives, whatever becomes of the sweep
@@ -194,7 +195,7 @@ class _Job:
             run = latest_stage(self.directory).relative_to(self.directory)
             write_json(self.directory / MARK, _mark(self.point, {"run": str(run)}))
             self.state = DONE
-        elif status in (cli.STOPPED, -signal.SIGTERM) and stopping:
+        elif status in (processes.STOPPED, -signal.SIGTERM) and stopping:
             self.state = STOPPED
         else:
             self.state, self.error = FAILED, self.last_error(status)
@@ -236,14 +237,14 @@ def run_sweep(
       poll: seconds between looks.
 
     Returns:
-      The exit status: 1 if a run failed, cli.STOPPED if told to stop, else 0.
+      The exit status: 1 if a run failed, processes.STOPPED if told to stop, else 0.
 
     Raises:
       UserError: another sweep is at work there, or a point of the same name was another.
     """
     if jobs < 1:
         raise UserError(f"--jobs={jobs} must be at least 1")
-    with locked(workdir), stop_requested() as stop:
+    with locked(workdir), stop_signal() as stop:
         queue = [_Job(point, workdir / point.name) for point in points]
         for job in queue:
             job.state = DONE if _done(job.point, workdir) is not None else WAITING
@@ -287,7 +288,7 @@ def run_sweep(
     note(f"{count[DONE]} of {len(points)} points done, {len(failed)} failed; {workdir / 'results.csv'}")
     if stop.is_set():
         note("stopped; the same command goes on from there")
-        return cli.STOPPED
+        return processes.STOPPED
     return 1 if failed else 0
 
 

@@ -6,10 +6,11 @@ import collections
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import itertools
 import math
+import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from prefalign_jax import checkpoint, report
@@ -51,7 +53,7 @@ from prefalign_jax.flops import count_flops
 from prefalign_jax.generate import stop_ids
 from prefalign_jax.losses import BoundLoss
 from prefalign_jax.metrics import Progress, device_memory, open_writer
-from prefalign_jax.models.decoder import cast, make_decoder
+from prefalign_jax.models.decoder import DecoderConfig, Placement, cast, make_decoder
 from prefalign_jax.models.dropout import Dropout
 from prefalign_jax.models.hf_io import (
     load_config,
@@ -65,12 +67,13 @@ from prefalign_jax.models.peft_io import load_adapters, save_adapters
 from prefalign_jax.models.quantize import quantize_params
 from prefalign_jax.names import did_you_mean
 from prefalign_jax.optim import in_float32, make_optimizer, make_schedule
+from prefalign_jax.processes import agreed, by_first, is_first, note, stop_requested
 from prefalign_jax.reference import cache_key, cached, compute, mover, params_digest
 from prefalign_jax.runs import read_metrics
 from prefalign_jax.samples import write_jsonl
-from prefalign_jax.sharding import groups_of, make_mesh, param_shardings
+from prefalign_jax.sharding import born, deal_experts, make_mesh, packing_of, param_shardings, place_batch, spread
 from prefalign_jax.train_step import init_state, make_eval_step, make_train_step
-from prefalign_jax.types import SIDES, LanguageModel, PairLogps, Params, PreferenceBatch, UserError
+from prefalign_jax.types import LanguageModel, PairLogps, Params, PreferenceBatch, UserError
 
 SHOWN = 10_000  # records that are cleaned and tokenized too quickly to show
 ROLES = {"train": "training", "eval": "held out", "test": "test set, kept out"}  # of sources, by their use
@@ -104,13 +107,13 @@ def train(config: ConfigDict, workdir: str | Path) -> Result:
       UserError: for a mistake in the config, the data or the model, before any step is taken.
     """
     validate(config)
-    if jax.process_count() > 1:
-        raise UserError("several processes are not supported; start one that sees all devices")
     if config.export.push_to:
         hub_token(config.export.push_to)  # that it is missing is said now, not after the training
     workdir = Path(workdir)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(locked(workdir))
+        by_first(lambda: stack.enter_context(locked(workdir)))
+        if not workdir.is_dir():
+            raise UserError(f"--workdir={workdir} is not on a file system that all processes share; use one that is")
         stack.enter_context(jax.default_matmul_precision(config.matmul_precision))
         return _train(config, workdir, stack)
 
@@ -131,8 +134,8 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
     reward = "reward" in loss.needs
     adapters, lora = adapters_of(config, reward)
     model, params = load_model(config, config.model.path, mesh, len(tokenizer), config.model.random_init, reward, lora)
-    packing = dict(groups=groups_of(mesh), layout=layout_of(config, loss))
-    packing |= dict(row_length=config.data.row_length, attends=model.attends)
+    packing = dict(layout=layout_of(config, loss), row_length=config.data.row_length, attends=model.attends)
+    packing |= packing_of(mesh)
     share = config.batch_size // config.micro_steps
     train_set = make_pair_set(train_pairs, config.batch_size, micro_steps=config.micro_steps, **packing)
     eval_set = make_pair_set(eval_pairs, share, **packing) if eval_pairs else None
@@ -183,8 +186,8 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
         frozen = frozen if lora else None  # its memory is free again
     if lora:
         key = jax.random.key(config.seed)
-        params = jax.tree.map(jnp.copy, adapters) or init_adapters(key, frozen, lora, drawn_dtype(config))
-        params = jax.device_put(params, param_shardings(mesh, params))
+        make = functools.partial(init_adapters, key, lora=lora, dtype=drawn_dtype(config))
+        params = jax.tree.map(jnp.copy, adapters) or born(mesh, make, frozen)
 
     # Optimizer, state, steps.
     total = duration(config, "", len(train_pairs)) or max(1, len(train_pairs) // config.batch_size)
@@ -193,26 +196,10 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
         raise UserError(f"profile_steps={config.profile_steps!r} ends after the {total} steps of the run")
     warmup = duration(config, "warmup", len(train_pairs)) or 0
     schedule = make_schedule(config.schedule, config.learning_rate, warmup, total)
-    optimizer = make_optimizer(plain["optimizer"], schedule, config.grad_clip)
-    if config.model.stochastic_rounding:
-        optimizer = in_float32(optimizer)
-    moving = plain["reference"] if config.reference.kind == "moving" else None
-    if moving and moving["every"] >= total:
-        raise UserError(
-            f"reference.every={moving['every']} is not reached in a run of {total} steps; write a smaller one"
-        )
-    train_step = make_train_step(
-        model,
-        loss,
-        optimizer,
-        mesh,
-        schedule=schedule,
-        chunk=config.vocabulary_chunk,
-        move_reference=moving and mover(moving["mixup"], moving["every"]),
-        router_weight=config.model.router_weight,
-        stochastic_rounding=config.model.stochastic_rounding,
-        seed=config.seed,
-    )
+    optimizer, train_step = step_of(config, model, loss, mesh, schedule)
+    every = plain["reference"]["every"] if config.reference.kind == "moving" else 0
+    if every >= total:
+        raise UserError(f"reference.every={every} is not reached in a run of {total} steps; write a smaller one")
     eval_step = make_eval_step(model, loss, mesh, config.vocabulary_chunk)
 
     # Where an earlier run in this directory stopped, or the beginning.
@@ -220,8 +207,9 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
     stack.callback(checkpoints.close)
     state = init_state(params, optimizer, mesh, frozen, loss.running, model.rules)
     state = checkpoint.restore(checkpoints, state, plain, digests)
-    write_json(workdir / "config.json", {**plain, "steps": total})  # not before it is known to be this run's
-    write_datasheet(workdir, datasheet)
+    if is_first():
+        write_json(workdir / "config.json", {**plain, "steps": total})  # not before it is known to be this run's
+        write_datasheet(workdir, datasheet)
     del params
     start = int(state.step)
     kept = start if start < total else start - 1  # a complete run's last evaluation is made again
@@ -245,7 +233,8 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
         ]
         if scores is not None:
             rows = [{**row, "reward": float(value)} for row, value in zip(rows, scores, strict=True)]
-        write_jsonl(workdir / "samples" / f"{step}.jsonl", rows)
+        if is_first():
+            write_jsonl(workdir / "samples" / f"{step}.jsonl", rows)
         return means
 
     def evaluate_now(step: int) -> dict[str, float]:
@@ -272,12 +261,12 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
         return bool(every) and step % every == 0
 
     # At the start, and where the earlier run was stopped after the step but before its evaluation.
-    evaluated = {row["step"] for row in read_metrics(workdir / "eval.jsonl")}
+    evaluated = agreed([row["step"] for row in read_metrics(workdir / "eval.jsonl")])
     if start == 0 or (due(start, config.eval_steps) and start not in evaluated and start < total):
         evaluate_now(start)
     progress = Progress(total, "step")
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-    meter = Meter(config.batch_size, lambda batch: count_flops(train_step, abstract, batch))
+    abstract = shapes_of(state)
+    meter = Meter(train_set, lambda batch: count_flops(train_step, abstract, shapes_of(batch)))
     waiting = None  # the step whose metrics are not yet fetched
     step, means = start, {}
     order = dict(seed=config.seed, shuffle=config.data.shuffle, balance=config.data.balance)
@@ -285,13 +274,14 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
     if profile and profile[0] <= start:
         note(f"profile_steps={config.profile_steps}: passed already, nothing is traced")
         profile = range(0)
-    with stop_requested() as stop, contextlib.ExitStack() as trace:
+    with stop_signal() as stop, contextlib.ExitStack() as trace:
         for step, batch in enumerate(meter.waited(batches), start + 1):
             if step in profile[:1]:
                 jax.block_until_ready(state)
                 trace.enter_context(jax.profiler.trace(workdir / "profile", create_perfetto_trace=True))
-            state, metrics = train_step(state, batch)
-            meter.add(batch)
+            on_devices = place_batch(mesh, batch)
+            state, metrics = train_step(state, on_devices)
+            meter.add(batch, on_devices)
             if step in profile[-1:]:
                 jax.block_until_ready(state)
                 trace.close()
@@ -301,7 +291,7 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
                 log(*waiting, writer, progress)
             logged = step in (1, total) or step % config.log_steps == 0
             waiting = (step, metrics, meter.read() if logged else None)
-            if stop.is_set() or step == total:
+            if stop.is_set() or stop_requested(step) or step == total:
                 break
             evaluating = due(step, config.eval_steps)
             # Only what is saved can be the best.
@@ -324,14 +314,15 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
             save(means or None)
         checkpoints.wait()
 
-    evaluations = read_metrics(workdir / "eval.jsonl")
+    evaluations = agreed(read_metrics(workdir / "eval.jsonl"))
     before = evaluations[0] if evaluations and evaluations[0]["step"] == 0 else {}
     params = merge(state.reference, state.params, lora) if lora else state.params
     result = Result(step, step < total, before, means, model, params, tokenizer)
     if result.stopped:
         note(f"stopped at step {step} of {total}, saved; the same command goes on from there")
         return result
-    report.plot_curves(workdir)
+    if is_first():
+        report.plot_curves(workdir)
     if config.export.enabled:
         card = {
             "base_model": config.model.path,
@@ -345,7 +336,7 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
         export(params, model.config, tokenizer, workdir / "export", dtype=config.export.dtype, card=card)
         note(f"exported to {workdir / 'export'}")
         if config.export.push_to:
-            note(f"pushed to {push(workdir / 'export', config.export.push_to)}")
+            by_first(lambda: note(f"pushed to {push(workdir / 'export', config.export.push_to)}"))
         if lora:
             try:
                 save_adapters(state.params, model.config, lora, workdir / "adapters", base=config.model.path)
@@ -697,6 +688,52 @@ def drawn_dtype(config: ConfigDict) -> str:
     return "float32" if config.model.param_dtype == "stored" else config.model.param_dtype
 
 
+def step_of(
+    config: ConfigDict, model: LanguageModel, loss: BoundLoss, mesh: jax.sharding.Mesh, schedule: optax.Schedule
+) -> tuple[optax.GradientTransformation, Callable[..., Any]]:
+    """(optimizer, train step) of a config."""
+    plain = resolved(config)
+    optimizer = make_optimizer(plain["optimizer"], schedule, config.grad_clip)
+    if config.model.stochastic_rounding:
+        optimizer = in_float32(optimizer)
+    moving = plain["reference"] if config.reference.kind == "moving" else None
+    return optimizer, make_train_step(
+        model,
+        loss,
+        optimizer,
+        mesh,
+        schedule=schedule,
+        chunk=config.vocabulary_chunk,
+        move_reference=moving and mover(moving["mixup"], moving["every"]),
+        router_weight=config.model.router_weight,
+        stochastic_rounding=config.model.stochastic_rounding,
+        seed=config.seed,
+    )
+
+
+def decoder_of(
+    config: ConfigDict, shape: DecoderConfig, mesh: jax.sharding.Mesh, lora: Lora | None = None
+) -> LanguageModel:
+    """The decoder of this shape, computed on a mesh as a config says; `lora` is of the adapters that it is to take."""
+    if config.max_length > shape.max_position:
+        raise UserError(f"max_length={config.max_length} exceeds the model's {shape.max_position} positions")
+    options = dict(dtype=config.dtype, param_dtype=drawn_dtype(config), remat=config.model.remat, lora=lora)
+    if config.model.attention == "cudnn":
+        device = jax.devices()[0].device_kind
+        if "NVIDIA" not in device:
+            raise UserError(f"model.attention='cudnn' needs an NVIDIA GPU, and this is {device}; write 'tiles'")
+        if mesh.shape["context"] > 1:
+            raise UserError("model.attention='cudnn' takes whole rows; write 'tiles', or mesh.context=1")
+    options |= dict(attention=config.model.attention, placement=Placement(spread(mesh), deal_experts(mesh)))
+    return make_decoder(shape, **options, dropout=Dropout(config.model.dropout, config.model.attention_dropout))
+
+
+def drawn_params(config: ConfigDict, shape: DecoderConfig, key: jax.Array) -> Params:
+    """Parameters that no file holds, quantized if the config says so."""
+    params, kind = make_decoder(shape, param_dtype=drawn_dtype(config)).init(key), config.model.quantize
+    return quantize_params(params, kind) if kind else params
+
+
 def load_model(
     config: ConfigDict,
     path: str,
@@ -725,35 +762,24 @@ def load_model(
     """
     directory = resolve(path)
     shape = dataclasses.replace(load_config(directory), reward=reward)
-    if config.max_length > shape.max_position:
-        raise UserError(f"max_length={config.max_length} exceeds the {shape.max_position} positions of {path}")
-    options = dict(dtype=config.dtype, param_dtype=drawn_dtype(config), remat=config.model.remat, lora=lora)
-    options["attention"] = config.model.attention
-    device = jax.devices()[0].device_kind
-    if config.model.attention == "cudnn" and "NVIDIA" not in device:
-        raise UserError(f"model.attention='cudnn' needs an NVIDIA GPU, and this is {device}; write 'tiles'")
-    options["dropout"] = Dropout(config.model.dropout, config.model.attention_dropout)
-    multiple, kind = config.model.pad_vocabulary, config.model.quantize
-
-    def drawn(key: jax.Array) -> Params:
-        params = make_decoder(shape, **options).init(key)
-        return quantize_params(params, kind) if kind else params
-
+    size, multiple = max(shape.vocab_size, tokens), config.model.pad_vocabulary
+    grown = dataclasses.replace(shape, vocab_size=size, vocab_padding=-size % multiple)
+    model = decoder_of(config, grown, mesh, lora)
     if random_init:
-        size = max(shape.vocab_size, tokens)
-        shape = dataclasses.replace(shape, vocab_size=size, vocab_padding=-size % multiple)
-        shardings = param_shardings(mesh, jax.eval_shape(drawn, jax.random.key(0)))
-        return make_decoder(shape, **options), jax.jit(drawn, out_shardings=shardings)(jax.random.key(config.seed))
-    shardings = param_shardings(mesh, jax.eval_shape(drawn, jax.random.key(0)))
-    dtype = "stored" if lora else config.model.param_dtype
-    params = load_params(directory, shape, dtype=dtype, quantize=kind, shardings=shardings)
+        return model, born(mesh, lambda: drawn_params(config, grown, jax.random.key(config.seed)))
+    blank = jax.eval_shape(lambda: drawn_params(config, shape, jax.random.key(0)))
+    options = dict(dtype="stored" if lora else config.model.param_dtype, quantize=config.model.quantize)
+    params = load_params(directory, shape, shardings=param_shardings(mesh, blank), **options)
     if tokens > shape.vocab_size:
         note(f"embeddings grown from {shape.vocab_size} to {tokens} rows for the tokens added to the vocabulary")
-        params, shape = resize_embeddings(params, shape, tokens)
-    if shape.vocab_size % multiple:
-        params, shape = pad_vocabulary(params, shape, multiple)
-    params = jax.device_put(params, param_shardings(mesh, params))
-    return make_decoder(shape, **options), params
+    if grown != shape:
+        tables = {name: params[name] for name in ("embed", "head") if name in params}
+
+        def grow(tables: Params) -> Params:
+            return pad_vocabulary(*resize_embeddings(tables, shape, size), multiple)[0]
+
+        params = params | born(mesh, grow, tables)
+    return model, params
 
 
 def with_reference(
@@ -774,8 +800,8 @@ def with_reference(
         progress = Progress(len(data.pairs), "reference pair")
         share = data.batch_size // data.micro_steps
         layout = data.layout._replace(prompt=False, after=False)
-        packing = dict(groups=data.groups, layout=layout, row_length=config.data.row_length, attends=model.attends)
-        plain = make_pair_set(data.pairs, share, **packing)
+        packing = packing_of(mesh) | dict(row_length=config.data.row_length, attends=model.attends)
+        plain = make_pair_set(data.pairs, share, layout=layout, **packing)
         options = dict(mesh=mesh, chunk=config.vocabulary_chunk, progress=progress.update, needs=needs)
         logps = compute(model, params, plain, **options)
         progress.close()
@@ -785,10 +811,10 @@ def with_reference(
 
 
 class Meter:
-    """Tokens, pairs, operations and seconds since the last logged step, counted on the host from the batches."""
+    """Tokens, pairs, operations and seconds since the last logged step, counted on the host for all devices."""
 
-    def __init__(self, pairs: int, flops_of: Callable[[PreferenceBatch], int]):
-        self.pairs = pairs
+    def __init__(self, data: PairSet, flops_of: Callable[[PreferenceBatch], int]):
+        self.data = data
         self.flops_of, self.known = flops_of, {}  # a count for each shape of batch
         self.reset()
 
@@ -815,15 +841,16 @@ class Meter:
                 return
             yield batch
 
-    def add(self, batch) -> None:
-        """Counts one batch."""
+    def add(self, batch: PreferenceBatch, on_devices: PreferenceBatch) -> None:
+        """Counts one batch, given as NumPy arrays and as it lies on the devices."""
+        lengths = self.data.lengths.of(batch.index[batch.index >= 0])
         self.steps += 1
-        self.tokens += int(np.count_nonzero(batch.segments))
-        self.positions += batch.segments.size
-        self.trained += int((batch.slot < SIDES * batch.weight.shape[1]).sum())
-        shapes = batch.tokens.shape, batch.target.shape, batch.tiles.shape
+        self.tokens += int(lengths.pieces.sum())
+        self.positions += on_devices.segments.size
+        self.trained += int(lengths.trained.sum())
+        shapes = on_devices.tokens.shape, on_devices.target.shape, on_devices.tiles.shape
         if shapes not in self.known:
-            self.known[shapes] = self.flops_of(batch)
+            self.known[shapes] = self.flops_of(on_devices)
         self.flops += self.known[shapes]
 
     def read(self) -> dict[str, float]:
@@ -831,7 +858,7 @@ class Meter:
         seconds = max(time.monotonic() - self.began, 1e-9)
         out = {
             "step_time": seconds / self.steps,
-            "pairs_per_second": self.steps * self.pairs / seconds,
+            "pairs_per_second": self.steps * self.data.batch_size / seconds,
             "tokens_per_second": self.tokens / seconds,
             "trained_tokens_per_second": self.trained / seconds,
             "packing_efficiency": self.tokens / self.positions,
@@ -859,8 +886,11 @@ def log(
 
 
 @contextlib.contextmanager
-def stop_requested() -> Iterator[threading.Event]:
-    """An event that SIGTERM or Ctrl-C sets, so that the loop ends at a step and saves; a second Ctrl-C ends at once."""
+def stop_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM or Ctrl-C sets, so that the loop ends at a step and saves; a second Ctrl-C ends at once.
+
+    Of several processes none may stop by itself: there JAX takes the SIGTERM, and `processes.stop_requested` tells all.
+    """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event  # signals reach only the main thread
@@ -871,12 +901,20 @@ def stop_requested() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         event.set()
 
-    old = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT), handle)
+    if jax.process_count() > 1:
+        handlers = {signal.SIGINT: lambda number, frame: os.kill(os.getpid(), signal.SIGTERM)}
+    old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield event
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def shapes_of(tree: Any) -> Any:
+    """Shapes and types in place of arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 @contextlib.contextmanager
@@ -900,8 +938,3 @@ def locked(workdir: Path) -> Iterator[None]:
         except OSError:
             raise UserError(f"--workdir={workdir}: another run is writing there; use another") from None
         yield
-
-
-def note(text: str) -> None:
-    """One line for the person watching."""
-    print(text, file=sys.stderr, flush=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -76,12 +78,12 @@ def init_state(
     Returns:
       The state.
     """
-    carried = {name: jnp.float32(value) for name, value in running.items()} if running else None
+    carried = {name: np.float32(value) for name, value in running.items()} if running else None
     shapes = TrainState(0, params, jax.eval_shape(optimizer.init, params), reference, carried)
     shardings = state_shardings(mesh, shapes, optimizer, rules)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
-    step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
-    return TrainState(step, params, opt_state, reference, jax.device_put(carried, shardings.running))
+    step, carried = jax.device_put((np.int32(0), carried), (shardings.step, shardings.running))
+    return TrainState(step, params, opt_state, reference, carried)
 
 
 def make_train_step(
@@ -255,7 +257,8 @@ def make_eval_step(
       The jitted function. Its batch has a leading axis of one micro-step.
     """
 
-    @jax.jit
+    # What is per pair goes to every device, so that each of several processes has it.
+    @functools.partial(jax.jit, out_shardings=mesh and NamedSharding(mesh, P()))
     def on_devices(params: Params, reference: Params | None, batch: PreferenceBatch):
         return both_logps(model, loss, params, reference, jax.tree.map(lambda x: x[0], batch), chunk)
 

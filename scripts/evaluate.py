@@ -45,11 +45,12 @@ from prefalign_jax.losses import BoundLoss
 from prefalign_jax.models.decoder import DecoderConfig
 from prefalign_jax.models.hf_io import load_config, resolve
 from prefalign_jax.names import did_you_mean, read_as
+from prefalign_jax.processes import note
 from prefalign_jax.reference import compute
 from prefalign_jax.report import plot_margins
-from prefalign_jax.sharding import groups_of, make_mesh
+from prefalign_jax.sharding import make_mesh, packing_of
 from prefalign_jax.token_page import Example, Response, choose_examples, page, pieces_of
-from prefalign_jax.train import layout_of, load_model, note, record_kind, unit_of
+from prefalign_jax.train import layout_of, load_model, record_kind, unit_of
 from prefalign_jax.train_step import make_eval_step
 from prefalign_jax.types import LanguageModel, PairLogps, Params, UserError
 
@@ -239,8 +240,8 @@ def examples_of(
     chosen = choose_examples(scores, each, seed)
     pairs = [data.pairs[i] for _, i in chosen]
     layout = data.layout._replace(prompt=False, after=False)
-    packing = dict(groups=data.groups, layout=layout, attends=models["policy"].model.attends)
-    part = make_pair_set(pairs, min(len(pairs), data.batch_size), **packing)
+    packing = packing_of(mesh) | dict(attends=models["policy"].model.attends)
+    part = make_pair_set(pairs, min(len(pairs), data.batch_size), layout=layout, **packing)
     logps = {name: response_logps(m.model, m.params, part, mesh=mesh) for name, m in models.items() if m}
     panels = [name for name in logps if name != "reference" or "before" not in logps]
     out = []
@@ -350,7 +351,7 @@ def run(values: flags.FlagValues, rest: Sequence[str]) -> None:
             load(config, loss, path, tokenizer, mesh) if path else None
             for path in (values.model, values.reference, values.before)
         )
-        packing = dict(groups=groups_of(mesh), layout=layout_of(config, loss), attends=policy.model.attends)
+        packing = dict(**packing_of(mesh), layout=layout_of(config, loss), attends=policy.model.attends)
         data = make_pair_set(pairs, config.batch_size, **packing)
         if frozen:
             data = data._replace(reference=compute(frozen.model, frozen.params, data, mesh=mesh, needs=loss.needs))

@@ -5,7 +5,7 @@ import types
 import pytest
 import yaml
 
-from prefalign_jax import cli
+from prefalign_jax import cli, processes
 from prefalign_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -94,7 +94,12 @@ def test_the_working_directory_is_named_after_the_experiment(launch, config):
 
 
 def test_the_status_of_main_is_passed_on(launch):
-    assert [launch(DPO, main=lambda config, workdir, s=s: s)[0] for s in (None, 0, 1, cli.STOPPED)] == [0, 0, 1, 143]
+    assert [launch(DPO, main=lambda config, workdir, s=s: s)[0] for s in (None, 0, 1, processes.STOPPED)] == [
+        0,
+        0,
+        1,
+        143,
+    ]
 
 
 def test_print_config_prints_what_a_run_would_use_and_runs_nothing(launch):

@@ -12,12 +12,14 @@ PACKAGE = "prefalign_jax"
 LAYERS = {
     "types": 0,
     "best_of_n": 1,
+    "collectives": 1,
     "files": 1,
     "flops": 1,
     "html_page": 1,
     "intervals": 1,
     "names": 1,
     "pairing": 1,
+    "processes": 1,
     "runs": 1,
     "checkpoint": 2,
     "config": 2,
@@ -52,6 +54,7 @@ LAYERS = {
     "inspection": 5,
     "jobs": 5,
     "on_policy": 5,
+    "plan": 5,
     "quickstart": 5,
     "sweep": 5,
 }

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from prefalign_jax import cli, jobs
+from prefalign_jax import jobs, processes
 from prefalign_jax.config import validate
 from prefalign_jax.jobs import JOBS
 from prefalign_jax.train import train
@@ -36,7 +36,7 @@ def test_a_stopped_first_stage_stops_the_job(tmp_path, monkeypatch):
         stopped = True
 
     monkeypatch.setattr(jobs, "train", lambda config, workdir: calls.append(workdir) or Stopped())
-    assert JOBS["sft_first"](config_of(**FIELDS), tmp_path) == cli.STOPPED
+    assert JOBS["sft_first"](config_of(**FIELDS), tmp_path) == processes.STOPPED
     assert calls == [tmp_path / "sft"]
 
 

@@ -2,9 +2,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
+from prefalign_jax.collectives import collectives
+from prefalign_jax.flops import count_flops
 from prefalign_jax.models.moe import Routing, balance, experts, route, routing
+from prefalign_jax.sharding import deal_experts, make_mesh
 
 RNG = np.random.default_rng(0)
 N, D, F, E = 11, 6, 5, 4
@@ -102,3 +107,33 @@ def test_the_balance_of_a_model_is_transformers_auxiliary_loss(tmp_path):
         1
     ]
     np.testing.assert_allclose(found, theirs(torch.tensor(tokens)).aux_loss.item(), rtol=1e-5)
+
+
+def test_experts_dealt_whole_over_devices_are_those_on_one():
+    """In value and gradient; what is exchanged is the sum over the experts, and never a kernel over tensor."""
+    mesh = make_mesh({"fsdp": 2, "tensor": 4})
+    x = RNG.normal(size=(12, D)).astype(np.float32)
+    logits = RNG.normal(size=(12, E)).astype(np.float32)
+    weights, chosen, _ = route(logits, 2, renormalise=True)
+    cotangent = RNG.normal(size=x.shape).astype(np.float32)
+
+    def pulled(deal):
+        def function(*args):
+            value, pull = jax.vjp(lambda *a: deal(experts, *a, chosen), *args)
+            return value, pull(cotangent)
+
+        return jax.jit(function)
+
+    args = (x, GATE, UP, DOWN, weights)
+    dealt = pulled(deal_experts(mesh))
+    where = [P("fsdp"), *[P("tensor")] * 3, P("fsdp")]
+    placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(args, where, strict=True)]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        dealt(*placed),
+        pulled(lambda function, *a: function(*a))(*args),
+    )
+    sent = collectives(dealt.lower(*placed).compile().as_text(), 8)
+    assert {one.kind for one in sent if len(one.group) > 2 or one.group[1] == 1} == {"all-reduce"}
+    count = count_flops(lambda *a: experts(*a, chosen), *args)
+    assert count_flops(lambda *a: deal_experts(mesh)(experts, *a, chosen), *args) == count

@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from prefalign_jax import cli
+from prefalign_jax import processes
 from prefalign_jax.config import defaults, validate
 from prefalign_jax.data.chat import load_tokenizer
 from prefalign_jax.drawn import draw, measure, scorer_of
@@ -130,7 +130,7 @@ def test_a_stopped_stage_stops_the_job(prompts, tmp_path, monkeypatch):
         stopped = True
 
     monkeypatch.setattr(on_policy, "train", lambda config, workdir: Stopped())
-    assert JOBS["rounds"](config_of(prompts, "rounds"), tmp_path) == cli.STOPPED
+    assert JOBS["rounds"](config_of(prompts, "rounds"), tmp_path) == processes.STOPPED
     assert not (tmp_path / "round-2").exists()
 
 

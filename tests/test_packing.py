@@ -1,3 +1,4 @@
+import jax
 import numpy as np
 import pytest
 
@@ -172,3 +173,26 @@ def test_sequences_are_the_texts_of_the_pairs(groups, layout):
         for token, where in enumerate(place[g]):
             assert sorted(where[where >= 0]) == np.flatnonzero(index[g].reshape(-1) == token).tolist()
     assert packed(pairs, 12, groups=groups, layout=layout).sequences is None
+
+
+PER_ROW = {"tokens", "segments", "branches", "positions", "source", "target", "slot", "tiles", "sequences"}
+
+
+def of_groups(x, own):
+    """[M, 4 groups of rows, ...] -> the rows of some groups."""
+    by_group = x.reshape(x.shape[0], 4, -1, *x.shape[2:])[:, own]
+    return by_group.reshape(x.shape[0], -1, *x.shape[2:])
+
+
+@pytest.mark.parametrize("layout", [FULL, ORDINARY, Layout(after=True), Layout(rewards=True)], ids=str)
+@pytest.mark.parametrize(("own", "row_length"), [([2], None), ([0, 3], None), ([1, 2], 64)])
+def test_a_process_lays_out_the_rows_of_its_own_groups_alone(layout, own, row_length):
+    """Those of the batch that one process would lay out, to the bit; what is per pair is of all pairs."""
+    pairs = make_pairs(9, seed=5)
+    for attends in ("tiles", "sequences"):
+        options = dict(groups=4, layout=layout, row_length=row_length, micro_steps=2, attends=attends)
+        whole, part = (packed(pairs, 10, **options, own=numbers) for numbers in (None, own))
+        for name, everything in whole._asdict().items():
+            if name in PER_ROW:
+                everything = jax.tree.map(lambda x: of_groups(x, own), everything)
+            jax.tree.map(np.testing.assert_array_equal, getattr(part, name), everything)

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,19 +7,28 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from prefalign_jax.models.decoder import make_decoder
+from prefalign_jax.collectives import collectives
+from prefalign_jax.data.packing import Layout
+from prefalign_jax.data.pipeline import batch_of, make_pair_set
+from prefalign_jax.losses import make_loss
+from prefalign_jax.models.decoder import Placement, make_decoder
 from prefalign_jax.models.lora import Lora, init_adapters
 from prefalign_jax.models.quantize import KINDS, quantize_params
 from prefalign_jax.optim import make_optimizer
 from prefalign_jax.sharding import (
     RULES,
     batch_shardings,
+    born,
+    deal_experts,
     groups_of,
     make_mesh,
+    packing_of,
     param_shardings,
+    place_batch,
+    spread,
     state_shardings,
 )
-from prefalign_jax.train_step import init_state
+from prefalign_jax.train_step import init_state, make_train_step
 from prefalign_jax.types import PairLogps, TrainState, UserError
 from small import CONFIG, make_pairs, make_params, packed
 
@@ -44,15 +54,15 @@ def specs(shardings, params) -> dict[str, tuple]:
 @pytest.mark.parametrize(
     ("sizes", "shape"),
     [
-        ({"data": -1, "fsdp": 1, "tensor": 1}, (8, 1, 1)),
-        ({"data": 2, "fsdp": -1, "tensor": 2}, (2, 2, 2)),
-        ({"fsdp": 4, "tensor": 2}, (1, 4, 2)),
-        ({"tensor": -1}, (1, 1, 8)),
+        ({"data": -1, "fsdp": 1, "tensor": 1}, (8, 1, 1, 1)),
+        ({"data": 2, "fsdp": -1, "tensor": 2}, (2, 2, 1, 2)),
+        ({"fsdp": 2, "context": 2, "tensor": 2}, (1, 2, 2, 2)),
+        ({"tensor": -1}, (1, 1, 1, 8)),
     ],
 )
 def test_a_mesh_takes_all_devices(sizes, shape):
     mesh = make_mesh(sizes)
-    assert tuple(mesh.shape.items()) == tuple(zip(("data", "fsdp", "tensor"), shape, strict=True))
+    assert tuple(mesh.shape.items()) == tuple(zip(("data", "fsdp", "context", "tensor"), shape, strict=True))
     assert len({device.id for device in mesh.devices.flat}) == jax.device_count() == 8
     assert groups_of(mesh) == shape[0] * shape[1]
 
@@ -70,7 +80,7 @@ def test_a_mesh_that_does_not_fit_names_the_sizes_and_devices(sizes):
 
 
 def test_an_unknown_axis_is_named():
-    with pytest.raises(UserError, match="mesh.model.*data, fsdp, tensor"):
+    with pytest.raises(UserError, match="mesh.model.*data, fsdp, context, tensor"):
         make_mesh({"data": 4, "model": 2})
 
 
@@ -132,13 +142,13 @@ def test_every_rule_is_of_use():
                 param_shardings(MESH, tree, [rule for rule in RULES if rule is not left_out])
 
 
-def test_experts_are_split_by_their_widths():
+def test_experts_are_dealt_whole():
     params = jax.eval_shape(make_decoder(dataclasses.replace(CONFIG, **EXPERTS)).init, jax.random.key(0))
     found = specs(param_shardings(MESH, params), params)
     assert {path: spec for path, spec in found.items() if "experts" in path} == {
         "layers/experts/router/kernel": (None, "fsdp", None),
-        **{f"layers/experts/{name}/kernel": (None, None, "fsdp", "tensor") for name in ("gate", "up")},
-        "layers/experts/down/kernel": (None, None, "tensor", "fsdp"),
+        **{f"layers/experts/{name}/kernel": (None, "tensor", "fsdp", None) for name in ("gate", "up")},
+        "layers/experts/down/kernel": (None, "tensor", None, "fsdp"),
     }
 
 
@@ -271,3 +281,89 @@ def test_a_group_and_its_rows_are_on_the_same_devices():
     groups = held(placed.source)
     assert len(set(groups.values())) == 4
     assert held(placed.tokens) == {device: (start * rows, stop * rows) for device, (start, stop) in groups.items()}
+
+
+# Programs: what ten steps on eight devices compute, and what they send.
+
+PROGRAM = dataclasses.replace(CONFIG, vocab_size=96, num_layers=3)
+MESHES = {
+    "one": {},
+    "data 8": {"data": 8},
+    "fsdp 8": {"fsdp": 8},
+    "fsdp 4 x tensor 2": {"fsdp": 4, "tensor": 2},
+    "data 2 x fsdp 2 x tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
+    "fsdp 4 x context 2": {"fsdp": 4, "context": 2},
+}
+# Every mesh with a loss, every loss with a mesh; the other combinations take longer than they tell.
+PROGRAMS = [("dpo", "data 8"), ("orpo", "fsdp 8"), ("kto", "fsdp 4 x tensor 2"), ("dpo", "data 2 x fsdp 2 x tensor 2")]
+PROGRAMS += [("dpo", "fsdp 4 x context 2")]
+PROGRAMS += [
+    pytest.param(loss, mesh, marks=pytest.mark.slow)
+    for loss in ("dpo", "orpo", "kto")
+    for mesh in list(MESHES)[1:]
+    if (loss, mesh) not in PROGRAMS
+] + [pytest.param("dpo of experts", "fsdp 4 x tensor 2", marks=pytest.mark.slow)]
+
+
+@functools.cache
+def ten_steps(name: str, mesh: str):
+    """(losses, parameters after, how far each moved at least, the program, the mesh) of ten AdamW steps."""
+    mesh = make_mesh(MESHES[mesh], jax.devices()[: 1 if mesh == "one" else 8])
+    name, _, experts = name.partition(" of ")
+    shape = dataclasses.replace(PROGRAM, **EXPERTS) if experts else PROGRAM
+    loss, model = make_loss(name), make_decoder(shape, placement=Placement(spread(mesh), deal_experts(mesh)))
+    # With a smaller eps, Adam makes steps of one size of gradients that are rounding alone.
+    optimizer = make_optimizer({"name": "adamw", "eps": 1e-3}, lambda step: 2e-3, 1.0)
+
+    def place(seed):
+        params = make_params(seed, model)
+        return jax.device_put(params, param_shardings(mesh, params))
+
+    state = init_state(place(0), optimizer, mesh, place(1) if "reference" in loss.needs else None, loss.running)
+    pairs = make_pairs(80, vocabulary=96, longest=20)
+    pairs = [dataclasses.replace(pair, label=number % 3 > 0) for number, pair in enumerate(pairs)]
+    data = make_pair_set(pairs, 8, **packing_of(mesh), layout=Layout(prompt="prompt" in loss.needs))
+    data = data._replace(shapes=data.shapes[-1:])
+    batches = [place_batch(mesh, batch_of(data, np.arange(8 * n, 8 * n + 8))) for n in range(10)]
+    step = make_train_step(model, loss, optimizer, mesh, chunk=32).lower(state, batches[0]).compile()
+    losses = []
+    for batch in batches:
+        state, metrics = step(state, batch)
+        losses.append(metrics["loss"])
+    after = jax.device_get(state.params)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), after, make_params(0, model))
+    return np.array(losses), after, min(jax.tree.leaves(moved)), step, mesh
+
+
+@pytest.mark.parametrize(("loss", "mesh"), PROGRAMS)
+def test_ten_steps_on_eight_devices_are_those_on_one(loss, mesh):
+    losses, params, moved, _, _ = ten_steps(loss, mesh)
+    wanted, wanted_params, *_ = ten_steps(loss, "one")
+    assert moved > 1e-3  # a hundred times the bar
+    np.testing.assert_allclose(losses, wanted, rtol=1e-5, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), params, wanted_params)
+
+
+@pytest.mark.parametrize(("loss", "mesh"), PROGRAMS)
+def test_no_parameter_is_gathered_whole_but_a_layers_in_its_turn(loss, mesh):
+    _, params, _, step, mesh = ten_steps(loss, mesh)
+    shapes = {shape for leaf in jax.tree.leaves(params) for shape in (leaf.shape, leaf.shape[1:])}
+    shapes = {shape for shape in shapes if len(shape) > 1}
+    found = collectives(step.as_text(), 8)
+    gathered = [one for one in found if one.kind == "all-gather"]
+    assert not [one for one in gathered if not one.in_loop and shapes & {shape[-2:] for shape in one.shapes}]
+    if mesh.shape["fsdp"] > 1:  # layer by layer
+        assert [one for one in gathered if one.in_loop and one.times == PROGRAM.num_layers]
+
+
+def test_parameters_are_born_in_parts():
+    model = make_decoder(dataclasses.replace(PROGRAM, hidden_size=64, intermediate_size=256))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    mesh = make_mesh({"fsdp": 8})
+    init = jax.jit(model.init, out_shardings=param_shardings(mesh, shapes)).lower(jax.random.key(0)).compile()
+    largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    assert init.memory_analysis().temp_size_in_bytes < largest
+    params = born(mesh, model.init, jax.random.key(0))
+    whole = jax.jit(model.init)(jax.random.key(0))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), params, whole)
+    assert params["head"]["kernel"].addressable_shards[0].data.shape == (96, 8)

@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 
-from prefalign_jax import cli, sweep
+from prefalign_jax import processes, sweep
 from prefalign_jax.sweep import Point, names_of, progress_of, read_points, results, run_sweep
 from prefalign_jax.train import locked
 from prefalign_jax.types import UserError
@@ -137,7 +137,7 @@ def test_told_to_stop_it_tells_the_runs_and_goes_on_later(tmp_path, fake, capsys
 
     thread = threading.Thread(target=stop)
     thread.start()
-    assert go(points, workdir, fake, jobs=2) == cli.STOPPED
+    assert go(points, workdir, fake, jobs=2) == processes.STOPPED
     thread.join()
     assert starts(workdir, points) == [1, 1, 0]
     assert all(lines(workdir / name / "ends.txt") for name in ("p0", "p1"))  # they were told, and saved

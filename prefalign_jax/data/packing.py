@@ -15,9 +15,8 @@ prompt, the chosen response, the rejected one. All of a batch is written at once
 from __future__ import annotations
 
 import heapq
-import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -299,8 +298,9 @@ def lay_out(
     means: np.ndarray,
     lengths: Lengths,
     layout: Layout,
+    own: Sequence[int] | None = None,
 ) -> PreferenceBatch:
-    """Writes a plan into arrays of a fixed shape.
+    """Writes a plan, or the rows of some of its groups, into arrays of a fixed shape.
 
     Args:
       plan: from `make_plan`.
@@ -310,23 +310,28 @@ def lay_out(
       batch_size: B.
       means: [2], see `mean_tokens`, over the global batch.
       lengths, layout: of the pairs.
+      own: the groups to write, in order; None for all.
 
     Returns:
-      A `PreferenceBatch` of NumPy arrays.
+      A `PreferenceBatch` of NumPy arrays, whose rows are those of these groups; what is per pair is of all.
     """
-    groups = len(plan.groups)
+    own = range(len(plan.groups)) if own is None else own
+    groups = len(own)
     blocks = shape.rows * shape.length // TILE
     row, place = np.divmod(plan.at, plan.shape.length)
     runs = _runs(lengths, row * shape.length + place)
-    group = plan.group.reshape(lengths.pieces.shape)
+    place_of = np.full(len(plan.groups), -1)
+    place_of[list(own)] = np.arange(groups)
+    group = place_of[plan.group].reshape(lengths.pieces.shape)
+    mine = group >= 0
 
     # Tokens.
     tokens, segments, branches, positions = np.zeros((4, groups * shape.rows, shape.length), np.int32)
-    length = runs.length.reshape(-1)
+    length = np.where(mine[:, :, None], runs.length, 0).reshape(-1)
     start = runs.at + group[:, :, None] * (shape.rows * shape.length)
     run, step = _spread(length)
     here = start.reshape(-1)[run] + step
-    tokens.reshape(-1)[here] = _joined(_inputs(pair, layout) for pair in pairs)
+    tokens.reshape(-1)[here] = _joined(_inputs, pairs, layout, mine)
     segments.reshape(-1)[here] = np.repeat(plan.segment, runs.length.shape[2])[run]
     branches.reshape(-1)[here] = runs.branch.reshape(-1)[run]
     positions.reshape(-1)[here] = runs.position.reshape(-1)[run] + step
@@ -337,21 +342,21 @@ def lay_out(
     count, first, of = _targets(lengths, runs, layout)
     of += SIDES * np.arange(len(pairs)).reshape(-1, 1, 1)
     owner = np.broadcast_to(group[:, :, None], count.shape).reshape(-1)
-    count = count.reshape(-1)
+    count = np.where(owner >= 0, count.reshape(-1), 0)
     filled = np.zeros(len(count), np.int64)
     for g in range(groups):
-        mine = owner == g
-        filled[mine] = np.cumsum(count[mine]) - count[mine]
+        here = owner == g
+        filled[here] = np.cumsum(count[here]) - count[here]
     run, step = _spread(count)
     there = (owner * shape.trained + filled)[run] + step
     source.reshape(-1)[there] = first.reshape(-1)[run] + step
-    target.reshape(-1)[there] = _joined(_outputs(pair, layout) for pair in pairs)
+    target.reshape(-1)[there] = _joined(_outputs, pairs, layout, mine)
     slot.reshape(-1)[there] = of.reshape(-1)[run]
 
     # Attention. Blocks count through rows of another length than the plan's only if there is one row.
     tiles = np.full((groups, shape.tiles, 2), (blocks, 0), np.int32)
-    for g, mine in enumerate(plan.tiles):
-        tiles[g, : len(mine)] = mine
+    for g, number in enumerate(own):
+        tiles[g, : len(plan.tiles[number])] = plan.tiles[number]
 
     weight, margin, label = np.zeros((3, batch_size), np.float32)
     weight[: len(pairs)] = [pair.weight for pair in pairs]
@@ -381,7 +386,7 @@ def _sequences(runs: Runs, group: np.ndarray, groups: int, shape: Shape) -> Sequ
             filled[g] += mine.sum()
         begin = 0
         for part in (0, run):  # the prompt, then what follows it
-            length = runs.length[:, piece, part]
+            length = np.where(owner >= 0, runs.length[:, piece, part], 0)
             text, step = _spread(length)
             token, to = runs.at[text, piece, part] + step, begin + step if part == 0 else begin[text] + step
             index[owner[text], number[text], to] = token
@@ -390,16 +395,27 @@ def _sequences(runs: Runs, group: np.ndarray, groups: int, shape: Shape) -> Sequ
     return Sequences(index, place)
 
 
-def _joined(parts: Iterable[list[np.ndarray]]) -> np.ndarray:
-    return np.concatenate([np.zeros(0, np.int32), *itertools.chain.from_iterable(parts)])
+def _joined(
+    parts_of: Callable[[Pair, Layout], list[list[np.ndarray]]], pairs: Sequence[Pair], layout: Layout, mine: np.ndarray
+) -> np.ndarray:
+    """The parts of the pieces that are `mine`, [N, pieces] bool, one after the other."""
+    parts = [
+        part
+        for pair, wanted in zip(pairs, mine, strict=True)
+        if wanted.any()
+        for piece, want in zip(parts_of(pair, layout), wanted, strict=True)
+        if want
+        for part in piece
+    ]
+    return np.concatenate([np.zeros(0, np.int32), *parts])
 
 
-def _inputs(pair: Pair, layout: Layout) -> list[np.ndarray]:
-    """What rows hold of a pair, in the order of `Runs`."""
+def _inputs(pair: Pair, layout: Layout) -> list[list[np.ndarray]]:
+    """What rows hold of each piece of a pair, in the order of `Runs`."""
     sides = [pair.chosen, pair.rejected] if layout.rejected else [pair.chosen]
     if not (layout.after or layout.rewards):
         sides = [side[:-1] for side in sides]
-    return [pair.prompt, *sides] if layout.tree else [part for side in sides for part in (pair.prompt, side)]
+    return [[pair.prompt, *sides]] if layout.tree else [[pair.prompt, side] for side in sides]
 
 
 def _targets(lengths: Lengths, runs: Runs, layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -428,17 +444,19 @@ def _targets(lengths: Lengths, runs: Runs, layout: Layout) -> tuple[np.ndarray, 
     return tuple(stacked)
 
 
-def _outputs(pair: Pair, layout: Layout) -> list[np.ndarray]:
-    """The targets of a pair, in the order of `_targets`."""
-    out = []
+def _outputs(pair: Pair, layout: Layout) -> list[list[np.ndarray]]:
+    """The targets of each piece of a pair, in the order of `_targets`."""
+    pieces = []
     for side, response in ((CHOSEN, pair.chosen), (REJECTED, pair.rejected))[: 1 + layout.rejected]:
+        if side == CHOSEN or not layout.tree:
+            pieces.append(out := [])
         if layout.prompt and side == CHOSEN:
             out.append(pair.prompt[1:])
         if not layout.rewards:
             out.append(response)
         if layout.after or layout.rewards:
             out.append(response[-1:])
-    return out
+    return pieces
 
 
 def round_up(x: int, multiple: int) -> int:
@@ -525,6 +543,7 @@ def pack(
     sequences: bool = False,
     means: np.ndarray | None = None,
     lengths: Lengths | None = None,
+    own: Sequence[int] | None = None,
 ) -> PreferenceBatch:
     """Packs exactly `batch_size` pairs into `micro_steps` parts of one shape, the smallest that holds them.
 
@@ -539,6 +558,7 @@ def pack(
       row_length, sequences: as `choose_shapes` was given them.
       means: as in `lay_out`; None computes it from these pairs.
       lengths: of these pairs under the layout; None measures them.
+      own: as in `lay_out`.
 
     Returns:
       A `PreferenceBatch` of NumPy arrays with M as leading axis.
@@ -550,7 +570,17 @@ def pack(
     plans = [make_plan(lengths.of(part), groups, row_length, sequences) for part in parts]
     shape = _smallest(shapes, Shape(*np.max([plan.shape for plan in plans], axis=0)))
     micro = [
-        lay_out(plan, shape, [pairs[i] for i in part], [index[i] for i in part], share, means, lengths.of(part), layout)
+        lay_out(
+            plan,
+            shape,
+            [pairs[i] for i in part],
+            [index[i] for i in part],
+            share,
+            means,
+            lengths.of(part),
+            layout,
+            own,
+        )
         for plan, part in zip(plans, parts, strict=True)
     ]
     return jax.tree.map(lambda *arrays: np.stack(arrays), *micro)

@@ -10,9 +10,20 @@ import grain
 import jax
 import numpy as np
 
-from prefalign_jax.data.packing import Layout, Lengths, Shape, choose_shapes, deal, lengths_of, mean_tokens, pack
+from prefalign_jax.data.packing import (
+    TILES_MULTIPLE,
+    Layout,
+    Lengths,
+    Shape,
+    choose_shapes,
+    deal,
+    lengths_of,
+    mean_tokens,
+    pack,
+    round_up,
+)
 from prefalign_jax.data.pairs import Pairs, as_pairs
-from prefalign_jax.types import Pair, PairLogps, PreferenceBatch, UserError
+from prefalign_jax.types import TILE, Pair, PairLogps, PreferenceBatch, UserError
 
 STRETCH = 4096  # pairs dealt to batches at once
 TRIALS = 48  # batches that shapes are chosen by
@@ -31,6 +42,7 @@ class PairSet(NamedTuple):
       shapes: the few shapes a batch may have.
       row_length: of packed rows; None gives each group one row, as long as it takes.
       reference: cached reference log-probabilities, each [len(pairs)], or None.
+      own: the groups whose rows are laid out, those of this process's devices; None for all.
     """
 
     pairs: Sequence[Pair]
@@ -42,6 +54,7 @@ class PairSet(NamedTuple):
     shapes: tuple[Shape, ...]
     row_length: int | None = None
     reference: PairLogps | None = None
+    own: Sequence[int] | None = None
 
 
 def make_pair_set(
@@ -53,18 +66,27 @@ def make_pair_set(
     layout: Layout = Layout(),
     row_length: int | None = None,
     attends: str | None = None,
+    own: Sequence[int] | None = None,
+    context: int = 1,
 ) -> PairSet:
     """Chooses the shapes for these pairs, by batches as `train_batches` balances them and by others.
 
     Args:
-      pairs, batch_size, micro_steps, groups, layout: see `PairSet`.
+      pairs, batch_size, micro_steps, groups, layout, own: see `PairSet`.
       row_length: see `PairSet`; a model that attends by no field of the batch is better off with rows of a few hundred
         tokens, as its attention costs L^2.
       attends: of the model that is to take the batches; for 'sequences' they have those.
+      context: devices that the tokens of a row are dealt over.
 
     Raises:
-      UserError: there are no pairs, or one is longer than `row_length`.
+      UserError: there are no pairs, one is longer than `row_length`, or `context` does not divide what it has to.
     """
+    if TILES_MULTIPLE % context:
+        raise UserError(f"mesh.context={context} must divide {TILES_MULTIPLE}")
+    if row_length is not None and round_up(row_length, TILE) % (TILE * context):
+        raise UserError(
+            f"data.row_length={row_length} must be a multiple of {TILE * context} for mesh.context={context}"
+        )
     if not pairs:
         raise UserError("no pairs to batch: every record was dropped")
     pairs = as_pairs(pairs)
@@ -76,7 +98,8 @@ def make_pair_set(
     trials = [dealt, random] if dealt else [random]
     packing = dict(groups=groups, row_length=row_length, sequences=attends == "sequences")
     shapes = choose_shapes(lengths, share, trials, **packing)
-    return PairSet(pairs, batch_size, micro_steps, groups, layout, lengths, shapes, row_length)
+    shapes = tuple(shape._replace(length=round_up(shape.length, TILE * context)) for shape in shapes)
+    return PairSet(pairs, batch_size, micro_steps, groups, layout, lengths, shapes, row_length, own=own)
 
 
 def balanced(lengths: Lengths, size: int) -> list[np.ndarray]:
@@ -109,6 +132,7 @@ def batch_of(data: PairSet, index: np.ndarray, means: np.ndarray | None = None) 
         sequences=data.shapes[-1].sequences > 0,
         means=means,
         lengths=data.lengths.of(index),
+        own=data.own,
     )
     if data.reference is None:
         return batch

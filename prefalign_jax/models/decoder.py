@@ -191,6 +191,23 @@ def _broadcast(vector: jax.Array, like: jax.Array) -> jax.Array:
     return vector.astype(like.dtype).reshape((1,) * (like.ndim - 1) + vector.shape)
 
 
+def in_place(function: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
+    """function(*args), dealt to devices as XLA likes."""
+    return function(*args)
+
+
+class Placement(NamedTuple):
+    """How parts of the computation are dealt to devices: (function, *args) -> function(*args).
+
+    Attributes:
+      look_up: of tokens and positions, [R, L] each, in the embedding; see `sharding.spread`.
+      experts: of `moe.experts`; see `sharding.deal_experts`.
+    """
+
+    look_up: Callable[..., jax.Array] = in_place
+    experts: Callable[..., jax.Array] = in_place
+
+
 class Layer(NamedTuple):
     """What is known of one layer besides its parameters.
 
@@ -207,6 +224,7 @@ class Layer(NamedTuple):
         slot `at`; None where the tokens at hand are all there is.
       at: [] int32.
       seen: [R, S] int32, the cache's positions.
+      experts: of a `Placement`.
     """
 
     mask: jax.Array | Tiles | Sequences
@@ -220,6 +238,7 @@ class Layer(NamedTuple):
     cache: tuple[jax.Array, jax.Array] | None = None
     at: jax.Array | None = None
     seen: jax.Array | None = None
+    experts: Callable[..., jax.Array] = in_place
 
 
 class Attention(nnx.Module):
@@ -325,15 +344,15 @@ class Experts(nnx.Module):
         self.down = ExpertLinear(c.intermediate_size, c.hidden_size, c, rngs, param_dtype)
         self.config = config
 
-    def __call__(self, x: jax.Array, active: jax.Array) -> tuple[jax.Array, moe.Routing]:
-        """[R, L, D] and [R, L] bool, which tokens are no padding -> [R, L, D] and how those were spread."""
+    def __call__(self, x: jax.Array, layer: Layer) -> tuple[jax.Array, moe.Routing]:
+        """[R, L, D] -> [R, L, D] and how the tokens that are no padding were spread."""
         c, flat = self.config, x.reshape(-1, x.shape[-1])
         weights, chosen, probabilities = moe.route(
             self.router(flat), c.experts_per_token, renormalise=c.renormalise_router
         )
         kernels = (linear.kernel[...] for linear in (self.gate, self.up, self.down))
-        out = moe.experts(flat, *kernels, weights, chosen)
-        return out.reshape(x.shape), moe.routing(chosen, probabilities, active.reshape(-1))
+        out = layer.experts(moe.experts, flat, *kernels, weights, chosen)
+        return out.reshape(x.shape), moe.routing(chosen, probabilities, layer.active.reshape(-1))
 
 
 # Where the norms stand: (norms before, norms after, whether attention and MLP read the same input).
@@ -370,7 +389,7 @@ class Block(nnx.Module):
         attended, seen = self.attention(into[0](x), layer, of_attention)
         attended = drop(out_of[0](attended), rate, of_outputs[0])
         y = into[1](x if parallel else x + attended)
-        y, routing = self.experts(y, layer.active) if hasattr(self, "experts") else (self.mlp(y, of_mlp), None)
+        y, routing = self.experts(y, layer) if hasattr(self, "experts") else (self.mlp(y, of_mlp), None)
         return x + attended + drop(out_of[1](y), rate, of_outputs[1]), routing, seen
 
 
@@ -420,7 +439,19 @@ class Decoder(nnx.Module):
             self.head = Table(rows, config, "kernel", rngs, param_dtype, config.head_bias)
 
     def __call__(
-        self, tokens, positions, segments, branches, *, tiles, sequences, dtype, remat: str, dropout: Dropout, key
+        self,
+        tokens,
+        positions,
+        segments,
+        branches,
+        *,
+        tiles,
+        sequences,
+        dtype,
+        remat: str,
+        dropout: Dropout,
+        key,
+        placement: Placement,
     ) -> tuple[jax.Array, moe.Routing | None]:
         """Tokens, positions, segments and branches, each [R, L] -> hidden states [R, L, D], routing [layers, E]."""
         c = self.config
@@ -435,11 +466,12 @@ class Decoder(nnx.Module):
         def layer(x, block_and_kind):
             block, kind, window, key = block_and_kind
             cos, sin = (turn[kind] for turn in turns)
-            return block(x, Layer(mask, positions, cos, sin, window, segments > 0, dropout, key))[:2]
+            of_layer = Layer(mask, positions, cos, sin, window, segments > 0, dropout, key)
+            return block(x, of_layer._replace(experts=placement.experts))[:2]
 
         if REMAT[remat] is not None:
             layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
-        x = self.embedded(tokens, positions, dtype)
+        x = placement.look_up(lambda *ids: self.embedded(*ids, dtype), tokens, positions)
         of_embedding, of_layers = fork(key, 2)
         x = drop(x, dropout.residual, of_embedding)
         keys = None if of_layers is None else jax.random.split(of_layers, c.num_layers)
@@ -536,6 +568,7 @@ def make_decoder(
     attention: str = "tiles",
     lora: Lora | None = None,
     dropout: Dropout = Dropout(),  # noqa: B008 (frozen)
+    placement: Placement = Placement(),  # noqa: B008 (immutable)
 ) -> LanguageModel:
     """The decoder as pure functions of a nested dict of parameters.
 
@@ -553,6 +586,7 @@ def make_decoder(
       lora: of the adapters that the parameters may have, see lora.py. The same functions take them without: that is the
         reference.
       dropout: in passes that are given a key; what Hugging Face's config.json says of dropout is not read.
+      placement: of what XLA deals to devices badly.
 
     Returns:
       A `LanguageModel`; its functions trace under jit, grad and vmap.
@@ -603,6 +637,7 @@ def make_decoder(
 
     def routed(params: Params, tokens, positions, segments, branches, *, tiles=None, sequences=None, key=None):
         options = dict(tiles=tiles, sequences=sequences, dtype=jnp.dtype(dtype), remat=remat, dropout=dropout, key=key)
+        options["placement"] = placement
         # Kernels are cast once, not in every layer's forward and again in its backward pass.
         out, routing = filled(cast(params, dtype, ("kernel",)))(tokens, positions, segments, branches, **options)
         out = widened(out)

@@ -27,6 +27,7 @@ from prefalign_jax.files import write_json
 from prefalign_jax.models import families
 from prefalign_jax.models.decoder import DecoderConfig, make_decoder
 from prefalign_jax.models.quantize import quantize, quantize_params, quantized_paths
+from prefalign_jax.processes import fetch, is_first
 from prefalign_jax.types import Params, UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -173,7 +174,7 @@ def save_params(
     """Writes config.json and safetensors under Hugging Face's names; the directory appears whole or not at all.
 
     Args:
-      params: the parameter tree of `make_decoder`, every array wholly addressable from this process.
+      params: the parameter tree of `make_decoder`, wherever its parts lie.
       config: its shape.
       directory: where to; a model directory that is there already is replaced.
       dtype: stored type, one of DTYPES.
@@ -203,7 +204,11 @@ def write_params(
     max_shard_bytes: float = 5e9,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """`save_params` into a directory that exists, for a caller that has more to put there."""
+    """`save_params` into a directory that exists, for a caller that has more to put there.
+
+    Of several processes all call, since each has parts of the parameters; a tensor at a time is gathered, and the first
+    process writes.
+    """
     if dtype not in DTYPES:
         raise UserError(f"export dtype={dtype!r} is not supported; write one of {', '.join(DTYPES)}")
     if config.vocab_padding:
@@ -215,7 +220,8 @@ def write_params(
         if leaf.shape != shapes[path]:
             raise UserError(f"parameter {path} has shape {leaf.shape} where the model asks for {shapes[path]}")
 
-    write_json(directory / "config.json", {**families.to_hf(config), "dtype": dtype, **(extra or {})})
+    if is_first():
+        write_json(directory / "config.json", {**families.to_hf(config), "dtype": dtype, **(extra or {})})
     target = jnp.dtype(dtype)
     shards, used, total = [[]], 0, 0
     for name, rows, layer in families.weights(config):
@@ -230,15 +236,18 @@ def write_params(
     for file, shard in zip(names, shards, strict=True):
         tensors = {}
         for name, rows, layer in shard:
-            values = [np.asarray(flat[row.path] if layer is None else flat[row.path][layer]) for row in rows]
+            values = [fetch(flat[row.path] if layer is None else flat[row.path][layer]) for row in rows]
             value = values[0] if len(rows) == 1 else joined(values, rows[0], config.num_heads)
             with np.errstate(over="ignore"):  # the check below names the tensor
-                tensors[name] = np.ascontiguousarray((value.T if rows[0].transpose else value).astype(target))
-            if not np.isfinite(tensors[name]).all():
+                value = np.ascontiguousarray((value.T if rows[0].transpose else value).astype(target))
+            if not np.isfinite(value).all():
                 raise UserError(f"tensor {name} has values that are not finite in {dtype}")
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-        shutil.copymode(directory / "config.json", directory / file)  # safetensors makes its files private
-    if len(shards) > 1:
+            if is_first():
+                tensors[name] = value
+        if is_first():
+            save_file(tensors, directory / file, metadata={"format": "pt"})
+            shutil.copymode(directory / "config.json", directory / file)  # safetensors makes its files private
+    if len(shards) > 1 and is_first():
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name, _, _ in shard}
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
@@ -306,6 +315,8 @@ def pad_vocabulary(params: Params, config: DecoderConfig, multiple: int) -> tupl
 def replacing(directory: str | pathlib.Path) -> Iterator[pathlib.Path]:
     """Gives a fresh sibling directory to fill, and renames it to `directory` once all went well.
 
+    Of several processes only the first has something to fill; the others get the final name, to read from later.
+
     Args:
       directory: its final name. A model directory there is replaced; anything else is left alone.
 
@@ -318,6 +329,9 @@ def replacing(directory: str | pathlib.Path) -> Iterator[pathlib.Path]:
     directory = pathlib.Path(directory).expanduser().resolve()
     if directory.exists() and not _replaceable(directory):
         raise UserError(f"{directory} exists and holds more than an exported model; name another directory")
+    if not is_first():
+        yield directory
+        return
     directory.parent.mkdir(parents=True, exist_ok=True)
     tag = uuid.uuid4().hex[:8]
     fresh, old = (directory.with_name(f".{directory.name}.{tag}.{suffix}") for suffix in ("new", "old"))

@@ -39,7 +39,13 @@ def route(logits: jax.Array, k: int, *, renormalise: bool) -> tuple[jax.Array, j
 
 
 def experts(
-    x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, weights: jax.Array, chosen: jax.Array
+    x: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    weights: jax.Array,
+    chosen: jax.Array,
+    first: jax.Array | int = 0,
 ) -> jax.Array:
     """sum over a token's experts of weight down(silu(gate(x)) * up(x)), each expert on its own tokens only.
 
@@ -51,23 +57,27 @@ def experts(
       gate, up: [E, D, F].
       down: [E, F, D].
       weights, chosen: [N, k], from `route`.
+      first: number of the first of these experts, where they are some of all; choices of others add nothing.
 
     Returns:
       [N, D] in x's type.
 
     Source: Mixtral, Jiang et al., arXiv 2401.04088, section 2.1.
     """
-    k = chosen.shape[1]
-    order = jnp.argsort(chosen.reshape(-1), stable=True)
+    k, count = chosen.shape[1], gate.shape[0]
+    expert = chosen.reshape(-1) - first
+    mine = (expert >= 0) & (expert < count)
+    expert = jnp.where(mine, expert, count)  # others come last, in no group
+    order = jnp.argsort(expert, stable=True)
     token = order // k
-    sizes = jnp.bincount(chosen.reshape(-1), length=gate.shape[0]).astype(jnp.int32)
+    sizes = jnp.bincount(expert, length=count + 1)[:count].astype(jnp.int32)
 
     def multiply(rows: jax.Array, kernels: jax.Array) -> jax.Array:
         return jax.lax.ragged_dot(rows, kernels.astype(rows.dtype), sizes)
 
     rows = x[token]
     out = multiply(jax.nn.silu(multiply(rows, gate)) * multiply(rows, up), down)
-    out = out * weights.reshape(-1)[order][:, None].astype(out.dtype)
+    out = jnp.where(mine[order][:, None], out * weights.reshape(-1)[order][:, None].astype(out.dtype), 0)
     return jnp.zeros_like(x).at[token].add(out)
 
 

@@ -29,6 +29,7 @@ from prefalign_jax.models import families
 from prefalign_jax.models.decoder import DecoderConfig
 from prefalign_jax.models.hf_io import first_line, joined, param_shapes, read_json, split
 from prefalign_jax.models.lora import MAGNITUDE, A, B, Lora
+from prefalign_jax.processes import fetch, is_first
 from prefalign_jax.types import Params, UserError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -59,7 +60,7 @@ def _module(row: families.Weight) -> str:
 def save_adapters(
     params: Params, config: DecoderConfig, lora: Lora, directory: str | pathlib.Path, *, base: str
 ) -> None:
-    """Writes adapters as `peft` reads them.
+    """Writes adapters as `peft` reads them; of several processes all call, and the first writes.
 
     Args:
       params: of adapters alone.
@@ -81,7 +82,7 @@ def save_adapters(
         if not mine:
             others.add(_module(rows[0]))
             continue
-        arrays = {path: {leaf: np.asarray(flat[f"{path}/{leaf}"][layer]) for leaf in (A, B)} for path in mine}
+        arrays = {path: {leaf: fetch(flat[f"{path}/{leaf}"][layer]) for leaf in (A, B)} for path in mine}
         rank, at, blocks = sum(x[A].shape[-1] for x in arrays.values()), 0, []
         for path, row in zip(paths, rows, strict=True):
             blocks.append(np.zeros((rank, shapes[row.path][-1]), np.float32))
@@ -99,7 +100,7 @@ def save_adapters(
                     f"DoRA adapters of {mine[0]} cannot be written in PEFT's format without one of {missing[0]}: a "
                     f"{config.family} model keeps both in {name}; add it to lora.targets, or use the merged export"
                 )
-            lengths = [np.asarray(flat[f"{path}/{MAGNITUDE}"][layer]) for path in paths]
+            lengths = [fetch(flat[f"{path}/{MAGNITUDE}"][layer]) for path in paths]
             found[MAGNITUDE] = joined(lengths, rows[0], config.num_heads)
         ranks[_module(rows[0])] = rank
         stored_as_in_out |= not rows[0].transpose
@@ -107,7 +108,7 @@ def save_adapters(
             key = f"{PEFT_PREFIX}{name.removesuffix('.weight')}.{_LEAVES[leaf]}"
             tensors[key] = np.ascontiguousarray(value.T.astype(np.float32))
     if _SCORE in flat:
-        tensors[PEFT_PREFIX + families.SCORE] = np.asarray(flat[_SCORE], np.float32)
+        tensors[PEFT_PREFIX + families.SCORE] = fetch(flat[_SCORE]).astype(np.float32)
 
     unusual = {module: rank for module, rank in ranks.items() if rank != lora.rank}
     taken = {module.rpartition(".")[2] for module in others}
@@ -132,6 +133,8 @@ def save_adapters(
         "bias": "none",
         "inference_mode": True,
     }
+    if not is_first():
+        return
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with whole(directory / ADAPTER_CONFIG) as described, whole(directory / ADAPTER_WEIGHTS) as weights:

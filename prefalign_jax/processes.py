@@ -1,0 +1,211 @@
+"""A run of several processes: how they find each other, what they agree on, what the first alone does, how all stop."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from prefalign_jax.types import UserError
+
+STOPPED = 143  # what a shell reports of a process that SIGTERM ended: launchers restart it
+HEARTBEAT = 60  # seconds without a sign of life after which a process counts as dead
+LOST = (
+    "another process of this run stopped (its own output says why); start all of them again with the same command: "
+    "the run goes on from its last checkpoint"
+)
+# Launchers that say by themselves how many processes there are, and in which variable; JAX asks them for the rest.
+LAUNCHERS: dict[str, Callable[[Mapping[str, str]], int]] = {
+    "SLURM": lambda env: int(env.get("SLURM_STEP_NUM_TASKS", 1)),
+    "Open MPI": lambda env: int(env.get("OMPI_COMM_WORLD_SIZE", 1)),
+    "TPU pods on GKE": lambda env: len(env.get("TPU_WORKER_HOSTNAMES", "").split(",")),
+}
+_FROM_ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_OF_A_PEER = re.compile(r"gloo|nccl|coordination|heartbeat|connection (reset|refused|closed)", re.IGNORECASE)
+
+
+def join(
+    coordinator: str | None = None,
+    processes: str | None = None,
+    process: int | None = None,
+    heartbeat: int = HEARTBEAT,
+    environment: Mapping[str, str] = os.environ,
+) -> None:
+    """Joins the other processes of a run, if there are others. Nothing of JAX may have been used before.
+
+    What is not given is taken from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Without these, the
+    LAUNCHERS tell.
+
+    Args:
+      coordinator: HOST:PORT of process 0, which listens there.
+      processes: how many there are; 'auto' asks JAX, which knows SLURM, Open MPI, Cloud TPU and Kubernetes.
+      process: this one's number, from 0.
+      heartbeat: seconds without a sign of life after which a process counts as dead, and the others stop.
+      environment: variables.
+
+    Raises:
+      UserError: a part of the three is missing or out of range, or the others are not found.
+    """
+    names = ("--coordinator", "--processes", "--process")
+    values = [
+        environment.get(name) if value is None else str(value)
+        for name, value in zip(_FROM_ENVIRONMENT, (coordinator, processes, process), strict=True)
+    ]
+    automatic = values[1] == "auto"
+    if not any(values):
+        automatic = any(count(environment) > 1 for count in LAUNCHERS.values())
+        if not automatic:
+            return
+    options: dict[str, Any] = {}
+    if not automatic:
+        for name, variable, value in zip(names, _FROM_ENVIRONMENT, values, strict=True):
+            if not value:
+                raise UserError(f"{name} is missing: set {', '.join(names)}, or {variable}, or --processes=auto")
+        if not re.fullmatch(r"\S+:\d+", values[0]):
+            raise UserError(f"--coordinator={values[0]!r}: write HOST:PORT of process 0")
+        if not (values[1].isdecimal() and values[2].isdecimal() and int(values[2]) < int(values[1])):
+            raise UserError(
+                f"--processes={values[1]} and --process={values[2]}: write their count, and a number below it"
+            )
+        address, count, number = values
+        options = dict(coordinator_address=address, num_processes=int(count), process_id=int(number))
+        options["cluster_detection_method"] = "deactivate"
+    if heartbeat < 1:
+        raise UserError(f"--heartbeat={heartbeat} must be at least 1 second")
+    # JAX's runtime says much of what is none of the user's business.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        jax.distributed.initialize(**options, heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=heartbeat)
+    except (ValueError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"the processes of the run cannot be joined: {reason}") from None
+    if jax.process_count() > 1:
+        _say_why_it_aborts()
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _aborted(number: int) -> None:
+    os.write(2, f"error: {LOST}\n".encode())
+    os._exit(STOPPED)
+
+
+def _say_why_it_aborts() -> None:
+    """JAX's runtime aborts a process once another is dead. Python cannot catch that, and the C library can."""
+    library = ctypes.CDLL(None)
+    library.signal.argtypes, library.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    library.signal(signal.SIGABRT, ctypes.cast(_aborted, ctypes.c_void_p))
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes what is written once."""
+    return jax.process_index() == 0
+
+
+def note(text: str) -> None:
+    """One line for the person watching."""
+    if is_first():
+        print(text, file=sys.stderr, flush=True)
+
+
+def agreed(value: Any) -> Any:
+    """The first process's value, in all of them.
+
+    Args:
+      value: of this process; of the first one, what JSON can say.
+    """
+    if jax.process_count() == 1:
+        return value
+    text = json.dumps(value).encode() if is_first() else b""
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    room = np.zeros(-(-size // 4096) * 4096, np.uint8)  # few sizes, so that few programs are compiled
+    room[: len(text)] = np.frombuffer(text, np.uint8)
+    return json.loads(bytes(multihost_utils.broadcast_one_to_all(room))[:size])
+
+
+def by_first(action: Callable[[], Any]) -> None:
+    """Lets the first process do something while the others wait; a mistake that it finds is everyone's.
+
+    Args:
+      action: whose UserError is raised in all processes.
+    """
+    mistake = None
+    if is_first():
+        try:
+            action()
+        except UserError as error:
+            mistake = error
+    if (said := agreed(mistake and str(mistake))) is not None:
+        raise mistake or UserError(said)
+
+
+def all_have(value: bool) -> bool:
+    """Whether something is true in every process."""
+    return bool(np.all(multihost_utils.process_allgather(np.bool_(value)))) if jax.process_count() > 1 else value
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays as NumPy's, whole in every process wherever their parts lie.
+
+    Args:
+      tree: of jax.Array; all processes call with the same.
+    """
+    return jax.device_get(jax.tree.map(_replicated, tree))
+
+
+def _replicated(x: Any) -> Any:
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+        return x
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(x.sharding.mesh, P()))(x)
+
+
+def stop_requested(step: int) -> bool:
+    """Whether SIGTERM came to any of several processes and this is the step after which all stop, the same for all.
+
+    Args:
+      step: counted on from call to call; every process must ask at every step.
+    """
+    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+
+
+def status_of(run: Callable[[], int | None]) -> int:
+    """The exit status of what `run` does: its own, or 2 after a mistake of the user's, which is printed as one line.
+
+    One of several processes does not come back from a failure: it would wait for the others, which wait for it.
+    """
+    try:
+        return run() or 0
+    except UserError as error:
+        status, text = 2, f"error: {error}"
+    except KeyboardInterrupt:
+        status, text = 130, "interrupted"
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        lost = _OF_A_PEER.search(str(error)) is not None
+        status, text = (STOPPED, f"error: {LOST}") if lost else (1, traceback.format_exc())
+    print(text, file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():
+        _leave(status)
+    return status
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends this process whatever the others do; after the heartbeat's time they end too."""
+    sys.stdout.flush()
+    if status != STOPPED:
+        with contextlib.suppress(Exception):  # waits for those that found the same mistake
+            jax.distributed.shutdown()
+    os._exit(status)
