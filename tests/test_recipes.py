@@ -347,7 +347,7 @@ def test_the_published_shape_fits_the_stated_mesh(name):
     c, wanted = recipe(name), PUBLISHED[name]
     assert c.max_length <= SHAPES[wanted.shape]["max_position_embeddings"]
     _, state = abstract(c, wanted.shape)
-    mesh, whole = mesh_of(c, wanted.batch[2]), AbstractMesh((1, 1, 1), AXES)
+    mesh, whole = mesh_of(c, wanted.batch[2]), AbstractMesh((1,) * len(AXES), AXES)
     assert mesh.size == wanted.batch[2]
     for tree in (state.params, state.reference or {}):
         # An axis that does not divide would be left out; on the mesh of one device every axis divides.
