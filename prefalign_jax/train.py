@@ -417,12 +417,9 @@ def load_pairs(config: ConfigDict, loss: BoundLoss, tokenizer: Any) -> Data:
             counts["training"].append({"beyond its source's weight": len(training) - len(chosen)})
             stages["training"].append(Stage("weights", len(training), len(chosen), counts["training"][-1]))
             training = training.select(chosen)
-    dropped = {which: dict(sum(map(collections.Counter, counts[which]), collections.Counter()))
-               for which in ("training", "held out")}  # fmt: skip
-    reasons = {which: listed(dropped[which]) for which in dropped}
-    changed = listed(
-        collections.Counter({why: n for step in counts["cleaning"] for why, n in step["repaired"].items()})
-    )
+    dropped = {part: dict(added(counts[part])) for part in ("training", "held out")}
+    reasons = {part: listed(some) for part, some in dropped.items()}
+    changed = listed(added(step["repaired"] for step in counts["cleaning"]))
     changed = "" if changed == "none" else f"; changed {changed}"
     note(f"training data: {len(training)} {unit}; dropped {reasons['training']}{changed}")
     about = []
@@ -460,8 +457,7 @@ def stages_of(counts: Mapping[str, Any], which: str) -> dict[str, list[Stage]]:
       which: 'training', of which a part may be held out, or 'held out'.
     """
     tokenized = {part: collections.Counter(counts["tokenized"][part]) for part in ("training", "held out")}
-    every, reasons = sum(counts["read"]), sum(map(collections.Counter, counts[which]), collections.Counter())
-    reasons = dict(reasons - tokenized[which])
+    every, reasons = sum(counts["read"]), dict(added(counts[which]) - tokenized[which])
     stages: dict[str, list[Stage]] = {"training": [], "held out": []}
     stages[which].append(Stage("read", every + sum(reasons.values()), every, reasons))
     if taken := counts["held"] + counts["over"]:
@@ -477,6 +473,11 @@ def stages_of(counts: Mapping[str, Any], which: str) -> dict[str, list[Stage]]:
             lost, before = dict(tokenized[part]), some[-1].after
             some.append(Stage("tokenize", before, before - sum(lost.values()), lost))
     return stages
+
+
+def added(counts: Iterable[Mapping[str, int]]) -> collections.Counter:
+    """Several counts by reason as one."""
+    return sum(map(collections.Counter, counts), collections.Counter())
 
 
 def listed(counts: Mapping[str, int]) -> str:

@@ -151,7 +151,7 @@ def test_compiling_takes_no_longer_for_more_layers():
 
 
 def test_a_config_may_name_every_remat_and_attention():
-    assert CHOICES["model.remat"] == tuple(REMAT) and CHOICES["model.attention"] == ATTENTION
+    assert CHOICES["model.remat"] == tuple(REMAT) and CHOICES["model.attention"] == tuple(ATTENTION)
 
 
 def test_cudnns_attention_gives_the_log_probabilities_of_tiles(monkeypatch):

@@ -18,8 +18,8 @@ from prefalign_jax.models.lora import Lora, adapter_shapes, delta, join, stretch
 from prefalign_jax.names import choose
 from prefalign_jax.types import Cached, LanguageModel, Params, Sequences, UserError
 
-# How a batch's tokens attend: tile by tile in XLA, or text by text in cuDNN's fused kernel.
-ATTENTION = ("tiles", "cudnn")
+# How a batch's tokens attend, tile by tile in XLA or text by text in cuDNN's fused kernel -> `LanguageModel.attends`.
+ATTENTION = {"tiles": "tiles", "cudnn": "sequences"}
 MATRICES = ("kernel", "embedding")  # the parameters that products and look-ups read in the type of the computation
 # What the backward pass keeps of a layer: everything, the results of matrix products, or only the layer's input.
 REMAT: dict[str, Callable | None] = {
@@ -596,7 +596,7 @@ def make_decoder(
     """
     if remat not in REMAT:
         raise UserError(f"remat={remat!r} is unknown; write one of {', '.join(REMAT)}")
-    choose("attention", attention, dict.fromkeys(ATTENTION))
+    attends = choose("attention", attention, ATTENTION)
     if attention == "cudnn":
         _refuse_cudnn(config, dtype, dropout)
 
@@ -677,6 +677,6 @@ def make_decoder(
         routed=routed if config.num_experts else None,
         join=join if lora else None,
         drops=dropout != Dropout() or (lora is not None and lora.dropout > 0),
-        attends={"tiles": "tiles", "cudnn": "sequences"}[attention],
+        attends=attends,
         cached=Cached(prepare, init_cache, extend),
     )
