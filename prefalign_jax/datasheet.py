@@ -72,7 +72,7 @@ def make_datasheet(
     Args:
       config: the run's, resolved.
       data: the training pairs.
-      read, stages, mixture: of `train.load_pairs`.
+      read, stages, mixture: of `run_data.load_pairs`.
       steps: of the cleaning.
       kind: one of cleaning.KINDS.
       chat: whether there are messages, which go through the chat template.

@@ -1,8 +1,9 @@
-"""Files that appear whole or not at all: a run killed in the middle of writing leaves what was there before."""
+"""Files that appear whole or not at all, and directories held by one run: a kill leaves what was there before."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import secrets
@@ -45,3 +46,26 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: expected JSON, found {error}") from None
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Makes the directory and holds it: two runs that write the same files would leave neither's.
+
+    Args:
+      workdir: of the run.
+
+    Raises:
+      UserError: it cannot be made, or another run holds it.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
+        except OSError:
+            raise UserError(f"--workdir={workdir}: another run is writing there; use another") from None
+        yield

@@ -20,7 +20,7 @@ from prefalign_jax.data_page import page, pictures, shown_pairs, written_pair
 from prefalign_jax.data_report import as_text, make_report, tables_of, token_lengths
 from prefalign_jax.files import whole, write_json
 from prefalign_jax.processes import note
-from prefalign_jax.train import layout_of, load_pairs, new_counts, source_records, watched
+from prefalign_jax.run_data import layout_of, load_pairs, new_counts, source_records, watched
 from prefalign_jax.types import UserError
 
 FIRST = 24  # pairs of the first steps on the page

@@ -13,15 +13,17 @@ from prefalign_jax import processes
 from prefalign_jax.config import validate
 from prefalign_jax.data.chat import load_tokenizer
 from prefalign_jax.drawn import draw, scorer_of
-from prefalign_jax.files import read_json, write_json
+from prefalign_jax.files import locked, read_json, write_json
 from prefalign_jax.generate import stop_ids
 from prefalign_jax.metrics import Progress
 from prefalign_jax.models.hf_io import resolve
 from prefalign_jax.pairing import Scored, pair_up
 from prefalign_jax.processes import agreed, by_first, note
+from prefalign_jax.run_data import load_prompts
+from prefalign_jax.run_model import load_model
 from prefalign_jax.samples import write_jsonl
 from prefalign_jax.sharding import make_mesh
-from prefalign_jax.train import load_model, load_prompts, locked, train
+from prefalign_jax.train import train
 from prefalign_jax.types import UserError
 
 PAIRS, MADE = "pairs.jsonl", "pairs.json"  # the data, and what it was made with

@@ -9,8 +9,9 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -178,6 +179,33 @@ def stop_requested(step: int) -> bool:
       step: counted on from call to call; every process must ask at every step.
     """
     return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM or Ctrl-C sets, so that the loop ends at a step and saves; a second Ctrl-C ends at once.
+
+    Of several processes none may stop by itself: there JAX takes the SIGTERM, and `stop_requested` tells all.
+    """
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event  # signals reach only the main thread
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if event.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        event.set()
+
+    handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT), handle)
+    if jax.process_count() > 1:
+        handlers = {signal.SIGINT: lambda number, frame: os.kill(os.getpid(), signal.SIGTERM)}
+    old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield event
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def status_of(run: Callable[[], int | None]) -> int:

@@ -23,10 +23,9 @@ from typing import Any, NamedTuple, TextIO
 
 from prefalign_jax import cli, processes
 from prefalign_jax.config import resolved, validate
-from prefalign_jax.files import read_json, whole, write_json
-from prefalign_jax.processes import note
+from prefalign_jax.files import locked, read_json, whole, write_json
+from prefalign_jax.processes import note, stop_signal
 from prefalign_jax.runs import MARK, flatten, last_row, latest_stage, read_run
-from prefalign_jax.train import locked, stop_signal
 from prefalign_jax.types import UserError
 
 LOCK = ".point_lock"  # held by the run of a point for as long as it lives, whatever becomes of the sweep

@@ -44,9 +44,9 @@ from prefalign_jax.models.decoder import DecoderConfig, make_decoder
 from prefalign_jax.models.lora import Lora, init_adapters
 from prefalign_jax.models.quantize import quantize_params
 from prefalign_jax.names import choose, hyper_parameters
+from prefalign_jax.run_data import load_pairs
 from prefalign_jax.sampling import Sampling
 from prefalign_jax.sharding import make_mesh, param_shardings
-from prefalign_jax.train import load_pairs
 from prefalign_jax.train_step import init_state, make_train_step
 from prefalign_jax.types import Pair, TrainState, UserError
 

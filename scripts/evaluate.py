@@ -48,9 +48,10 @@ from prefalign_jax.names import did_you_mean, read_as
 from prefalign_jax.processes import note
 from prefalign_jax.reference import compute
 from prefalign_jax.report import plot_margins
+from prefalign_jax.run_data import layout_of, record_kind, unit_of
+from prefalign_jax.run_model import load_model
 from prefalign_jax.sharding import make_mesh, packing_of
 from prefalign_jax.token_page import Example, Response, choose_examples, page, pieces_of
-from prefalign_jax.train import layout_of, load_model, record_kind, unit_of
 from prefalign_jax.train_step import make_eval_step
 from prefalign_jax.types import LanguageModel, PairLogps, Params, UserError
 

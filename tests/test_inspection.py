@@ -14,7 +14,7 @@ from prefalign_jax.data.chat import load_tokenizer
 from prefalign_jax.data.mixture import sources_of
 from prefalign_jax.data.records import read_records, split_by_prompt
 from prefalign_jax.jobs import JOBS
-from prefalign_jax.train import load_pairs, new_counts, source_records
+from prefalign_jax.run_data import load_pairs, new_counts, source_records
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODEL = ROOT / "tests/goldens/trl"

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from prefalign_jax import processes, sweep
+from prefalign_jax.files import locked
 from prefalign_jax.sweep import Point, names_of, progress_of, read_points, results, run_sweep
-from prefalign_jax.train import locked
 from prefalign_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -20,11 +20,12 @@ from safetensors.numpy import load_file, save_file
 
 from prefalign_jax import train as module
 from prefalign_jax.config import defaults
+from prefalign_jax.files import locked
 from prefalign_jax.losses import LOSSES
 from prefalign_jax.models.lora import Lora
 from prefalign_jax.models.quantize import KINDS, quantize_params
 from prefalign_jax.sharding import make_mesh, param_shardings
-from prefalign_jax.train import locked, train
+from prefalign_jax.train import train
 from prefalign_jax.types import UserError
 
 TRL = pathlib.Path(__file__).parent / "goldens" / "trl"
