@@ -150,6 +150,7 @@ SHAPES = {
     "llama-7b": DecoderConfig(32000, 4096, 11008, 32, num_heads=32, num_kv_heads=32, head_dim=128),
 }
 SIDES = Path(__file__).parent / "sides"
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda"}  # --device -> what JAX calls it
 EOS = 0  # of the pairs below
 
 
@@ -207,7 +208,7 @@ def train(
     """
     choose("--shape", shape, SHAPES)
     choose("--loss", loss, dict.fromkeys(("dpo", "orpo")))
-    choose("--device", device, dict.fromkeys(("cpu", "gpu")))
+    choose("--device", device, PLATFORMS)
     scripts = {"trl": "trl_side.py", "tunix": "tunix_side.py", "cached": "our_side.py", "copy": "our_side.py"}
     choose("--peer", peer, scripts | {"none": ""})
     choose("--peer_head", peer_head, dict.fromkeys(("whole", "fused")))
@@ -373,7 +374,8 @@ def side(python: str, script: str, spec: dict[str, Any], device: str) -> dict[st
     Raises:
       UserError: it failed.
     """
-    environment = {**os.environ, "JAX_PLATFORMS": {"cpu": "cpu", "gpu": "cuda"}[device], "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "JAX_PLATFORMS": PLATFORMS[device], "HF_HUB_OFFLINE": "1"}
+    environment["JAX_TRACEBACK_FILTERING"] = "off"  # so that an error's last line is the error
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     flags = environment.get("XLA_FLAGS", "").split()

@@ -139,6 +139,19 @@ def test_a_step_beside_one_with_a_cached_reference(script, tmp_path, capsys):
     assert found["ours, programs compiled"] >= 1 and found["ours, share of this machine's matmul rate"] < 1
 
 
+@pytest.mark.parametrize(
+    "how",
+    [dict(param_dtype="bfloat16"), dict(lora=4, remat="full", peer_remat="full")],
+    ids=["all weights", "LoRA"],
+)
+def test_the_way_to_a_gpu_on_a_cpu(script, monkeypatch, how):
+    monkeypatch.setitem(script.PLATFORMS, "gpu", "cpu")
+    options = dict(device="gpu", dtype="bfloat16", shape="tiny", lengths="20+12", pairs=2, steps=3, rounds=1)
+    found = script.train(peer="cached", **options, **how)
+    assert found["ours, share of this machine's matmul rate"] > 0 and found["ours, peak memory, GiB"] > 0
+    assert found["largest difference of a loss"] < 1e-2
+
+
 def test_ours_alone_from_weights_that_are_kept(script, tmp_path, monkeypatch):
     kept = tmp_path / "kept"
     options = dict(peer="none", shape="tiny", lengths="20+12", pairs=2, steps=2, rounds=1, keep=str(kept))
