@@ -180,7 +180,7 @@ def train(
     """Training steps beside a peer's in turn: the same weights, pairs, precision and optimizer, in separate processes.
 
     Args:
-      peer: trl, tunix, or ours with another reference, cached or copy, or without a peer: none.
+      peer: trl, tunix, easydel, or ours with another reference, cached or copy, or without a peer: none.
       python: the interpreter of the peer's environment; see docs/performance.md.
       loss: dpo or orpo.
       shape: of the model, a key of SHAPES; its weights are random.
@@ -209,7 +209,8 @@ def train(
     choose("--shape", shape, SHAPES)
     choose("--loss", loss, dict.fromkeys(("dpo", "orpo")))
     choose("--device", device, PLATFORMS)
-    scripts = {"trl": "trl_side.py", "tunix": "tunix_side.py", "cached": "our_side.py", "copy": "our_side.py"}
+    scripts = {name: f"{name}_side.py" for name in ("trl", "tunix", "easydel")}
+    scripts |= dict.fromkeys(("cached", "copy"), "our_side.py")
     choose("--peer", peer, scripts | {"none": ""})
     choose("--peer_head", peer_head, dict.fromkeys(("whole", "fused")))
     if peer_head == "fused" and (peer != "trl" or device != "gpu" or loss != "dpo"):
@@ -219,8 +220,9 @@ def train(
     choose("--reference", reference, dict.fromkeys(("copy", "cached")))
     if loss == "orpo" and (reference == "cached" or peer in ("cached", "copy")):
         raise UserError("--loss=orpo has no reference that could be cached; compare it with --peer=trl")
-    if peer == "tunix" and (loss != "dpo" or lora or (dtype, param_dtype) != ("float32", "float32")):
-        raise UserError("--peer=tunix is measured with --loss=dpo, all weights and float32")
+    losses = {"tunix": ("dpo",), "easydel": ("dpo", "orpo")}
+    if peer in losses and (loss not in losses[peer] or lora or (dtype, param_dtype) != ("float32", "float32")):
+        raise UserError(f"--peer={peer} is measured with --loss={' or '.join(losses[peer])}, all weights and float32")
     config = SHAPES[shape]
     with contextlib.ExitStack() as stack:
         scratch = Path(keep or stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
@@ -241,7 +243,7 @@ def train(
         for number in range(rounds):
             turn = {"ours": side(sys.executable, "our_side.py", ours, device)}
             if peer != "none":
-                other = python if peer in ("trl", "tunix") else sys.executable
+                other = sys.executable if scripts[peer] == "our_side.py" else python
                 turn[peer] = side(other, scripts[peer], theirs, device)
                 refuse_others(turn, dtype)
                 print(f"round {number + 1}: {ratio_of(turn, peer):.2f}", file=sys.stderr)

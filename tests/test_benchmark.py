@@ -199,6 +199,7 @@ def test_other_weights_are_noticed_though_dpo_starts_at_log_2(script, monkeypatc
 @pytest.mark.parametrize(
     "options",
     [{"peer": "tunix", "loss": "orpo"}, {"peer": "tunix", "lora": 8}, {"peer": "cached", "loss": "orpo"}, {"steps": 1}]
+    + [{"peer": "easydel", "lora": 8}, {"peer": "easydel", "dtype": "bfloat16"}]
     + [{"reference": "cache"}, {"peer": "verl"}, {"shape": "huge"}, {"peer_head": "fused"}],
 )
 def test_what_cannot_be_compared_is_refused(script, options):
