@@ -68,10 +68,10 @@ def init_state(
     """A state at step 0, its optimizer moments sharded as the parameters are.
 
     Args:
-      params: on their shardings.
+      params: put on their shardings, if they are not there already.
       optimizer: its `init` is run on the devices.
       mesh: the mesh.
-      reference: parameters of the frozen copy. The step donates the state: they must not share buffers with params.
+      reference: parameters of the frozen copy, as params. The step donates the state: the two must share no buffers.
       running: of the loss, at the first step.
       rules: the model's, of sharding.
 
@@ -81,9 +81,10 @@ def init_state(
     carried = {name: np.float32(value) for name, value in running.items()} if running else None
     shapes = TrainState(0, params, jax.eval_shape(optimizer.init, params), reference, carried)
     shardings = state_shardings(mesh, shapes, optimizer, rules)
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
-    step, carried = jax.device_put((np.int32(0), carried), (shardings.step, shardings.running))
-    return TrainState(step, params, opt_state, reference, carried)
+    # All that the step returns lies on the mesh: a first state that did not would have it compiled twice.
+    state = TrainState(np.int32(0), params, None, reference, carried)
+    state = jax.device_put(state, shardings._replace(opt_state=None))
+    return state._replace(opt_state=jax.jit(optimizer.init, out_shardings=shardings.opt_state)(state.params))
 
 
 def make_train_step(

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from conftest import FAST_TO_COMPILE
 from prefalign_jax.processes import LAUNCHERS, STOPPED, agreed, all_have, by_first, fetch, join
 from prefalign_jax.types import UserError
 
@@ -38,8 +39,7 @@ def take_part(process, count, port, workdir, fields, at, number):
     log = workdir.with_suffix(f".{process}.log").open("w")
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
-    fast_to_compile = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=2 {fast_to_compile}"
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=2 {FAST_TO_COMPILE}"
     from prefalign_jax import train
     from prefalign_jax.jobs import run_train
     from prefalign_jax.processes import status_of

@@ -15,6 +15,7 @@ import time
 import numpy as np
 import pytest
 
+from conftest import FAST_TO_COMPILE
 from prefalign_jax import processes, sweep
 from prefalign_jax.files import locked
 from prefalign_jax.sweep import Point, names_of, progress_of, read_points, results, run_sweep
@@ -377,7 +378,7 @@ def launch(*arguments):
     return subprocess.run(
         [sys.executable, "scripts/sweep.py", *arguments],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": "", "PYTHONWARNINGS": "ignore"},
+        env={**os.environ, "XLA_FLAGS": FAST_TO_COMPILE, "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
     )

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from conftest import FAST_TO_COMPILE
 from prefalign_jax import train as module
 from prefalign_jax.config import defaults
 from prefalign_jax.files import locked
@@ -479,7 +480,7 @@ def test_the_readmes_own_loss_trains_from_a_config_of_its_own(tmp_path):
     out = subprocess.run(
         [*command, f"--workdir={tmp_path / 'run'}", "--config.loss.beta=0.2"],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": ""},
+        env={**os.environ, "XLA_FLAGS": FAST_TO_COMPILE},
         capture_output=True,
         text=True,
     )
