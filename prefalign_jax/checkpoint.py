@@ -109,7 +109,8 @@ def restore(
 
     Args:
       checkpoints: from `open_checkpoints`.
-      state: freshly initialised; gives structure, types and shardings, and the reference.
+      state: freshly initialised; gives structure, types and shardings, and the reference. Where one is saved, what the
+        saved one replaces is deleted, since the devices may not hold both.
       config: of this run.
       digests: of what this run reads.
 
@@ -146,6 +147,7 @@ def restore(
         if stored.get("digests", {}).get(name) != digest:
             raise UserError(f"cannot resume {where}: the {name} have changed since; use another --workdir")
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _tree(state, config))
+    jax.tree.map(lambda x: x.delete(), _tree(state, config))
     try:
         tree = checkpoints.load_checkpointables(latest, {"state": abstract})["state"]
     except Exception as error:  # Orbax raises many kinds, each over many lines

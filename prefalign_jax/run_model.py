@@ -46,6 +46,11 @@ def decoder_of(
             raise UserError(f"model.attention='cudnn' needs an NVIDIA GPU, and this is {device}; write 'tiles'")
         if mesh.shape["context"] > 1:
             raise UserError("model.attention='cudnn' takes whole rows; write 'tiles', or mesh.context=1")
+        if shape.num_kv_heads % mesh.shape["tensor"]:
+            raise UserError(
+                "model.attention='cudnn' takes whole heads: mesh.tensor must divide the model's "
+                f"{shape.num_kv_heads} for keys and values, and {mesh.shape['tensor']} does not; or write 'tiles'"
+            )
     options |= dict(attention=config.model.attention, placement=Placement(spread(mesh), deal_experts(mesh)))
     return make_decoder(shape, **options, dropout=Dropout(config.model.dropout, config.model.attention_dropout))
 

@@ -148,6 +148,8 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
     if config.reference.kind == "cached":
         directory = Path(config.reference.cache_dir or workdir / "reference")
         weights = digests.get("weights in reference.path", digests["weights in model.path"])
+        if adapters:  # the reference has them, at this scale
+            weights += f" {digests['adapters in lora.path']} {lora}"
         train_set, eval_set = (
             set_ and with_reference(set_, model, frozen, weights, config, mesh, directory, loss.needs)
             for set_ in (train_set, eval_set)
@@ -175,11 +177,11 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
     checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", **config.checkpoint)
     stack.callback(checkpoints.close)
     state = init_state(params, optimizer, mesh, frozen, loss.running, model.rules)
+    del params  # a saved state takes their place
     state = checkpoint.restore(checkpoints, state, plain, digests)
     if is_first():
         write_json(workdir / "config.json", {**plain, "steps": total})  # not before it is known to be this run's
         write_datasheet(workdir, datasheet)
-    del params
     start = int(state.step)
     kept = start if start < total else start - 1  # a complete run's last evaluation is made again
     writer = open_writer(workdir, tensorboard=config.tensorboard, resume_step=start)

@@ -152,11 +152,11 @@ def make_train_step(
         return (value, sums, running), grads
 
     def accumulate(parts: Callable[[Any], Any], micros: Any) -> Any:
-        """The sum over the micro-steps of parts(micro-step)."""
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(parts, jax.tree.map(lambda x: x[0], micros))
-        )
-        return jax.lax.scan(lambda total, micro: (jax.tree.map(jnp.add, total, parts(micro)), None), zeros, micros)[0]
+        """The sum over the micro-steps of parts(micro-step), added up in float32 at least and rounded once."""
+        shapes = jax.eval_shape(parts, jax.tree.map(lambda x: x[0], micros))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shapes)
+        total, _ = jax.lax.scan(lambda total, micro: (jax.tree.map(jnp.add, total, parts(micro)), None), zeros, micros)
+        return jax.tree.map(lambda x, like: x.astype(like.dtype), total, shapes)
 
     def part_by_part(state: TrainState, micros: tuple[PreferenceBatch, jax.Array | None], total_weight: jax.Array):
         """The same of all micro-steps, for a loss of one pair at a time."""
@@ -198,7 +198,7 @@ def make_train_step(
         metrics = {"loss": value, **{name: total / weight for name, (total, weight) in sums.items()}}
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics["grad_norm"] = optax.tree.norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(optax.tree.cast(grads, jnp.float32))
         if schedule is not None:
             metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
         rounding = jax.random.fold_in(jax.random.key(~seed), state.step) if stochastic_rounding else None

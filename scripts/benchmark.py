@@ -35,12 +35,13 @@ from prefalign_jax.data.chat import load_tokenizer
 from prefalign_jax.data.packing import Layout, lengths_of
 from prefalign_jax.data.pipeline import balanced, batch_of, make_pair_set, train_batches
 from prefalign_jax.data.records import read_records
+from prefalign_jax.data.rows import content_digest
 from prefalign_jax.files import whole, write_json
 from prefalign_jax.flops import count_flops
 from prefalign_jax.generate import sample
 from prefalign_jax.losses import make_loss
 from prefalign_jax.models import families, hf_io
-from prefalign_jax.models.decoder import DecoderConfig, make_decoder
+from prefalign_jax.models.decoder import REMAT, DecoderConfig, make_decoder
 from prefalign_jax.models.lora import Lora, init_adapters
 from prefalign_jax.models.quantize import quantize_params
 from prefalign_jax.names import choose, hyper_parameters
@@ -150,6 +151,7 @@ SHAPES = {
     "llama-7b": DecoderConfig(32000, 4096, 11008, 32, num_heads=32, num_kv_heads=32, head_dim=128),
 }
 SIDES = Path(__file__).parent / "sides"
+OURS = ("cached", "copy", "none")  # peers that are this package itself, or nobody
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda"}  # --device -> what JAX calls it
 EOS = 0  # of the pairs below
 
@@ -192,7 +194,7 @@ def train(
       rounds: processes of each side.
       dtype, param_dtype: of the computation and of the weights.
       lora: rank of adapters, 0 trains all weights.
-      remat, peer_remat: ours, and whether the peer recomputes activations (none or full).
+      remat, peer_remat: what our backward pass keeps, and whether the peer's recomputes activations: none or full.
       attention: of our decoder: tiles or cudnn.
       peer_head: whole, or fused: TRL's use_liger_kernel, which needs liger-kernel and a GPU.
       reference: copy, or cached: our log-probabilities of the reference, computed before.
@@ -210,15 +212,20 @@ def train(
     choose("--loss", loss, dict.fromkeys(("dpo", "orpo")))
     choose("--device", device, PLATFORMS)
     scripts = {name: f"{name}_side.py" for name in ("trl", "tunix", "easydel")}
-    scripts |= dict.fromkeys(("cached", "copy"), "our_side.py")
-    choose("--peer", peer, scripts | {"none": ""})
+    scripts |= dict.fromkeys(OURS, "our_side.py")
+    choose("--peer", peer, scripts)
     choose("--peer_head", peer_head, dict.fromkeys(("whole", "fused")))
     if peer_head == "fused" and (peer != "trl" or device != "gpu" or loss != "dpo"):
         raise UserError("--peer_head=fused is for --peer=trl --loss=dpo --device=gpu")
     if min(pairs, rounds, steps - 1, max_length) < 1:
         raise UserError("--pairs, --rounds and --max_length must be positive, --steps at least 2")
     choose("--reference", reference, dict.fromkeys(("copy", "cached")))
-    if loss == "orpo" and (reference == "cached" or peer in ("cached", "copy")):
+    choose("--peer_remat", peer_remat, REMAT if peer in OURS else dict.fromkeys(("none", "full")))
+    if reference == "cached" and peer not in OURS:
+        raise UserError("--reference=cached leaves out a pass that the peer makes; compare it with --peer=copy or none")
+    if python != sys.executable and peer in OURS:
+        raise UserError(f"--python is the peer's, and --peer={peer} runs in this environment")
+    if loss == "orpo" and (reference == "cached" or peer in OURS[:2]):
         raise UserError("--loss=orpo has no reference that could be cached; compare it with --peer=trl")
     losses = {"tunix": ("dpo",), "easydel": ("dpo", "orpo")}
     if peer in losses and (loss not in losses[peer] or lora or (dtype, param_dtype) != ("float32", "float32")):
@@ -226,7 +233,10 @@ def train(
     config = SHAPES[shape]
     with contextlib.ExitStack() as stack:
         scratch = Path(keep or stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
-        model, data = scratch / f"{shape}-{dtype}", scratch / f"{pairs}x{steps}-{max_length}-{Path(lengths).name}.json"
+        model, drawn_from = scratch / f"{shape}-{dtype}", lengths
+        if Path(lengths).is_file():
+            drawn_from = f"{Path(lengths).name}-{content_digest(lengths)[:8]}"
+        data = scratch / f"{pairs}x{steps}-{max_length}-{config.vocab_size}-{drawn_from}.json"
         if not model.exists():
             hf_io.save_params(random_params(config, dtype), config, model, dtype=dtype)
         if not data.exists():
@@ -238,13 +248,12 @@ def train(
         spec |= dict(vocabulary=config.vocab_size, threads=len(os.sched_getaffinity(0)))
         spec |= dict(attention=attention, head=peer_head)
         ours = spec | dict(remat=remat, reference=reference)
-        theirs = spec | dict(remat=peer_remat, reference=peer if peer in ("cached", "copy") else reference)
+        theirs = spec | dict(remat=peer_remat, reference=peer if peer in OURS[:2] else reference)
         turns: list[dict[str, dict[str, Any]]] = []
         for number in range(rounds):
             turn = {"ours": side(sys.executable, "our_side.py", ours, device)}
             if peer != "none":
-                other = sys.executable if scripts[peer] == "our_side.py" else python
-                turn[peer] = side(other, scripts[peer], theirs, device)
+                turn[peer] = side(python, scripts[peer], theirs, device)
                 refuse_others(turn, dtype)
                 print(f"round {number + 1}: {ratio_of(turn, peer):.2f}", file=sys.stderr)
             turns.append(turn)
@@ -259,8 +268,11 @@ def refuse_others(turn: dict[str, dict[str, Any]], dtype: str) -> None:
 
     Raises:
       UserError: the first losses differ by more than 1e-3, the second ones (in bfloat16 by ten times that), or the
-        mean log-probability of the first batch's chosen responses by more than 1.
+        mean log-probability of the first batch's chosen responses by more than 1; or one side used the CPU alone.
     """
+    devices = {name: one["device"] for name, one in turn.items()}
+    if len({device == "cpu" for device in devices.values()}) > 1:
+        raise UserError(f"the sides used different devices, so nothing is compared: {devices}")
     seen = [[*one["losses"][:2], one["chosen_logps"]] for one in turn.values()]
     if not (np.abs(np.subtract(*seen)) <= [1e-3, 1e-3 if dtype == "float32" else 1e-2, 1.0]).all():
         found = (f"{name} {x['losses'][:2]} at {x['chosen_logps']}" for name, x in turn.items())
@@ -377,6 +389,7 @@ def side(python: str, script: str, spec: dict[str, Any], device: str) -> dict[st
       UserError: it failed.
     """
     environment = {**os.environ, "JAX_PLATFORMS": PLATFORMS[device], "HF_HUB_OFFLINE": "1"}
+    environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # compilation is measured too
     environment["JAX_TRACEBACK_FILTERING"] = "off"  # so that an error's last line is the error
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""

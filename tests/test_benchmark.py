@@ -157,7 +157,7 @@ def test_ours_alone_from_weights_that_are_kept(script, tmp_path, monkeypatch):
     options = dict(peer="none", shape="tiny", lengths="20+12", pairs=2, steps=2, rounds=1, keep=str(kept))
     found = script.train(**options)
     assert found["ours, s a step"] > 0 and not any("peer" in name or "times" in name for name in found)
-    assert {path.name for path in kept.iterdir()} == {"tiny-float32", "2x2-512-20+12.json"}
+    assert {path.name for path in kept.iterdir()} == {"tiny-float32", "2x2-512-512-20+12.json"}
     monkeypatch.setattr(script, "random_params", lambda *args: pytest.fail("the weights are there"))
     monkeypatch.setattr(script, "side", lambda python, name, spec, device: script_spec.update(spec) or {})
     monkeypatch.setattr(script, "comparison", lambda *args: {})
@@ -184,23 +184,48 @@ def test_random_weights_are_distributed_as_the_decoder_draws_them(script):
 
 def test_losses_that_differ_are_not_compared(script, tmp_path, monkeypatch):
     measured = iter([[0.69, 0.68], [0.69, 0.66]])
-    monkeypatch.setattr(script, "side", lambda *args: {"losses": next(measured), "chosen_logps": -50.0})
+    monkeypatch.setattr(script, "side", lambda *_: {"losses": next(measured), "chosen_logps": -50.0, "device": "cpu"})
     with pytest.raises(UserError, match="the first losses differ, so nothing is compared"):
         script.train(peer="trl", shape="tiny", lengths="8+8", pairs=2)
 
 
 def test_other_weights_are_noticed_though_dpo_starts_at_log_2(script, monkeypatch):
     measured = iter([-50.0, -52.0])
-    monkeypatch.setattr(script, "side", lambda *args: {"losses": [0.69, 0.69], "chosen_logps": next(measured)})
+    of_a_side = {"losses": [0.69, 0.69], "device": "cpu"}
+    monkeypatch.setattr(script, "side", lambda *_: of_a_side | {"chosen_logps": next(measured)})
     with pytest.raises(UserError, match="ours .* at -50.0, trl .* at -52.0"):
         script.train(peer="trl", shape="tiny", lengths="8+8", pairs=2)
+
+
+def test_a_gpu_is_not_compared_with_a_cpu(script):
+    one = {"losses": [0.69, 0.69], "chosen_logps": -50.0, "device": "NVIDIA H200"}
+    script.refuse_others({"ours": one, "trl": one}, "float32")
+    with pytest.raises(UserError, match="different devices"):
+        script.refuse_others({"ours": one, "trl": one | {"device": "cpu"}}, "float32")
+
+
+def test_files_of_one_name_are_not_taken_for_each_other(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "side", lambda python, name, spec, device: seen.append(spec["pairs"]) or {})
+    monkeypatch.setattr(script, "comparison", lambda *args: {})
+    monkeypatch.setattr(script, "pairs_for", lambda *args: {})
+    monkeypatch.setattr(script, "random_params", lambda *args: {})
+    monkeypatch.setattr(script.hf_io, "save_params", lambda *args, **options: None)
+    (tmp_path / "kept").mkdir()
+    seen = []
+    for folder, shape in (("a", "tiny"), ("b", "tiny"), ("a", "smollm2-135m"), ("a", "tiny")):
+        file = tmp_path / folder / "pairs.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(folder)
+        script.train(peer="none", shape=shape, lengths=str(file), keep=str(tmp_path / "kept"), rounds=1)
+    assert len(set(seen)) == 3 and seen[0] == seen[3]
 
 
 @pytest.mark.parametrize(
     "options",
     [{"peer": "tunix", "loss": "orpo"}, {"peer": "tunix", "lora": 8}, {"peer": "cached", "loss": "orpo"}, {"steps": 1}]
-    + [{"peer": "easydel", "lora": 8}, {"peer": "easydel", "dtype": "bfloat16"}]
-    + [{"reference": "cache"}, {"peer": "verl"}, {"shape": "huge"}, {"peer_head": "fused"}],
+    + [{"peer": "easydel", "lora": 8}, {"peer": "easydel", "dtype": "bfloat16"}, {"peer": "verl"}, {"shape": "huge"}]
+    + [{"reference": "cached"}, {"reference": "cache"}, {"peer_remat": "ful"}, {"peer_head": "fused"}]
+    + [{"peer": "none", "python": "python9"}],
 )
 def test_what_cannot_be_compared_is_refused(script, options):
     with pytest.raises(UserError, match="--"):

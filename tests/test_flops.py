@@ -8,6 +8,7 @@ from prefalign_jax.flops import count_flops
 from prefalign_jax.logps import preference_logps, token_logps
 from prefalign_jax.losses import make_loss
 from prefalign_jax.models.decoder import DecoderConfig, make_decoder
+from prefalign_jax.models.lora import Lora, init_adapters
 from prefalign_jax.train_step import both_logps
 from prefalign_jax.types import TILE
 from small import CONFIG, MODEL, first, make_pairs, make_params, packed
@@ -26,8 +27,9 @@ def ragged(x, kernels):
         (lambda x: jnp.einsum("bij,bkj->bik", x[None], x[None]), 2 * 6 * 6 * 4),
         (lambda x: jax.lax.scan(lambda c, _: (c @ x.T @ x, None), x, None, length=5)[0], 5 * 2 * 2 * 6 * 6 * 4),
         (lambda x: jax.jit(lambda y: y @ x.T)(x), 2 * 6 * 6 * 4),
-        (lambda x: jax.grad(lambda y: (y @ x.T).sum())(x), 2 * 2 * 6 * 6 * 4),
-        (lambda x: jax.grad(jax.checkpoint(lambda y: jnp.sin(y @ x.T).sum()))(x), 3 * 2 * 6 * 6 * 4),
+        (lambda x: jax.value_and_grad(lambda y: (y @ x.T).sum())(x), 2 * 2 * 6 * 6 * 4),
+        (lambda x: jax.grad(lambda y: (y @ x.T).sum())(x), 2 * 6 * 6 * 4),  # nobody reads the value
+        (lambda x: jax.value_and_grad(jax.checkpoint(lambda y: jnp.sin(y @ x.T).sum()))(x), 3 * 2 * 6 * 6 * 4),
         (lambda x: jax.lax.cond(x.sum() > 0, lambda: x @ x.T, lambda: jnp.zeros((6, 6))), 2 * 6 * 6 * 4),
         (lambda x: ragged(x, jnp.ones((3, 4, 5))), 2 * 6 * 4 * 5),
         (
@@ -93,3 +95,21 @@ def test_dpo_and_orpo_in_units_of_one_forward_pass_over_one_response(name, refer
     head = 2 * batch.target.size * CONFIG.hidden_size * CONFIG.vocab_size
     heads = {8: 5, 6: 4}[units]  # forward, logits again and two gradients; one more for the reference
     assert (found - heads * head) / once == pytest.approx(units / 2, rel=0.02)
+
+
+def test_the_gradients_of_frozen_kernels_are_not_computed():
+    """Of the layers' kernels an adapter's gradient takes 2 forward passes where that of all weights takes 3."""
+    batch, lora = first(packed(make_pairs(2))), Lora(rank=1)
+    model, params = make_decoder(CONFIG, lora=lora), make_params()
+    adapters = init_adapters(jax.random.key(0), params, lora)
+
+    def objective(params, model):
+        return preference_logps(model, params, batch)[0].sum()
+
+    every = count_flops(jax.value_and_grad(lambda p: objective(p, MODEL)), params)
+    few = count_flops(jax.value_and_grad(lambda a: objective(model.join(params, a), model)), adapters)
+    kernels = forward(CONFIG, *batch.tokens.shape, 0)
+    tables = 2 * batch.target.size * CONFIG.hidden_size * CONFIG.vocab_size  # the head's gradient
+    shapes = [leaf.shape for leaf in jax.tree.leaves(adapters)]  # [layers, in, 1] and [layers, 1, out]
+    own = 3 * 2 * batch.tokens.size * sum(layers * rows * columns for layers, rows, columns in shapes)
+    assert every - few == pytest.approx(kernels + tables - own, rel=0.01)

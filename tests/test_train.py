@@ -377,6 +377,7 @@ def test_adapters_are_trained_resumed_and_exported_and_the_base_stays_as_it_is(f
 
 def test_adapters_go_on_from_their_files_and_what_they_began_as_is_the_reference(tmp_path):
     fields = {"learning_rate": 5e-3, "data.eval_fraction": 0.2, "steps": 4}
+    fields |= {"reference.kind": "cached", "reference.cache_dir": str(tmp_path / "cache")}  # one for both references
     first = train(config_of(**fields, **{"lora.rank": 4}), tmp_path / "first")
     fields |= {"lora.path": str(tmp_path / "first" / "adapters"), "lora.dropout": 0.1}
     second = train(config_of(**fields), tmp_path / "second")
