@@ -384,5 +384,5 @@ def log(
 
 
 def shapes_of(tree: Any) -> Any:
-    """Shapes and types in place of arrays."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    """Shapes, types and, of what is on devices, shardings in place of arrays; a jitted function knows them by these."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), tree)

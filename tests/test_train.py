@@ -42,11 +42,20 @@ def config_of(loss: str = "dpo", **fields):
     )
     c.data.shuffle = False
     c.tensorboard = False
-    c.mesh.data = 1 if jax.device_count() == 1 else -1
+    c.mesh.data = -1
     if loss == "orpo":
         c.loss.nll_over, c.loss.nll_mean = "prompt+chosen", "batch"
     c.update_from_flattened_dict(fields)
     return c
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """A mesh of as many devices as there are is one of one here: eight take longer and matter to few tests."""
+    made = module.make_mesh
+    monkeypatch.setattr(
+        module, "make_mesh", lambda sizes: made(sizes, jax.devices()[:1] if -1 in sizes.values() else None)
+    )
 
 
 def rows(path):
@@ -64,7 +73,7 @@ def runs(tmp_path_factory):
     for loss in ("dpo", "orpo"):
         workdir = tmp_path_factory.mktemp(loss)
         # One device's worth of rows on each of eight: fsdp 4 x tensor 2 for ORPO, data 8 for DPO.
-        mesh = {"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2} if loss == "orpo" else {}
+        mesh = {"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2} if loss == "orpo" else {"mesh.data": 8}
         made[loss] = workdir, train(config_of(loss, **mesh), workdir)
     return made
 
@@ -156,11 +165,10 @@ def test_the_reference_cache_is_used_and_belongs_to_one_model(tmp_path):
 COMMAND = """
 import sys
 sys.path.insert(0, {tests!r})
-import conftest
 from pathlib import Path
 from test_train import config_of
 from prefalign_jax.train import train
-fields = {{"steps": 40, "save_steps": 3, "eval_steps": 6, "data.shuffle": True, "data.eval_fraction": 0.2}}
+fields = {{"steps": 16, "save_steps": 3, "eval_steps": 6, "data.shuffle": True, "data.eval_fraction": 0.2}}
 result = train(config_of(**fields), Path(sys.argv[1]))
 sys.exit(143 if result.stopped else 0)
 """
@@ -168,10 +176,11 @@ sys.exit(143 if result.stopped else 0)
 
 @contextlib.contextmanager
 def running(workdir):
-    """The run as a process of its own; what it says goes to WORKDIR.log."""
+    """The run as a process of its own, on one device; what it says goes to WORKDIR.log."""
     command = [sys.executable, "-c", COMMAND.format(tests=str(ROOT / "tests")), str(workdir)]
     with workdir.with_suffix(".log").open("w") as log:
-        process = subprocess.Popen(command, env={**os.environ, "PYTHONWARNINGS": "ignore"}, stderr=log)
+        env = {**os.environ, "XLA_FLAGS": FAST_TO_COMPILE, "PYTHONWARNINGS": "ignore"}
+        process = subprocess.Popen(command, env=env, stderr=log)
         try:
             yield process
         finally:
@@ -206,7 +215,7 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
 def test_killed_and_resumed_is_bit_for_bit_the_run_that_was_not(number, whole, tmp_path):
     broken = tmp_path / "broken"
-    at = int(np.random.default_rng().integers(7, 30))
+    at = int(np.random.default_rng().integers(4, 13))
     with running(broken) as process:
         wait_for_step(broken, at, process)
         process.send_signal(number)
@@ -299,8 +308,9 @@ def test_random_weights_have_a_row_for_every_token_and_another_reference_is_read
 
 
 def test_a_longer_run_goes_on_where_the_shorter_ended(runs, tmp_path):
-    train(config_of(**{"steps": 3, "export.enabled": False}), tmp_path)
-    train(config_of(**{"steps": 5, "export.enabled": False}), tmp_path)
+    fields = {"export.enabled": False, "mesh.data": 8}
+    train(config_of(**fields, steps=3), tmp_path)
+    train(config_of(**fields, steps=5), tmp_path)
     np.testing.assert_array_equal(column(tmp_path), column(runs["dpo"][0])[:5])
 
 
@@ -422,7 +432,7 @@ def test_weights_are_trained_in_param_dtype_and_a_frozen_base_keeps_its_stored_t
 
 def test_a_base_in_bfloat16_gives_the_numbers_of_its_widened_copy(halves, tmp_path):
     for name, path in halves.items():
-        fields = {"model.path": str(path), "lora.rank": 4, "learning_rate": 5e-3, "steps": 3}
+        fields = {"model.path": str(path), "lora.rank": 4, "learning_rate": 5e-3, "steps": 3, "mesh.data": 8}
         train(config_of(**fields), tmp_path / name)
     for metric in ("loss", "grad_norm"):
         assert column(tmp_path / "bfloat16", metric) == column(tmp_path / "float32", metric)
