@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from prefalign_jax.sharding import shapes_of
 from prefalign_jax.types import TrainState, UserError
 
 # Fields that make a run what it is. The rest, such as its length or how often it logs, may change when it is resumed.
@@ -146,8 +147,9 @@ def restore(
     for name, digest in digests.items():
         if stored.get("digests", {}).get(name) != digest:
             raise UserError(f"cannot resume {where}: the {name} have changed since; use another --workdir")
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _tree(state, config))
-    jax.tree.map(lambda x: x.delete(), _tree(state, config))
+    fresh = _tree(state, config)
+    abstract = shapes_of(fresh)
+    jax.tree.map(lambda x: x.delete(), fresh)
     try:
         tree = checkpoints.load_checkpointables(latest, {"state": abstract})["state"]
     except Exception as error:  # Orbax raises many kinds, each over many lines

@@ -26,8 +26,8 @@ from prefalign_jax.models.lora import Lora, init_adapters
 from prefalign_jax.names import choose
 from prefalign_jax.run_data import layout_of
 from prefalign_jax.run_model import decoder_of, drawn_params
-from prefalign_jax.sharding import packing_of, state_shardings
-from prefalign_jax.train import shapes_of, step_of
+from prefalign_jax.sharding import packing_of, shapes_of, state_shardings
+from prefalign_jax.train import step_of
 from prefalign_jax.types import Pair, PairLogps, Params, PreferenceBatch, Sides, TrainState, UserError
 
 GB = 1e9

@@ -44,7 +44,7 @@ from prefalign_jax.run_data import layout_of, load_pairs, load_prompts, unit_of
 from prefalign_jax.run_model import adapters_of, drawn_dtype, load_model
 from prefalign_jax.runs import read_metrics
 from prefalign_jax.samples import write_jsonl
-from prefalign_jax.sharding import born, make_mesh, packing_of, param_shardings, place_batch
+from prefalign_jax.sharding import born, make_mesh, packing_of, param_shardings, place_batch, shapes_of
 from prefalign_jax.train_step import init_state, make_eval_step, make_train_step
 from prefalign_jax.types import LanguageModel, PairLogps, Params, UserError
 
@@ -381,8 +381,3 @@ def log(
             "try a lower learning_rate or a longer warm-up (the last checkpoint is kept)"
         )
     progress.update(step, {"loss": values["loss"]})
-
-
-def shapes_of(tree: Any) -> Any:
-    """Shapes, types and, of what is on devices, shardings in place of arrays; a jitted function knows them by these."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), tree)

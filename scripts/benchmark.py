@@ -47,7 +47,7 @@ from prefalign_jax.models.quantize import quantize_params
 from prefalign_jax.names import choose, hyper_parameters
 from prefalign_jax.run_data import load_pairs
 from prefalign_jax.sampling import Sampling
-from prefalign_jax.sharding import make_mesh, param_shardings
+from prefalign_jax.sharding import make_mesh, param_shardings, shapes_of
 from prefalign_jax.train_step import init_state, make_train_step
 from prefalign_jax.types import Pair, TrainState, UserError
 
@@ -151,7 +151,9 @@ SHAPES = {
     "llama-7b": DecoderConfig(32000, 4096, 11008, 32, num_heads=32, num_kv_heads=32, head_dim=128),
 }
 SIDES = Path(__file__).parent / "sides"
-OURS = ("cached", "copy", "none")  # peers that are this package itself, or nobody
+REFERENCES = ("copy", "cached")
+OURS = (*REFERENCES, "none")  # peers that are this package itself, or nobody
+FIXED = re.compile(r"(\d+)\+(\d+)")  # --lengths of random tokens, else a source of pairs
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda"}  # --device -> what JAX calls it
 EOS = 0  # of the pairs below
 
@@ -219,13 +221,13 @@ def train(
         raise UserError("--peer_head=fused is for --peer=trl --loss=dpo --device=gpu")
     if min(pairs, rounds, steps - 1, max_length) < 1:
         raise UserError("--pairs, --rounds and --max_length must be positive, --steps at least 2")
-    choose("--reference", reference, dict.fromkeys(("copy", "cached")))
+    choose("--reference", reference, dict.fromkeys(REFERENCES))
     choose("--peer_remat", peer_remat, REMAT if peer in OURS else dict.fromkeys(("none", "full")))
     if reference == "cached" and peer not in OURS:
         raise UserError("--reference=cached leaves out a pass that the peer makes; compare it with --peer=copy or none")
     if python != sys.executable and peer in OURS:
         raise UserError(f"--python is the peer's, and --peer={peer} runs in this environment")
-    if loss == "orpo" and (reference == "cached" or peer in OURS[:2]):
+    if loss == "orpo" and (reference == "cached" or peer in REFERENCES):
         raise UserError("--loss=orpo has no reference that could be cached; compare it with --peer=trl")
     losses = {"tunix": ("dpo",), "easydel": ("dpo", "orpo")}
     if peer in losses and (loss not in losses[peer] or lora or (dtype, param_dtype) != ("float32", "float32")):
@@ -234,7 +236,7 @@ def train(
     with contextlib.ExitStack() as stack:
         scratch = Path(keep or stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
         model, drawn_from = scratch / f"{shape}-{dtype}", lengths
-        if Path(lengths).is_file():
+        if not FIXED.fullmatch(lengths):
             drawn_from = f"{Path(lengths).name}-{content_digest(lengths)[:8]}"
         data = scratch / f"{pairs}x{steps}-{max_length}-{config.vocab_size}-{drawn_from}.json"
         if not model.exists():
@@ -248,7 +250,7 @@ def train(
         spec |= dict(vocabulary=config.vocab_size, threads=len(os.sched_getaffinity(0)))
         spec |= dict(attention=attention, head=peer_head)
         ours = spec | dict(remat=remat, reference=reference)
-        theirs = spec | dict(remat=peer_remat, reference=peer if peer in OURS[:2] else reference)
+        theirs = spec | dict(remat=peer_remat, reference=peer if peer in REFERENCES else reference)
         turns: list[dict[str, dict[str, Any]]] = []
         for number in range(rounds):
             turn = {"ours": side(sys.executable, "our_side.py", ours, device)}
@@ -354,8 +356,8 @@ def random_params(config: DecoderConfig, dtype: str) -> Any:
 
 def pairs_for(lengths: str, vocabulary: int, size: int, steps: int, max_length: int) -> dict[str, list[list[int]]]:
     """Token ids of {prompt, chosen, rejected}, in balanced batches one after the other."""
-    if re.fullmatch(r"\d+\+\d+", lengths):
-        prompt, response = map(int, lengths.split("+"))
+    if fixed := FIXED.fullmatch(lengths):
+        prompt, response = map(int, fixed.groups())
         rng = np.random.default_rng(0)
 
         def ids(count: int, end: list[int]) -> list[int]:
@@ -488,8 +490,7 @@ def cost_step(base: dict[str, int], steps: int, devices: int) -> dict[str, Any]:
         state = init_state(params, optimizer, mesh, jax.tree.map(jnp.copy, params))
         del params
         step, seconds = make_train_step(model, make_loss("dpo"), optimizer, mesh), []
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-        flops = count_flops(step, shapes, batch)
+        flops = count_flops(step, shapes_of(state), batch)
         for _ in range(steps):
             began = time.perf_counter()
             state, metrics = step(state, batch)

@@ -218,6 +218,8 @@ def test_files_of_one_name_are_not_taken_for_each_other(script, tmp_path, monkey
         file.write_text(folder)
         script.train(peer="none", shape=shape, lengths=str(file), keep=str(tmp_path / "kept"), rounds=1)
     assert len(set(seen)) == 3 and seen[0] == seen[3]
+    script.train(peer="none", shape="tiny", lengths=str(tmp_path / "a"), keep=str(tmp_path / "kept"), rounds=1)
+    assert pathlib.Path(seen[4]).parent == tmp_path / "kept" and seen[4] not in seen[:4]  # a directory of files
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,7 @@ def weighted(pairs, weights):
 
 
 def state_of(mesh, reference=True, optimizer=SGD, seed=0, running=None):
-    place = lambda seed: jax.device_put(make_params(seed), param_shardings(mesh, make_params(seed)))  # noqa: E731
-    return init_state(place(seed), optimizer, mesh, place(1) if reference else None, running)
+    return init_state(make_params(seed), optimizer, mesh, make_params(1) if reference else None, running)
 
 
 def gradient(loss, batch, mesh=ONE):

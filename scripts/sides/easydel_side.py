@@ -5,7 +5,6 @@ make. Prompts and responses are padded to the longest of the run, in multiples o
 """
 
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -17,6 +16,7 @@ import easydel
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax_device import device_figures
 
 IGNORED = -100  # the label of what is not trained on
 
@@ -103,16 +103,14 @@ def main() -> None:
     if orpo:
         chosen = trainer.metrics[0].other_metrics["logps/chosen"]
     seconds, cpu, compiled = np.subtract(trainer.ended, trainer.began).T.tolist()
-    device = jax.local_devices()[0].memory_stats() or {}
     found = {
         "chosen_logps": float(np.mean(chosen)),
         "losses": [float(metrics.loss) for metrics in trainer.metrics],
         "seconds": seconds,
         "cpu_seconds": cpu,
         "cold": [count > 0 for count in compiled],
-        "peak_bytes": device.get("peak_bytes_in_use") or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         "versions": {"easydel": version("easydel"), "jax": jax.__version__},
-        "device": jax.local_devices()[0].device_kind,
+        **device_figures(),
     }
     print(json.dumps(found))
 

@@ -1,7 +1,6 @@
 """One side of `benchmark.py train`: this package's own training step. Reads a specification, prints JSON."""
 
 import json
-import resource
 import sys
 import time
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax_device import device_figures
 
 from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pipeline import make_pair_set, train_batches
@@ -75,7 +75,6 @@ def main() -> None:
     if lora:
         frozen = params
         params = init_adapters(jax.random.key(0), params, lora, "float32")
-        params = jax.device_put(params, param_shardings(mesh, params))
     optimizer = optax.adamw(spec["learning_rate"], weight_decay=0.0)
     step = make_train_step(model, loss, optimizer, mesh)
     state = init_state(params, optimizer, mesh, frozen)
@@ -103,16 +102,14 @@ def main() -> None:
     units = (2 if lora else 3) + (1 if "reference" in loss.needs and spec["reference"] != "cached" else 0)
     head = config.vocab_size * config.hidden_size
     useful = [2 * units * (body * t + head * n) for t, n in zip(tokens, trained, strict=True)]
-    device = jax.local_devices()[0].memory_stats() or {}
-    peak = device.get("peak_bytes_in_use") or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = {
+        **device_figures(),  # before the products below
         "losses": losses,
         "chosen_logps": chosen[0],
         "seconds": seconds,
         "cpu_seconds": cpu,
         "cold": cold,
         "wait_seconds": waits,
-        "peak_bytes": peak,
         "tokens": tokens,
         "positions": positions,
         "trained": trained,
@@ -121,7 +118,6 @@ def main() -> None:
         "useful_flops": useful,
         "matmul_flops": matmul_rate(spec["dtype"]),
         "versions": {"jax": jax.__version__},
-        "device": jax.local_devices()[0].device_kind,
     }
     print(json.dumps(found))
 

@@ -5,7 +5,6 @@ multiples of 64: other shapes would compile other programs.
 """
 
 import json
-import resource
 import sys
 import time
 from importlib.metadata import version
@@ -13,6 +12,7 @@ from importlib.metadata import version
 import jax
 import numpy as np
 import optax
+from jax_device import device_figures
 from tunix.models.llama3 import model as llama3
 from tunix.models.llama3 import params
 from tunix.sft.dpo import dpo_trainer
@@ -91,15 +91,13 @@ def main() -> None:
         )
         trainer.kept = []
         trainer.train(batches())
-    device = jax.local_devices()[0].memory_stats() or {}
     found = {
         "chosen_logps": trainer.chosen[0],
         "losses": [loss for loss, *_ in trainer.kept],
         "seconds": [end[1] - start[0] for start, end in zip(began, trainer.kept, strict=False)],
         "cpu_seconds": [end[2] - start[1] for start, end in zip(began, trainer.kept, strict=False)],
-        "peak_bytes": device.get("peak_bytes_in_use") or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         "versions": {"google-tunix": version("google-tunix"), "jax": jax.__version__},
-        "device": jax.local_devices()[0].device_kind,
+        **device_figures(),
     }
     print(json.dumps(found))
 
