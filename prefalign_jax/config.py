@@ -12,10 +12,10 @@ from ml_collections import ConfigDict, config_dict
 
 from prefalign_jax.data.cleaning import CLEANING, BoundStep, cleaning_steps
 from prefalign_jax.data.mixture import sources_of
+from prefalign_jax.data.pairing import LABELS, PAIRINGS
 from prefalign_jax.losses import LOSSES, BoundLoss, hyper_of, make_loss
-from prefalign_jax.names import choose, did_you_mean, read_as
 from prefalign_jax.optim import SCHEDULES, make_optimizer
-from prefalign_jax.pairing import LABELS, PAIRINGS
+from prefalign_jax.options import choose, did_you_mean, read_as
 from prefalign_jax.types import UserError
 
 LEAKS = ("drop", "report")

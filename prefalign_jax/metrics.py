@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from prefalign_jax.files import whole
 from prefalign_jax.processes import is_first
+from prefalign_jax.types import UserError
 
 GIB = 2**30
 
@@ -209,3 +210,21 @@ def device_memory() -> dict[str, float]:
         unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
         out["memory/host_peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
     return out
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file, [] if there is none. A last line without its end is still being written: no row.
+
+    Raises:
+      UserError: another line is broken.
+    """
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    rows = []
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{path}, row {number}: expected one JSON object, found {error}") from None
+    return rows

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from prefalign_jax.names import Checks, check_hyper, choose, hyper_parameters
+from prefalign_jax.options import Checks, check_hyper, choose, hyper_parameters
 from prefalign_jax.types import Params, UserError
 
 # A schedule gives the share of the peak rate at steps from the end of the warm-up on; `make_schedule` adds the warm-up.

@@ -5,30 +5,30 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from ml_collections import ConfigDict
 
-from prefalign_jax import checkpoint, report
+from prefalign_jax import checkpoint
+from prefalign_jax.assemble import adapters_of, drawn_dtype, load_model, step_of, with_reference
 from prefalign_jax.config import cleaning_of, duration, kind_of, loss_of, profiled, resolved, validate
+from prefalign_jax.cost.flops import count_flops
+from prefalign_jax.cost.throughput import Meter
 from prefalign_jax.data.chat import load_tokenizer
+from prefalign_jax.data.datasheet import as_markdown, make_datasheet, write_datasheet
 from prefalign_jax.data.pairs import digest_of
-from prefalign_jax.data.pipeline import PairSet, make_pair_set, train_batches
-from prefalign_jax.datasheet import as_markdown, make_datasheet, write_datasheet
-from prefalign_jax.drawn import draw, measure, scorer_of
-from prefalign_jax.evaluate import evaluate, summary
+from prefalign_jax.data.pipeline import make_pair_set, train_batches
+from prefalign_jax.evaluation.held_out import evaluate, summary
+from prefalign_jax.evaluation.policy_samples import draw, measure, scorer_of
 from prefalign_jax.export import export, hub_token, push
 from prefalign_jax.files import locked, write_json
-from prefalign_jax.flops import count_flops
-from prefalign_jax.generate import stop_ids
-from prefalign_jax.losses import BoundLoss
-from prefalign_jax.meter import Meter
-from prefalign_jax.metrics import Progress, open_writer
+from prefalign_jax.generation.generate import stop_ids
+from prefalign_jax.generation.sample_files import write_jsonl
+from prefalign_jax.load_data import layout_of, load_pairs, load_prompts, unit_of
+from prefalign_jax.metrics import Progress, open_writer, read_metrics
 from prefalign_jax.models.decoder import cast
 from prefalign_jax.models.hf_io import (
     load_config,
@@ -36,17 +36,14 @@ from prefalign_jax.models.hf_io import (
 )
 from prefalign_jax.models.lora import init_adapters, join, merge
 from prefalign_jax.models.peft_io import save_adapters
-from prefalign_jax.names import did_you_mean
-from prefalign_jax.optim import in_float32, make_optimizer, make_schedule
+from prefalign_jax.optim import make_schedule
+from prefalign_jax.options import did_you_mean
+from prefalign_jax.pages import plots
 from prefalign_jax.processes import agreed, by_first, is_first, note, stop_requested, stop_signal
-from prefalign_jax.reference import cache_key, cached, compute, mover, params_digest
-from prefalign_jax.run_data import layout_of, load_pairs, load_prompts, unit_of
-from prefalign_jax.run_model import adapters_of, drawn_dtype, load_model
-from prefalign_jax.runs import read_metrics
-from prefalign_jax.samples import write_jsonl
+from prefalign_jax.reference import params_digest
 from prefalign_jax.sharding import born, make_mesh, packing_of, param_shardings, place_batch, shapes_of
-from prefalign_jax.train_step import init_state, make_eval_step, make_train_step
-from prefalign_jax.types import LanguageModel, PairLogps, Params, UserError
+from prefalign_jax.train_step import init_state, make_eval_step
+from prefalign_jax.types import LanguageModel, Params, UserError
 
 
 class Result(NamedTuple):
@@ -293,7 +290,7 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
         note(f"stopped at step {step} of {total}, saved; the same command goes on from there")
         return result
     if is_first():
-        report.plot_curves(workdir)
+        plots.plot_curves(workdir)
     if config.export.enabled:
         card = {
             "base_model": config.model.path,
@@ -315,57 +312,6 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
             except UserError as error:  # the format lacks such layers; the merged export has them
                 note(str(error))
     return result
-
-
-def step_of(
-    config: ConfigDict, model: LanguageModel, loss: BoundLoss, mesh: jax.sharding.Mesh, schedule: optax.Schedule
-) -> tuple[optax.GradientTransformation, Callable[..., Any]]:
-    """(optimizer, train step) of a config."""
-    plain = resolved(config)
-    optimizer = make_optimizer(plain["optimizer"], schedule, config.grad_clip)
-    if config.model.stochastic_rounding:
-        optimizer = in_float32(optimizer)
-    moving = plain["reference"] if config.reference.kind == "moving" else None
-    return optimizer, make_train_step(
-        model,
-        loss,
-        optimizer,
-        mesh,
-        schedule=schedule,
-        chunk=config.vocabulary_chunk,
-        move_reference=moving and mover(moving["mixup"], moving["every"]),
-        router_weight=config.model.router_weight,
-        stochastic_rounding=config.model.stochastic_rounding,
-        seed=config.seed,
-    )
-
-
-def with_reference(
-    data: PairSet,
-    model: LanguageModel,
-    params: Params,
-    weights: str,
-    config: ConfigDict,
-    mesh: jax.sharding.Mesh,
-    directory: Path,
-    needs: Set[str],
-) -> PairSet:
-    """The set with the reference's log-probabilities, from the cache or computed now; `weights` digests the params."""
-    numbers = f"{config.dtype} {config.matmul_precision}"
-    path = directory / f"{cache_key(model, weights, data.pairs, numbers, needs)}.npz"
-
-    def make() -> PairLogps:
-        progress = Progress(len(data.pairs), "reference pair")
-        share = data.batch_size // data.micro_steps
-        layout = data.layout._replace(prompt=False, after=False)
-        packing = packing_of(mesh) | dict(row_length=config.data.row_length, attends=model.attends)
-        plain = make_pair_set(data.pairs, share, layout=layout, **packing)
-        options = dict(mesh=mesh, chunk=config.vocabulary_chunk, progress=progress.update, needs=needs)
-        logps = compute(model, params, plain, **options)
-        progress.close()
-        return logps
-
-    return data._replace(reference=cached(path, make))
 
 
 def log(

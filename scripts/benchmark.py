@@ -31,22 +31,22 @@ from safetensors.numpy import save_file
 import prefalign_jax
 from prefalign_jax import cli
 from prefalign_jax.config import defaults, loss_of
+from prefalign_jax.cost.flops import count_flops
 from prefalign_jax.data.chat import load_tokenizer
 from prefalign_jax.data.packing import Layout, lengths_of
 from prefalign_jax.data.pipeline import balanced, batch_of, make_pair_set, train_batches
 from prefalign_jax.data.records import read_records
 from prefalign_jax.data.rows import content_digest
 from prefalign_jax.files import whole, write_json
-from prefalign_jax.flops import count_flops
-from prefalign_jax.generate import sample
+from prefalign_jax.generation.generate import sample
+from prefalign_jax.generation.sampling import Sampling
+from prefalign_jax.load_data import load_pairs
 from prefalign_jax.losses import make_loss
 from prefalign_jax.models import families, hf_io
 from prefalign_jax.models.decoder import REMAT, DecoderConfig, make_decoder
 from prefalign_jax.models.lora import Lora, init_adapters
 from prefalign_jax.models.quantize import quantize_params
-from prefalign_jax.names import choose, hyper_parameters
-from prefalign_jax.run_data import load_pairs
-from prefalign_jax.sampling import Sampling
+from prefalign_jax.options import choose, hyper_parameters
 from prefalign_jax.sharding import make_mesh, param_shardings, shapes_of
 from prefalign_jax.train_step import init_state, make_train_step
 from prefalign_jax.types import Pair, TrainState, UserError

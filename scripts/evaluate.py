@@ -20,12 +20,13 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import ConfigDict
 
+from prefalign_jax.assemble import load_model
 from prefalign_jax.config import defaults, loss_of, validate
 from prefalign_jax.data.chat import load_tokenizer, tokenize_records
 from prefalign_jax.data.pipeline import PairSet, make_pair_set, mismatched
 from prefalign_jax.data.records import ascii_quotes, read_records, split_by_prompt
 from prefalign_jax.data.rows import one_line
-from prefalign_jax.evaluate import (
+from prefalign_jax.evaluation.held_out import (
     FEW,
     Displacement,
     Slice,
@@ -41,17 +42,16 @@ from prefalign_jax.evaluate import (
 )
 from prefalign_jax.files import whole
 from prefalign_jax.intervals import Interval
+from prefalign_jax.load_data import layout_of, record_kind, unit_of
 from prefalign_jax.losses import BoundLoss
 from prefalign_jax.models.decoder import DecoderConfig
 from prefalign_jax.models.hf_io import load_config, resolve
-from prefalign_jax.names import did_you_mean, read_as
+from prefalign_jax.options import did_you_mean, read_as
+from prefalign_jax.pages.plots import plot_margins
+from prefalign_jax.pages.token_page import Example, Response, choose_examples, page, pieces_of
 from prefalign_jax.processes import note
 from prefalign_jax.reference import compute
-from prefalign_jax.report import plot_margins
-from prefalign_jax.run_data import layout_of, record_kind, unit_of
-from prefalign_jax.run_model import load_model
 from prefalign_jax.sharding import make_mesh, packing_of
-from prefalign_jax.token_page import Example, Response, choose_examples, page, pieces_of
 from prefalign_jax.train_step import make_eval_step
 from prefalign_jax.types import LanguageModel, PairLogps, Params, UserError
 

@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 from prefalign_jax import cli
-from prefalign_jax.frontier import best_of_points, draw_frontier, points_of, reward_within
-from prefalign_jax.runs import find_runs
+from prefalign_jax.analysis.frontier import best_of_points, draw_frontier, points_of, reward_within
+from prefalign_jax.analysis.runs import find_runs
 
 LIMITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # nats
 

@@ -18,13 +18,13 @@ import jax
 from prefalign_jax import cli
 from prefalign_jax.data.chat import load_tokenizer, tokenize_prompts
 from prefalign_jax.data.records import read_prompts
-from prefalign_jax.generate import stop_ids, stream
+from prefalign_jax.generation.generate import stop_ids, stream
+from prefalign_jax.generation.sample_files import Sample
+from prefalign_jax.generation.sampling import Sampling
 from prefalign_jax.metrics import Progress
 from prefalign_jax.models.decoder import make_decoder
 from prefalign_jax.models.hf_io import load_config, load_params, resolve
-from prefalign_jax.names import choose
-from prefalign_jax.samples import Sample
-from prefalign_jax.sampling import Sampling
+from prefalign_jax.options import choose
 from prefalign_jax.sharding import make_mesh, param_shardings
 from prefalign_jax.types import UserError
 

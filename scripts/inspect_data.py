@@ -10,7 +10,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from prefalign_jax import cli
-from prefalign_jax.inspection import inspect
+from prefalign_jax.inspection.inspect_data import inspect
 
 
 def main(config: ConfigDict, workdir: Path) -> None:

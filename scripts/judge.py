@@ -14,9 +14,7 @@ from typing import Any
 
 from prefalign_jax import cli
 from prefalign_jax.data.rows import one_line
-from prefalign_jax.judges import endpoint, judge, page, reward_model, rewards, win_rate
-from prefalign_jax.names import check_hyper, choose, hyper_parameters, read_as
-from prefalign_jax.samples import (
+from prefalign_jax.generation.sample_files import (
     Sample,
     read_alpaca_eval,
     read_mt_bench,
@@ -24,6 +22,8 @@ from prefalign_jax.samples import (
     whole_conversations,
     write_jsonl,
 )
+from prefalign_jax.judges import endpoint, judge, page, reward_model, rewards, win_rate
+from prefalign_jax.options import check_hyper, choose, hyper_parameters, read_as
 from prefalign_jax.types import UserError
 
 

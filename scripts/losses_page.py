@@ -15,7 +15,7 @@ import matplotlib.figure
 import numpy as np
 
 from prefalign_jax.losses import LOSSES, MIXTURES, MODIFIERS, NEEDS, BoundLoss, hyper_of, make_loss
-from prefalign_jax.names import hyper_parameters
+from prefalign_jax.options import hyper_parameters
 from prefalign_jax.types import PairLogps, Sides
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -9,9 +9,9 @@ import sys
 import jax
 
 from prefalign_jax import cli
+from prefalign_jax.cost.plan import CHIPS, SHAPES, plan, report, shape_of
 from prefalign_jax.models.hf_io import load_config, resolve
-from prefalign_jax.names import choose
-from prefalign_jax.plan import CHIPS, SHAPES, plan, report, shape_of
+from prefalign_jax.options import choose
 from prefalign_jax.sharding import make_mesh
 from prefalign_jax.types import UserError
 

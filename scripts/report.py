@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 from prefalign_jax import cli
-from prefalign_jax.ablation_page import markdown, write_page
-from prefalign_jax.runs import find_runs
+from prefalign_jax.analysis.compare_page import markdown, write_page
+from prefalign_jax.analysis.runs import find_runs
 
 
 def names(text: str) -> list[str]:

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from prefalign_jax import cli
-from prefalign_jax.sweep import commands, read_points, run_sweep
+from prefalign_jax.analysis.sweep import commands, read_points, run_sweep
 from prefalign_jax.types import UserError
 
 

@@ -12,8 +12,9 @@ import jax
 import matplotlib.figure
 import numpy as np
 
-from prefalign_jax import cli, tabular
-from prefalign_jax.frontier import COLOURS
+from prefalign_jax import cli
+from prefalign_jax.analysis import tabular
+from prefalign_jax.analysis.frontier import COLOURS
 from prefalign_jax.losses import make_loss
 
 # Label -> (loss, its options, step size).

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from prefalign_jax.best_of_n import best_of_n, kl_bound
+from prefalign_jax.generation.best_of_n import best_of_n, kl_bound
 
 
 def test_it_is_the_mean_over_all_subsets():

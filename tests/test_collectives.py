@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from prefalign_jax.collectives import collectives
+from prefalign_jax.cost.collectives import collectives
 from prefalign_jax.sharding import make_mesh
 
 PROGRAM = """

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefalign_jax.data.packing import Layout
-from prefalign_jax.data_page import Branch, Shown, Token, page, pictures, shown_pairs, visible, written_pair
+from prefalign_jax.inspection.data_page import Branch, Shown, Token, page, pictures, shown_pairs, visible, written_pair
 from prefalign_jax.types import Pair
 from small import make_pairs, packed
 

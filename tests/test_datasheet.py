@@ -6,9 +6,9 @@ import pytest
 
 from prefalign_jax.config import cleaning_of, defaults, kind_of, loss_of, resolved
 from prefalign_jax.data.cleaning import Stage
+from prefalign_jax.data.datasheet import ReadFrom, as_markdown, make_datasheet, read_from, write_datasheet
 from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pipeline import make_pair_set
-from prefalign_jax.datasheet import ReadFrom, as_markdown, make_datasheet, read_from, write_datasheet
 from prefalign_jax.types import Pair
 
 

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from prefalign_jax.diversity import distinct, diversity, overlap
+from prefalign_jax.generation.diversity import distinct, diversity, overlap
 from prefalign_jax.intervals import bootstrap_mean
 
 WORDS = "the cat sat on a mat".split()

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from prefalign_jax.flops import count_flops
+from prefalign_jax.cost.flops import count_flops
 from prefalign_jax.logps import preference_logps, token_logps
 from prefalign_jax.losses import make_loss
 from prefalign_jax.models.decoder import DecoderConfig, make_decoder

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prefalign_jax.best_of_n import kl_bound
-from prefalign_jax.frontier import best_of_points, draw_frontier, points_of, reward_within
+from prefalign_jax.analysis.frontier import best_of_points, draw_frontier, points_of, reward_within
+from prefalign_jax.analysis.runs import Run
+from prefalign_jax.generation.best_of_n import kl_bound
 from prefalign_jax.intervals import t_interval
-from prefalign_jax.runs import Run
 from prefalign_jax.types import UserError
 
 

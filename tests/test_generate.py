@@ -6,15 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prefalign_jax import generate
 from prefalign_jax.data.packing import Layout
-from prefalign_jax.generate import sample, stream
+from prefalign_jax.generation import generate
+from prefalign_jax.generation.generate import sample, stream
+from prefalign_jax.generation.sampling import Sampling
 from prefalign_jax.logps import preference_logps
 from prefalign_jax.models.decoder import make_decoder
 from prefalign_jax.models.lora import Lora, init_adapters
 from prefalign_jax.models.quantize import quantize_params
 from prefalign_jax.models.rope import RopeScaling
-from prefalign_jax.sampling import Sampling
 from prefalign_jax.sharding import make_mesh, param_shardings
 from prefalign_jax.types import Pair, UserError
 from small import CONFIG, MODEL, first, make_params, packed

@@ -19,6 +19,7 @@ import pytest
 import scipy.optimize
 
 from prefalign_jax import cli
+from prefalign_jax.generation.sample_files import Sample, write_samples
 from prefalign_jax.judges import endpoint as endpoint_module
 from prefalign_jax.judges import page as page_module
 from prefalign_jax.judges import reward_model, rewards
@@ -36,7 +37,6 @@ from prefalign_jax.judges.judge import (
 from prefalign_jax.judges.win_rate import fit_logistic, length_controlled, win_rate
 from prefalign_jax.models.decoder import DecoderConfig, make_decoder
 from prefalign_jax.models.hf_io import save_params
-from prefalign_jax.samples import Sample, write_samples
 from prefalign_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]

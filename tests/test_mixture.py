@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from prefalign_jax import run_data
+from prefalign_jax import load_data
 from prefalign_jax.config import defaults, loss_of, resolved, validate
 from prefalign_jax.data.mixture import Source, in_proportion, normalised, prompt_key, source_digest, source_records
 from prefalign_jax.types import UserError
@@ -64,7 +64,7 @@ def load(tmp_path, tiny_tokenizer):
     def run(mix=None, seed=0, loss="dpo", **data):
         c = config_of(tmp_path, mix, loss, **data)
         c.seed = seed
-        found = run_data.load_pairs(c, loss_of(c), tiny_tokenizer)
+        found = load_data.load_pairs(c, loss_of(c), tiny_tokenizer)
         sides = [[tiny_tokenizer.decode(one.prompt) for one in part] for part in (found.training, found.held_out)]
         return *sides, found
 
@@ -271,7 +271,7 @@ def test_from_the_cache_no_row_is_read_and_a_changed_file_is_read_again(load, tm
     made = load(path=path, eval_fraction=0.2)
     said = capsys.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr(run_data, "source_records", lambda *_, **__: pytest.fail("read again"))
+        patch.setattr(load_data, "source_records", lambda *_, **__: pytest.fail("read again"))
         cached = load(path=path, eval_fraction=0.2)
         assert cached[:2] == made[:2] and capsys.readouterr().err == said and "1 empty response" in said
     write(tmp_path / "a.jsonl", [pair(f"q{i}") for i in range(30)])

@@ -6,8 +6,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
-from prefalign_jax.collectives import collectives
-from prefalign_jax.flops import count_flops
+from prefalign_jax.cost.collectives import collectives
+from prefalign_jax.cost.flops import count_flops
 from prefalign_jax.models.moe import Routing, balance, experts, route, routing
 from prefalign_jax.sharding import deal_experts, make_mesh
 

@@ -10,15 +10,15 @@ import pytest
 from prefalign_jax import processes
 from prefalign_jax.config import defaults, validate
 from prefalign_jax.data.chat import load_tokenizer
-from prefalign_jax.drawn import draw, measure, scorer_of
+from prefalign_jax.evaluation.policy_samples import draw, measure, scorer_of
 from prefalign_jax.intervals import bootstrap_mean
 from prefalign_jax.jobs import JOBS
+from prefalign_jax.jobs.on_policy import make_pairs
 from prefalign_jax.judges.judge import Scores
 from prefalign_jax.judges.rewards import REWARDS
+from prefalign_jax.metrics import read_metrics
 from prefalign_jax.models.decoder import make_decoder
 from prefalign_jax.models.hf_io import load_config, load_params
-from prefalign_jax.on_policy import make_pairs
-from prefalign_jax.runs import read_metrics
 from prefalign_jax.types import UserError
 
 MODEL = pathlib.Path(__file__).parent / "goldens" / "trl"
@@ -124,7 +124,7 @@ def test_what_is_measured_is_what_was_drawn():
 
 
 def test_a_stopped_stage_stops_the_job(prompts, tmp_path, monkeypatch):
-    import prefalign_jax.on_policy as on_policy
+    import prefalign_jax.jobs.on_policy as on_policy
 
     class Stopped:
         stopped = True

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from prefalign_jax.pairing import Choice, Scored, pair_up
+from prefalign_jax.data.pairing import Choice, Scored, pair_up
 from prefalign_jax.types import UserError
 
 NAN = float("nan")

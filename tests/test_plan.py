@@ -9,17 +9,16 @@ import numpy as np
 import optax
 import pytest
 
-from prefalign_jax import plan as module
+from prefalign_jax.assemble import decoder_of, step_of
 from prefalign_jax.config import defaults, loss_of
+from prefalign_jax.cost import plan as module
+from prefalign_jax.cost.plan import CHIPS, SHAPES, advice, blank_state, plan, report, seconds, shape_of
 from prefalign_jax.data.pipeline import batch_of, make_pair_set
+from prefalign_jax.load_data import layout_of
 from prefalign_jax.models.decoder import make_decoder
 from prefalign_jax.models.lora import Lora
-from prefalign_jax.plan import CHIPS, SHAPES, advice, blank_state, plan, report, seconds, shape_of
 from prefalign_jax.processes import status_of
-from prefalign_jax.run_data import layout_of
-from prefalign_jax.run_model import decoder_of
 from prefalign_jax.sharding import born, make_mesh, packing_of, place_batch
-from prefalign_jax.train import step_of
 from prefalign_jax.train_step import init_state
 from prefalign_jax.types import Pair, UserError
 from small import CONFIG

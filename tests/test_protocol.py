@@ -15,13 +15,13 @@ from jax.sharding import PartitionSpec as P
 
 from prefalign_jax import checkpoint
 from prefalign_jax.data.pipeline import make_pair_set
-from prefalign_jax.evaluate import evaluate
-from prefalign_jax.generate import sample
+from prefalign_jax.evaluation.held_out import evaluate
+from prefalign_jax.generation.generate import sample
+from prefalign_jax.generation.sampling import Sampling
 from prefalign_jax.logps import preference_logps
 from prefalign_jax.losses import make_loss
 from prefalign_jax.models.attention import attend, tree_mask
 from prefalign_jax.reference import cache_key, compute, params_digest
-from prefalign_jax.sampling import Sampling
 from prefalign_jax.sharding import groups_of, make_mesh, param_shardings
 from prefalign_jax.train_step import init_state, make_eval_step, make_train_step
 from prefalign_jax.types import LanguageModel, UserError

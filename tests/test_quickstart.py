@@ -8,7 +8,17 @@ import sys
 import numpy as np
 import pytest
 
-from prefalign_jax.quickstart import KIND, PLACES, QUESTIONS, RUDE, THINGS, draw_answer, interval, reward, write_world
+from prefalign_jax.jobs.quickstart import (
+    KIND,
+    PLACES,
+    QUESTIONS,
+    RUDE,
+    THINGS,
+    draw_answer,
+    interval,
+    reward,
+    write_world,
+)
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIZES = dict(texts=60, demonstrations=50, pairs=400)

@@ -18,8 +18,8 @@ from prefalign_jax.models import families
 from prefalign_jax.models.decoder import DecoderConfig, make_decoder
 from prefalign_jax.models.lora import Lora, init_adapters
 from prefalign_jax.models.quantize import quantize_params
-from prefalign_jax.names import hyper_parameters
 from prefalign_jax.optim import OPTIMIZERS, make_optimizer
+from prefalign_jax.options import hyper_parameters
 from prefalign_jax.sharding import AXES, param_shardings, state_shardings
 from prefalign_jax.train import train
 from prefalign_jax.types import TrainState, UserError

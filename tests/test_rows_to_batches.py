@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from prefalign_jax.config import defaults, loss_of
 from prefalign_jax.data.pipeline import make_pair_set, train_batches
-from prefalign_jax.run_data import load_pairs
+from prefalign_jax.load_data import load_pairs
 from prefalign_jax.types import CHOSEN, REJECTED, SIDES
 
 EOS = "<|im_end|>"

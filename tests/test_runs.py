@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from fake_runs import leave_ablation, leave_run
-from prefalign_jax.files import write_json
-from prefalign_jax.runs import (
+from prefalign_jax.analysis.runs import (
     MARK,
     differing,
     find_runs,
@@ -15,6 +14,7 @@ from prefalign_jax.runs import (
     read_metrics,
     totals,
 )
+from prefalign_jax.files import write_json
 from prefalign_jax.types import UserError
 
 

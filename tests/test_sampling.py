@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prefalign_jax.sampling import Sampling, adjust, min_p, repetition_penalty, top_k, top_p
+from prefalign_jax.generation.sampling import Sampling, adjust, min_p, repetition_penalty, top_k, top_p
 from prefalign_jax.types import UserError
 
 LOGITS = np.random.default_rng(0).normal(size=(6, 40)).astype(np.float32) * 3

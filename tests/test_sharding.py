@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from prefalign_jax.collectives import collectives
+from prefalign_jax.cost.collectives import collectives
 from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pipeline import batch_of, make_pair_set
 from prefalign_jax.losses import make_loss

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from conftest import FAST_TO_COMPILE
-from prefalign_jax import processes, sweep
+from prefalign_jax import processes
+from prefalign_jax.analysis import sweep
+from prefalign_jax.analysis.sweep import Point, names_of, progress_of, read_points, results, run_sweep
 from prefalign_jax.files import locked
-from prefalign_jax.sweep import Point, names_of, progress_of, read_points, results, run_sweep
 from prefalign_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -151,7 +152,7 @@ def test_told_to_stop_it_tells_the_runs_and_goes_on_later(tmp_path, fake, capsys
 KILLED = """
 import pathlib, sys
 import jax
-from prefalign_jax.sweep import read_points
+from prefalign_jax.analysis.sweep import read_points
 from test_sweep import points_of, go
 read_points("experiments/quickstart.py")
 assert not jax._src.xla_bridge.backends_are_initialized()  # the runs need the accelerator's memory

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy.special import expit, log_softmax, logit, softmax, xlogy
 
-from prefalign_jax import tabular
+from prefalign_jax.analysis import tabular
 from prefalign_jax.losses import make_loss
 from prefalign_jax.losses.orpo import log_odds
 from prefalign_jax.types import PairLogps

@@ -3,7 +3,7 @@ import html.parser
 import numpy as np
 import pytest
 
-from prefalign_jax.token_page import BEST, WORST, Example, Response, choose_examples, page, pieces_of
+from prefalign_jax.pages.token_page import BEST, WORST, Example, Response, choose_examples, page, pieces_of
 
 HOSTILE = [
     "<script>alert('1')</script> & \"quoted\" 'single' </div></i>",

@@ -44,12 +44,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from prefalign_jax.config import defaults
-from prefalign_jax.evaluate import sequence_log_ratios
+from prefalign_jax.evaluation.held_out import sequence_log_ratios
+from prefalign_jax.generation.sample_files import write_jsonl
 from prefalign_jax.intervals import Interval, bootstrap_mean
+from prefalign_jax.jobs.quickstart import measure, write_base, write_world
 from prefalign_jax.losses.dpo import dpo
-from prefalign_jax.quickstart import measure, write_base, write_world
-from prefalign_jax.runs import read_metrics
-from prefalign_jax.samples import write_jsonl
+from prefalign_jax.metrics import read_metrics
 from prefalign_jax.train import train
 from prefalign_jax.types import PairLogps
 

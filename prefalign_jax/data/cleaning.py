@@ -17,7 +17,7 @@ from prefalign_jax.data.contamination import contamination
 from prefalign_jax.data.duplicates import contradictions, exact_duplicates, near_duplicates
 from prefalign_jax.data.records import Record, Text
 from prefalign_jax.data.words import parts, responses, words
-from prefalign_jax.names import Checks, check_hyper, choose, hyper_parameters, split_names
+from prefalign_jax.options import Checks, check_hyper, choose, hyper_parameters, split_names
 from prefalign_jax.types import UserError
 
 KINDS = ("pairs", "unpaired", "supervised")  # of records

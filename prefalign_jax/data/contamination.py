@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from prefalign_jax.data.records import Record, Text, read_prompts
 from prefalign_jax.data.words import parts, runs, turns, words
-from prefalign_jax.names import split_names
+from prefalign_jax.options import split_names
 
 SHORTEST = 8  # fewer words in a row are met by chance
 

@@ -31,7 +31,7 @@ from prefalign_jax.data.formats import FORMATS
 from prefalign_jax.data.pairs import Pairs
 from prefalign_jax.data.records import Record, Rows, Text, draw, iter_prompts, iter_records
 from prefalign_jax.data.rows import content_digest, one_line, read_rows
-from prefalign_jax.names import choose, did_you_mean
+from prefalign_jax.options import choose, did_you_mean
 from prefalign_jax.types import UserError
 
 USES = ("train", "eval", "test")

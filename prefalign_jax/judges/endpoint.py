@@ -21,10 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from prefalign_jax.generation.sample_files import as_text
 from prefalign_jax.judges.cache import Cache, open_cache
 from prefalign_jax.judges.judge import Comparison, Judge, Verdict
 from prefalign_jax.metrics import Progress
-from prefalign_jax.samples import as_text
 from prefalign_jax.types import UserError
 
 PAIRWISE = """\

@@ -13,7 +13,7 @@ import numpy as np
 
 from prefalign_jax.data.records import Text
 from prefalign_jax.data.rows import json_rows
-from prefalign_jax.samples import Sample, text_of, write_jsonl
+from prefalign_jax.generation.sample_files import Sample, text_of, write_jsonl
 from prefalign_jax.types import UserError
 
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prefalign_jax.files import whole
+from prefalign_jax.generation.sample_files import as_text
 from prefalign_jax.judges.judge import Verdict
-from prefalign_jax.samples import as_text
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8885; --mark: #2c6fbb; }

@@ -20,7 +20,7 @@ from prefalign_jax.judges.judge import Scorer, Scores
 from prefalign_jax.logps import preference_logps
 from prefalign_jax.models.decoder import make_decoder
 from prefalign_jax.models.hf_io import load_config, load_params, resolve
-from prefalign_jax.names import choose
+from prefalign_jax.options import choose
 from prefalign_jax.reference import params_digest
 from prefalign_jax.types import Pair, UserError
 

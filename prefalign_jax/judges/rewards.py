@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from prefalign_jax import diversity
 from prefalign_jax.data.records import Text
+from prefalign_jax.generation import diversity
+from prefalign_jax.generation.sample_files import as_text
 from prefalign_jax.judges.judge import Scorer, Scores
-from prefalign_jax.names import check_hyper, choose, hyper_parameters
-from prefalign_jax.samples import as_text
+from prefalign_jax.options import check_hyper, choose, hyper_parameters
 from prefalign_jax.types import UserError
 
 KIND = frozenset(

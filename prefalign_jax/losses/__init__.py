@@ -41,7 +41,7 @@ from prefalign_jax.losses.sft import MEAN, OVER, sft
 from prefalign_jax.losses.simpo import CPO_SURROGATES, alphapo, cpo, rrhf, simpo, slic, unlikelihood
 from prefalign_jax.losses.transport import aot, aot_unpaired
 from prefalign_jax.losses.unpaired import advance_bco_unpaired, apo_zero_unpaired, bco_unpaired, kto
-from prefalign_jax.names import Checks, choose, did_you_mean, read_as
+from prefalign_jax.options import Checks, choose, did_you_mean, read_as
 from prefalign_jax.types import UserError
 
 __all__ = ["LOSSES", "MIXTURES", "MODIFIERS", "NEEDS", "BoundLoss", "Loss", "hyper_of", "make_loss"]

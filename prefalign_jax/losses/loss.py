@@ -11,7 +11,7 @@ import jax
 
 from prefalign_jax.losses.modifiers import MODIFIERS, wpo_weight
 from prefalign_jax.losses.ratios import with_logps
-from prefalign_jax.names import Checks, check_hyper, hyper_parameters
+from prefalign_jax.options import Checks, check_hyper, hyper_parameters
 from prefalign_jax.types import Array, PairLogps, UserError
 
 # What a loss may read beyond the chosen response's log-probability. What it does not need is not computed.

@@ -15,7 +15,7 @@ from prefalign_jax.models import moe, quantize, rope
 from prefalign_jax.models.attention import Tiles, attend, sequence_attend, tiled_attend, tree_mask, tree_tiles
 from prefalign_jax.models.dropout import Dropout, drop, fork
 from prefalign_jax.models.lora import Lora, adapter_shapes, delta, join, stretch
-from prefalign_jax.names import choose
+from prefalign_jax.options import choose
 from prefalign_jax.types import Cached, LanguageModel, Params, Sequences, UserError
 
 # How a batch's tokens attend, tile by tile in XLA or text by text in cuDNN's fused kernel -> `LanguageModel.attends`.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from prefalign_jax.names import choose
+from prefalign_jax.options import choose
 from prefalign_jax.types import Params
 
 KINDS = ("int8", "nf4")

@@ -1,0 +1,122 @@
+"""Reward against divergence: what each method buys, over strengths, seeds and the time of training."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.figure
+import numpy as np
+
+from prefalign_jax.analysis.runs import Run
+from prefalign_jax.generation.best_of_n import best_of_n, kl_bound
+from prefalign_jax.intervals import Interval, t_interval
+from prefalign_jax.types import UserError
+
+REWARD, KL = "samples/reward", "samples/kl"
+COLOURS = ("#2c6fbb", "#d1495b", "#3a7d44", "#e09f3e", "#6a4c93", "#00798c", "#8d6a4f", "#444444")
+MARKERS = "osD^v<>P"
+
+
+class Point(NamedTuple):
+    """One evaluation, its seeds together: `strength` tells the settings of a method apart, `seeds` says how many."""
+
+    method: str
+    strength: str
+    step: int
+    kl: float
+    reward: float
+    seeds: int
+
+
+def points_of(runs: Sequence[Run]) -> list[Point]:
+    """The evaluations of runs that measured samples, those of different seeds averaged.
+
+    Args:
+      runs: their `loss.name` is the method; what else of the loss differs is the strength.
+
+    Raises:
+      UserError: no run measured both reward and KL.
+    """
+    found = defaultdict(list)
+    for run in runs:
+        loss = {key[5:]: value for key, value in run.config.items() if key.startswith("loss.") and value is not None}
+        method = loss.pop("name", "?")
+        strength = ", ".join(f"{key}={value}" for key, value in sorted(loss.items()))
+        for row in run.held_out:
+            if row.get(REWARD) is not None and row.get(KL) is not None:
+                found[method, strength, row["step"]].append((row[KL], row[REWARD]))
+    if not found:
+        raise UserError("no run measured samples/reward and samples/kl; set samples.prompts and samples.reward")
+    return [
+        Point(method, strength, step, *np.mean(values, axis=0).tolist(), len(values))
+        for (method, strength, step), values in found.items()
+    ]
+
+
+def best_of_points(pairs: Path) -> list[tuple[int, float, float]]:
+    """(n, KL bound, mean reward) of the best of n responses.
+
+    Args:
+      pairs: pairs.jsonl of the job `pairs`, with on_policy.pairing=all.
+    """
+    scores: dict[int, dict[str, float]] = defaultdict(dict)
+    for line in pairs.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        for side in ("chosen", "rejected"):
+            scores[row["prompt_number"]][row[side]] = row[f"score_{side}"]
+    most = max(len(known) for known in scores.values())
+    whole = [list(known.values()) for known in scores.values() if len(known) == most]
+    return [(n, kl_bound(n), float(np.mean([best_of_n(known, n) for known in whole]))) for n in range(1, most + 1)]
+
+
+def reward_within(runs: Sequence[Run], limits: Sequence[float]) -> dict[str, list[Interval]]:
+    """For each method the best mean reward of its evaluations whose KL is at most each limit, over seeds.
+
+    The best of several noisy evaluations is above what the method would give again, the more the more there are.
+
+    Args:
+      runs: as for `points_of`.
+      limits: in nats.
+
+    Returns:
+      {method: [mean over seeds with Student's 95% interval at each limit]}, of the seeds that got there.
+    """
+    best = defaultdict(list)
+    for seed in dict.fromkeys(run.config.get("seed") for run in runs):
+        mine = [run for run in runs if run.config.get("seed") == seed]
+        points = points_of(mine) if any(row.get(REWARD) is not None for run in mine for row in run.held_out) else []
+        for method in dict.fromkeys(point.method for point in points):
+            of = [point for point in points if point.method == method]
+            best[method].append([max((p.reward for p in of if p.kl <= x), default=np.nan) for x in limits])
+    columns = {method: np.array(rows).T for method, rows in best.items()}
+    return {method: [t_interval(x[np.isfinite(x)]) for x in of] for method, of in columns.items()}
+
+
+def draw_frontier(points: Sequence[Point], best: Sequence[tuple[int, float, float]] = ()) -> matplotlib.figure.Figure:
+    """Every evaluation as a dot, and for each method the best reward so far as KL grows."""
+    figure = matplotlib.figure.Figure(figsize=(8.5, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    methods = list(dict.fromkeys(point.method for point in points))
+    for number, method in enumerate(methods):
+        mine = sorted((p.kl, p.reward) for p in points if p.method == method)
+        kl, reward = np.array(mine).T
+        colour = COLOURS[number % len(COLOURS)]
+        axes.plot(kl, np.maximum.accumulate(reward), color=colour, alpha=0.8, lw=1.4, drawstyle="steps-post")
+        axes.plot(kl, reward, MARKERS[number % len(MARKERS)], color=colour, ms=5, alpha=0.7, label=method)
+    if best:
+        axes.plot(
+            [kl for _, kl, _ in best],
+            [reward for *_, reward in best],
+            "k*--",
+            ms=9,
+            label=f"best of 1 to {best[-1][0]} (KL bound)",
+        )
+    axes.set_xlabel("KL(policy || start), nats per response")
+    axes.set_ylabel("mean true reward of samples")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
+    return figure

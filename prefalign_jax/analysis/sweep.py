@@ -1,0 +1,422 @@
+"""A sweep: many runs of one experiment, each a process of its own; killed at any moment, it goes on where it was."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import fcntl
+import hashlib
+import io
+import json
+import re
+import runpy
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from prefalign_jax import cli, processes
+from prefalign_jax.analysis.runs import MARK, flatten, last_row, latest_stage, read_run
+from prefalign_jax.config import resolved, validate
+from prefalign_jax.files import locked, read_json, whole, write_json
+from prefalign_jax.processes import note, stop_signal
+from prefalign_jax.types import UserError
+
+LOCK = ".point_lock"  # held by the run of a point for as long as it lives, whatever becomes of the sweep
+LOG = "log.txt"
+LONGEST_NAME = 80
+WAITING, RUNNING, DONE, FAILED, STOPPED = "waiting", "running", "done", "failed", "stopped"
+
+
+class Point(NamedTuple):
+    """One run of a sweep.
+
+    Attributes:
+      name: of its directory.
+      overrides: as the experiment's sweep() gave them.
+      arguments: of the training script, all but --workdir.
+      config: resolved, with dotted names.
+    """
+
+    name: str
+    overrides: dict[str, Any]
+    arguments: list[str]
+    config: dict[str, Any]
+
+
+# From an experiment file to points
+
+
+def read_points(config: str, common: Sequence[str] = ()) -> list[Point]:
+    """The points of an experiment's sweep(), each checked as its run would check it.
+
+    Args:
+      config: FILE.py or FILE.py:ARG. A point's own 'config' is joined to ARG after a comma, so it wins.
+      common: words --config.x=y for all points.
+
+    Returns:
+      The points, in sweep()'s order.
+
+    Raises:
+      UserError: no sweep(), two equal points, or a point that no run would take.
+    """
+    file, _, argument = config.partition(":")
+    cli.read_config([f"--config={config}", *common])  # a mistake in the file or in `common` is no point's
+    try:
+        sweep = runpy.run_path(file).get("sweep")
+        if sweep is None:
+            raise UserError(f"{file}: it has no sweep(); write one that returns dicts such as {{'seed': 0}}")
+        listed = list(sweep())
+    except UserError:
+        raise
+    except Exception as error:  # the experiment's own code raises whatever it likes
+        raise UserError(f"{file}: sweep() failed with {type(error).__name__}: {error}") from None
+    if not listed:
+        raise UserError(f"{file}: sweep() gives no point; write at least one dict, which may be empty")
+    for number, overrides in enumerate(listed, 1):
+        _check(overrides, f"{file}: sweep(), point {number}", common)
+    points = []
+    for number, (name, overrides) in enumerate(zip(names_of(listed), listed, strict=True), 1):
+        joined = ",".join(filter(None, (argument, overrides.get("config"))))
+        arguments = [f"--config={file}:{joined}" if joined else f"--config={file}", *common]
+        arguments += [f"--config.{key}={_text(value)}" for key, value in overrides.items() if key != "config"]
+        try:
+            read = cli.read_config(arguments)
+            validate(read)
+        except UserError as error:
+            raise UserError(f"{file}: sweep(), point {number} ({name}): {error}") from None
+        plain = json.loads(json.dumps(flatten(resolved(read))))
+        points.append(Point(name, overrides, arguments, plain))
+    return points
+
+
+def _check(overrides: Any, where: str, common: Sequence[str]) -> None:
+    if not isinstance(overrides, Mapping):
+        raise UserError(f"{where}: expected a dict of overrides, found {type(overrides).__name__}")
+    for key, value in overrides.items():
+        if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
+            raise UserError(f"{where}: {key!r} is no field; write a dotted name such as 'loss.beta'")
+        if not isinstance(value, str | bool | int | float):
+            raise UserError(f"{where}: {key}={value!r}; write a string, a number or a truth value, or leave it out")
+        if any(re.match(rf"--?(no)?config\.{re.escape(key)}(=|$)", word) for word in common):
+            raise UserError(f"--config.{key} on the command line sets what the sweep varies; leave one of them out")
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def names_of(listed: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Short, readable, distinct names for directories; each depends on its own point unless two would be alike.
+
+    Args:
+      listed: overrides of each point.
+
+    Raises:
+      UserError: two points are the same.
+
+    Example:
+      >>> names_of([{"loss.name": "dpo", "loss.beta": 0.1, "seed": 0}, {"config": "loss=orpo", "data.limit": 9}, {}])
+      ['dpo-beta=0.1-seed=0', 'loss=orpo-limit=9', 'default']
+    """
+    names, digests = [], []
+    for overrides in listed:
+        keys = [key.removesuffix(".name").split(".")[-1] for key in overrides]
+        words = []
+        for key, short in zip(overrides, keys, strict=True):
+            label = "" if key in ("loss.name", "config") else f"{short if keys.count(short) == 1 else key}="
+            words.append(label + _text(overrides[key]))
+        text = "-".join(words) or "default"
+        name = re.sub(r"[^A-Za-z0-9.+=_-]+", "_", text).lstrip(".-_") or "point"
+        digest = hashlib.sha256(json.dumps(dict(overrides), sort_keys=True).encode()).hexdigest()[:8]
+        if name != text or len(name) > LONGEST_NAME:
+            name = f"{name[: LONGEST_NAME - 9]}-{digest}"
+        names.append(name)
+        digests.append(digest)
+    if repeated := [number for number, digest in enumerate(digests, 1) if digest in digests[: number - 1]]:
+        first = digests.index(digests[repeated[0] - 1]) + 1
+        raise UserError(f"sweep(): points {first} and {repeated[0]} are the same; leave one out")
+    count = Counter(name.casefold() for name in names)
+    return [f"{name}-{d}" if count[name.casefold()] > 1 else name for name, d in zip(names, digests, strict=True)]
+
+
+# Running them
+
+
+class _Job:
+    """A point's state while the sweep lives."""
+
+    def __init__(self, point: Point, directory: Path):
+        self.point, self.directory = point, directory
+        self.process: subprocess.Popen | None = None
+        self.state, self.error = WAITING, ""
+        self.log_start = 0
+
+    def start(self, command: Sequence[str]) -> None:
+        """Starts the run, unless one that a killed sweep left behind holds the point: `poll` then tries again."""
+        self.state = RUNNING
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with (self.directory / LOCK).open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return
+            write_json(self.directory / MARK, _mark(self.point, None))
+            with (self.directory / LOG).open("ab") as log:
+                self.log_start = log.tell()
+                self.process = subprocess.Popen(
+                    [*command, *self.point.arguments, f"--workdir={self.directory}"],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=[lock.fileno()],  # the run inherits the lock, so it is let go of when the run ends
+                    start_new_session=True,  # Ctrl-C reaches the sweep alone, which tells the runs once
+                )
+
+    def poll(self, command: Sequence[str], stopping: bool) -> None:
+        """Looks whether the run has ended, and how."""
+        if self.process is None:
+            if stopping:
+                self.state = STOPPED
+            else:
+                self.start(command)
+            return
+        status = self.process.poll()
+        if status is None:
+            return
+        if status == 0:
+            run = latest_stage(self.directory).relative_to(self.directory)
+            write_json(self.directory / MARK, _mark(self.point, {"run": str(run)}))
+            self.state = DONE
+        elif status in (processes.STOPPED, -signal.SIGTERM) and stopping:
+            self.state = STOPPED
+        else:
+            self.state, self.error = FAILED, self.last_error(status)
+
+    def last_error(self, status: int) -> str:
+        """The line that says why the run failed: its 'error: ...', or the last of what it said."""
+        with (self.directory / LOG).open("rb") as log:
+            log.seek(self.log_start)
+            lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+        told = [line for line in lines if line.startswith("error: ")]
+        return (told or lines or [""])[-1].removeprefix("error: ") or f"exit status {status}"
+
+
+def _mark(point: Point, done: dict[str, Any] | None) -> dict[str, Any]:
+    return {"overrides": point.overrides, "arguments": point.arguments, "config": point.config, "done": done}
+
+
+def run_sweep(
+    points: Sequence[Point],
+    workdir: Path,
+    command: Sequence[str],
+    *,
+    jobs: int = 1,
+    stream: TextIO | None = None,
+    poll: float = 0.3,
+) -> int:
+    """Runs the points that are not done, each in WORKDIR/NAME, and collects what all of them measured.
+
+    A point is done when its run has ended with status 0 and its mark says so; it is not run again. Any other goes on
+    from its checkpoints, for its run is the same command in the same directory. A run that outlived a killed sweep
+    is waited for.
+
+    Args:
+      points: from `read_points`.
+      workdir: of the sweep; gets a directory for each point, results.csv and results.json.
+      command: what runs a point: these words, the point's arguments and --workdir.
+      jobs: runs at a time.
+      stream: where the table is shown; stderr by default.
+      poll: seconds between looks.
+
+    Returns:
+      The exit status: 1 if a run failed, processes.STOPPED if told to stop, else 0.
+
+    Raises:
+      UserError: another sweep is at work there, or a point of the same name was another.
+    """
+    if jobs < 1:
+        raise UserError(f"--jobs={jobs} must be at least 1")
+    with locked(workdir), stop_signal() as stop:
+        queue = [_Job(point, workdir / point.name) for point in points]
+        for job in queue:
+            job.state = DONE if _done(job.point, workdir) is not None else WAITING
+        others = len({mark.parent.name for mark in workdir.glob(f"*/{MARK}")} - {point.name for point in points})
+        if others:
+            note(f"{others} other point(s) in {workdir} are not in this sweep and are left as they are")
+        table = _Table(stream or sys.stderr)
+        told = False
+        try:
+            while any(job.state == RUNNING for job in queue) or (
+                not stop.is_set() and any(job.state == WAITING for job in queue)
+            ):
+                for job in queue:
+                    if job.state == WAITING and not stop.is_set() and sum(j.state == RUNNING for j in queue) < jobs:
+                        job.start(command)
+                    elif job.state == RUNNING:
+                        job.poll(command, stop.is_set())
+                        if job.state == DONE:
+                            write_results(points, workdir)
+                if stop.is_set() and not told:
+                    told = True
+                    for job in queue:
+                        if job.state == RUNNING and job.process:
+                            job.process.terminate()
+                table.show(queue)
+                if not (stop.is_set() and told):
+                    stop.wait(poll)
+                else:
+                    time.sleep(poll)
+        finally:
+            for job in queue:  # only after a second Ctrl-C or a fault of ours is any still running
+                if job.process and job.process.poll() is None:
+                    job.process.kill()
+                    job.process.wait()
+        table.show(queue, last=True)
+        write_results(points, workdir)
+    count = Counter(job.state for job in queue)
+    failed = [job for job in queue if job.state == FAILED]
+    for job in failed:
+        note(f"{job.point.name} failed: {job.error} ({job.directory / LOG})")
+    note(f"{count[DONE]} of {len(points)} points done, {len(failed)} failed; {workdir / 'results.csv'}")
+    if stop.is_set():
+        note("stopped; the same command goes on from there")
+        return processes.STOPPED
+    return 1 if failed else 0
+
+
+def _done(point: Point, workdir: Path) -> dict[str, Any] | None:
+    """What the mark of a point says when it is done, None if it is not.
+
+    Raises:
+      UserError: the mark is of another point with the same name.
+    """
+    path = workdir / point.name / MARK
+    if not path.exists():
+        return None
+    mark = read_json(path)
+    for ours, theirs in ((point.config, mark["config"]), (point.overrides, mark["overrides"])):
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                raise UserError(
+                    f"{workdir / point.name} was made with {name}={theirs.get(name)!r}, not {ours.get(name)!r}; "
+                    "set it back or use another --workdir"
+                )
+    return mark["done"]
+
+
+class _Table:
+    """The states of all points, rewritten in place on a terminal, else a line for each change."""
+
+    def __init__(self, stream: TextIO):
+        self.stream, self.terminal = stream, stream.isatty()
+        self.height = 0
+        self.shown: dict[str, str] = {}
+
+    def show(self, queue: Sequence[_Job], last: bool = False) -> None:
+        """Shows what has changed; `last` leaves the whole table standing."""
+        if not self.terminal:
+            for job in queue:
+                if self.shown.get(job.point.name, WAITING) != job.state:
+                    self.stream.write(f"{job.point.name}: {job.state}{job.error and f': {job.error}'}\n")
+                self.shown[job.point.name] = job.state
+            self.stream.flush()
+            return
+        columns, lines = shutil.get_terminal_size()
+        text = table_of([progress_of(job.directory, job.point.name, job.state) for job in queue])
+        if not last and len(text) > lines - 2:  # what has scrolled away cannot be rewritten
+            kept = [row for row, job in zip(text[1:], queue, strict=True) if job.state not in (WAITING, DONE)]
+            count = Counter(job.state for job in queue)
+            text = [text[0], *kept[: lines - 4], f"{count[WAITING]} waiting, {count[DONE]} done"]
+        up = f"\x1b[{self.height}A" if self.height else ""
+        self.stream.write(up + "".join(f"\r\x1b[K{line[: columns - 1]}\n" for line in text) + "\x1b[J")
+        self.stream.flush()
+        self.height = len(text)
+
+
+def progress_of(directory: Path, name: str, state: str) -> tuple[str, ...]:
+    """(name, state, step/total, loss, time left) of a point, from what its run has written."""
+    stage = latest_stage(directory)
+    row = last_row(stage / "metrics.jsonl")
+    if state == WAITING and not row:
+        return name, state, "", "", ""
+    total = read_json(stage / "config.json").get("steps") if (stage / "config.json").exists() else None
+    step, loss = row.get("step", 0), row.get("loss")
+    left = ""
+    if state == RUNNING and total and row.get("step_time"):
+        left = str(datetime.timedelta(seconds=round((total - step) * row["step_time"])))
+    label = f" ({stage.name})" if stage != directory else ""
+    return name, state + label, f"{step}/{total or '?'}", f"{loss:.4f}" if loss is not None else "", left
+
+
+def table_of(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of an aligned table, numbers to the right.
+
+    Example:
+      >>> print(*table_of([("dpo", "done", "10/10", "0.6931", "")]), sep="\\n")
+      point  state   step    loss  left
+      dpo    done   10/10  0.6931
+    """
+    rows = [("point", "state", "step", "loss", "left"), *rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    align: tuple[Callable[[str, int], str], ...] = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust)
+    return [
+        "  ".join(put(cell, width) for cell, width, put in zip(row, widths, align, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+# What they measured
+
+
+def results(points: Sequence[Point], workdir: Path) -> list[dict[str, Any]]:
+    """One row a point, from the files of its run.
+
+    Args:
+      points: of the sweep.
+      workdir: of the sweep.
+
+    Returns:
+      Rows of name, state ('done' or 'unfinished'), the overrides, and where it is done: steps, seconds of training,
+      pairs, tokens and trained tokens, the last evaluation, and the first with 'first/' before its names.
+    """
+    rows = []
+    for point in points:
+        done = _done(point, workdir)
+        row = {"name": point.name, "state": "unfinished" if done is None else DONE, **point.overrides}
+        if done is not None:
+            run = read_run(workdir / point.name / done["run"], point.name, workdir / point.name)
+            spent = {name: float(values[-1]) for name, values in run.spent().items()}
+            steps = int(spent.pop("step", 0))
+            row |= {"steps": steps, **spent}
+            if "batch_size" in run.config:
+                row["pairs"] = steps * run.config["batch_size"]
+            if run.held_out:
+                first, last = ({k: v for k, v in run.held_out[n].items() if k != "step"} for n in (0, -1))
+                row |= last | {f"first/{name}": value for name, value in first.items()}
+        rows.append(row)
+    return rows
+
+
+def write_results(points: Sequence[Point], workdir: Path) -> None:
+    """Writes results.csv and results.json anew from the files of all points."""
+    rows = results(points, workdir)
+    columns = dict.fromkeys(key for row in sorted(rows, key=len, reverse=True) for key in row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    with whole(workdir / "results.csv") as part:
+        part.write_text(text.getvalue(), encoding="utf-8", newline="")
+    write_json(workdir / "results.json", rows)
+
+
+def commands(points: Sequence[Point], workdir: Path, command: Sequence[str]) -> list[str]:
+    """What a sweep would run, a shell command a point."""
+    return [shlex.join([*command, *point.arguments, f"--workdir={workdir / point.name}"]) for point in points]

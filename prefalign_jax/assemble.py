@@ -1,0 +1,170 @@
+"""The model of a run: a config's Hugging Face directory -> a decoder and its parameters on the mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Set
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from prefalign_jax.config import given, resolved
+from prefalign_jax.data.pipeline import PairSet, make_pair_set
+from prefalign_jax.losses import BoundLoss
+from prefalign_jax.metrics import Progress
+from prefalign_jax.models.decoder import DecoderConfig, Placement, make_decoder
+from prefalign_jax.models.dropout import Dropout
+from prefalign_jax.models.hf_io import load_config, load_params, pad_vocabulary, resize_embeddings, resolve
+from prefalign_jax.models.lora import Lora
+from prefalign_jax.models.peft_io import load_adapters
+from prefalign_jax.models.quantize import quantize_params
+from prefalign_jax.optim import in_float32, make_optimizer
+from prefalign_jax.processes import note
+from prefalign_jax.reference import cache_key, cached, compute, mover
+from prefalign_jax.sharding import born, deal_experts, packing_of, param_shardings, spread
+from prefalign_jax.train_step import make_train_step
+from prefalign_jax.types import LanguageModel, PairLogps, Params, UserError
+
+
+def adapters_of(config: ConfigDict, reward: bool) -> tuple[Params | None, Lora | None]:
+    """(adapters to go on from or None, what adapters are trained or None)."""
+    if config.lora.path:
+        shape = dataclasses.replace(load_config(resolve(config.model.path)), reward=reward)
+        adapters, lora = load_adapters(config.lora.path, shape)
+        return adapters, dataclasses.replace(lora, dropout=config.lora.dropout or 0.0)
+    return None, Lora(**given(config.lora)) if config.lora.rank else None
+
+
+def drawn_dtype(config: ConfigDict) -> str:
+    """The type of parameters that no file holds."""
+    return "float32" if config.model.param_dtype == "stored" else config.model.param_dtype
+
+
+def decoder_of(
+    config: ConfigDict, shape: DecoderConfig, mesh: jax.sharding.Mesh, lora: Lora | None = None
+) -> LanguageModel:
+    """The decoder of this shape, computed on a mesh as a config says; `lora` is of the adapters that it is to take."""
+    if config.max_length > shape.max_position:
+        raise UserError(f"max_length={config.max_length} exceeds the model's {shape.max_position} positions")
+    options = dict(dtype=config.dtype, param_dtype=drawn_dtype(config), remat=config.model.remat, lora=lora)
+    if config.model.attention == "cudnn":
+        device = jax.devices()[0].device_kind
+        if "NVIDIA" not in device:
+            raise UserError(f"model.attention='cudnn' needs an NVIDIA GPU, and this is {device}; write 'tiles'")
+        if mesh.shape["context"] > 1:
+            raise UserError("model.attention='cudnn' takes whole rows; write 'tiles', or mesh.context=1")
+        if shape.num_kv_heads % mesh.shape["tensor"]:
+            raise UserError(
+                "model.attention='cudnn' takes whole heads: mesh.tensor must divide the model's "
+                f"{shape.num_kv_heads} for keys and values, and {mesh.shape['tensor']} does not; or write 'tiles'"
+            )
+    options |= dict(attention=config.model.attention, placement=Placement(spread(mesh), deal_experts(mesh)))
+    return make_decoder(shape, **options, dropout=Dropout(config.model.dropout, config.model.attention_dropout))
+
+
+def drawn_params(config: ConfigDict, shape: DecoderConfig, key: jax.Array) -> Params:
+    """Parameters that no file holds, quantized if the config says so."""
+    params, kind = make_decoder(shape, param_dtype=drawn_dtype(config)).init(key), config.model.quantize
+    return quantize_params(params, kind) if kind else params
+
+
+def load_model(
+    config: ConfigDict,
+    path: str,
+    mesh: jax.sharding.Mesh,
+    tokens: int,
+    random_init: bool = False,
+    reward: bool = False,
+    lora: Lora | None = None,
+) -> tuple[LanguageModel, Params]:
+    """A model and its parameters on their shardings, the embeddings grown where the tokenizer has more tokens.
+
+    Args:
+      config: its model fields, dtype, max_length and seed.
+      path: Hugging Face directory or hub name.
+      mesh: the mesh.
+      tokens: len(tokenizer).
+      random_init: take only the shape from `path` and draw the parameters.
+      reward: a reward head in place of the output embedding.
+      lora: of the adapters that the model is to take; its parameters are frozen then, and keep the type of their file.
+
+    Returns:
+      (model, params), without adapters; the kernels quantized if the config says so.
+
+    Raises:
+      UserError: files are missing or do not fit, or max_length exceeds what the model was made for.
+    """
+    directory = resolve(path)
+    shape = dataclasses.replace(load_config(directory), reward=reward)
+    size, multiple = max(shape.vocab_size, tokens), config.model.pad_vocabulary
+    grown = dataclasses.replace(shape, vocab_size=size, vocab_padding=-size % multiple)
+    model = decoder_of(config, grown, mesh, lora)
+    if random_init:
+        return model, born(mesh, lambda: drawn_params(config, grown, jax.random.key(config.seed)))
+    blank = jax.eval_shape(lambda: drawn_params(config, shape, jax.random.key(0)))
+    options = dict(dtype="stored" if lora else config.model.param_dtype, quantize=config.model.quantize)
+    params = load_params(directory, shape, shardings=param_shardings(mesh, blank), **options)
+    if tokens > shape.vocab_size:
+        note(f"embeddings grown from {shape.vocab_size} to {tokens} rows for the tokens added to the vocabulary")
+    if grown != shape:
+        tables = {name: params[name] for name in ("embed", "head") if name in params}
+
+        def grow(tables: Params) -> Params:
+            return pad_vocabulary(*resize_embeddings(tables, shape, size), multiple)[0]
+
+        params = params | born(mesh, grow, tables)
+    return model, params
+
+
+def step_of(
+    config: ConfigDict, model: LanguageModel, loss: BoundLoss, mesh: jax.sharding.Mesh, schedule: optax.Schedule
+) -> tuple[optax.GradientTransformation, Callable[..., Any]]:
+    """(optimizer, train step) of a config."""
+    plain = resolved(config)
+    optimizer = make_optimizer(plain["optimizer"], schedule, config.grad_clip)
+    if config.model.stochastic_rounding:
+        optimizer = in_float32(optimizer)
+    moving = plain["reference"] if config.reference.kind == "moving" else None
+    return optimizer, make_train_step(
+        model,
+        loss,
+        optimizer,
+        mesh,
+        schedule=schedule,
+        chunk=config.vocabulary_chunk,
+        move_reference=moving and mover(moving["mixup"], moving["every"]),
+        router_weight=config.model.router_weight,
+        stochastic_rounding=config.model.stochastic_rounding,
+        seed=config.seed,
+    )
+
+
+def with_reference(
+    data: PairSet,
+    model: LanguageModel,
+    params: Params,
+    weights: str,
+    config: ConfigDict,
+    mesh: jax.sharding.Mesh,
+    directory: Path,
+    needs: Set[str],
+) -> PairSet:
+    """The set with the reference's log-probabilities, from the cache or computed now; `weights` digests the params."""
+    numbers = f"{config.dtype} {config.matmul_precision}"
+    path = directory / f"{cache_key(model, weights, data.pairs, numbers, needs)}.npz"
+
+    def make() -> PairLogps:
+        progress = Progress(len(data.pairs), "reference pair")
+        share = data.batch_size // data.micro_steps
+        layout = data.layout._replace(prompt=False, after=False)
+        packing = packing_of(mesh) | dict(row_length=config.data.row_length, attends=model.attends)
+        plain = make_pair_set(data.pairs, share, layout=layout, **packing)
+        options = dict(mesh=mesh, chunk=config.vocabulary_chunk, progress=progress.update, needs=needs)
+        logps = compute(model, params, plain, **options)
+        progress.close()
+        return logps
+
+    return data._replace(reference=cached(path, make))

@@ -1,0 +1,314 @@
+"""What a step takes on devices that are not here: memory, operations, traffic and time, from its compiled program."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from prefalign_jax.assemble import decoder_of, drawn_params, step_of
+from prefalign_jax.config import given, loss_of, validate
+from prefalign_jax.cost.collectives import KINDS, Collective, collectives
+from prefalign_jax.cost.flops import count_flops
+from prefalign_jax.data.pipeline import batch_of, make_pair_set
+from prefalign_jax.load_data import layout_of
+from prefalign_jax.logps import REFERENCE_NEEDS
+from prefalign_jax.losses import BoundLoss
+from prefalign_jax.models.decoder import DecoderConfig, cast
+from prefalign_jax.models.families import from_hf
+from prefalign_jax.models.lora import Lora, init_adapters
+from prefalign_jax.options import choose
+from prefalign_jax.sharding import packing_of, shapes_of, state_shardings
+from prefalign_jax.types import Pair, PairLogps, Params, PreferenceBatch, Sides, TrainState, UserError
+
+GB = 1e9
+ROOM = 0.92  # of a device's memory that a program gets: the rest is the runtime's and lost to fragmentation
+ATTAINED = 0.4  # of the peak operations, in matrix products
+REACHED = 0.7  # of the links' bandwidth, in collectives
+
+
+class Chip(NamedTuple):
+    """What one device can do.
+
+    Attributes:
+      memory: bytes.
+      flops: dense bfloat16 operations a second.
+      link: bytes a second that it sends to devices of its own host, or of its slice for TPUs.
+      network: the same to others.
+      host: devices that `link` connects.
+      source: of these figures.
+    """
+
+    memory: float
+    flops: float
+    link: float
+    network: float
+    host: int
+    source: str
+
+
+_NVIDIA = "NVIDIA's data sheet of the SXM module; network: one {} InfiniBand port a GPU"
+_GOOGLE = "docs.cloud.google.com/tpu/docs/{}: key specifications; half of a bidirectional bandwidth counts"
+CHIPS: dict[str, Chip] = {
+    "a100": Chip(80e9, 312e12, 300e9, 25e9, 8, _NVIDIA.format("200 Gb/s")),
+    "h100": Chip(80e9, 989e12, 450e9, 50e9, 8, _NVIDIA.format("400 Gb/s")),
+    "h200": Chip(141e9, 989e12, 450e9, 50e9, 8, _NVIDIA.format("400 Gb/s")),
+    "tpu-v4": Chip(32e9, 275e12, 300e9, 6.25e9, 4096, _GOOGLE.format("v4")),
+    "tpu-v5e": Chip(16e9, 197e12, 200e9, 3.1e9, 256, _GOOGLE.format("v5e")),
+    "tpu-v5p": Chip(95e9, 459e12, 600e9, 6.25e9, 8960, _GOOGLE.format("v5p")),
+    "tpu-v6e": Chip(32e9, 918e12, 400e9, 6.25e9, 256, _GOOGLE.format("v6e")),
+}
+
+_LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "num_key_value_heads": 8}
+_LLAMA_3 = _LLAMA | {"vocab_size": 128256, "rope_theta": 500000.0, "max_position_embeddings": 8192}
+# Shapes by name, as config.json has them, where the model is not at hand.
+SHAPES: dict[str, Mapping[str, Any]] = {
+    "llama-3-8b": _LLAMA_3
+    | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "llama-3-70b": _LLAMA_3
+    | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+    "mistral-7b": _LLAMA
+    | {"model_type": "mistral", "vocab_size": 32000, "rope_theta": 10000.0, "max_position_embeddings": 32768}
+    | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+}
+
+
+class Plan(NamedTuple):
+    """A step on a mesh.
+
+    Attributes:
+      mesh: devices along each axis.
+      memory: bytes on a device by what they hold: parameters, reference, optimizer, batch, gradients, activations (what
+        the backward pass reads of the layers), temporaries (the rest of what the program holds at once).
+      flops: of all devices, see `count_flops`.
+      traffic: the program's collectives.
+      tokens: of the batch, a shared prompt counted once.
+    """
+
+    mesh: dict[str, int]
+    memory: dict[str, int]
+    flops: int
+    traffic: list[Collective]
+    tokens: int
+
+    @property
+    def total(self) -> int:
+        """Bytes on a device."""
+        return sum(self.memory.values())
+
+
+def shape_of(name: str) -> DecoderConfig:
+    """The shape that a name in SHAPES stands for."""
+    choose("model", name, SHAPES)
+    return DecoderConfig(**from_hf(SHAPES[name]))
+
+
+def plan(config: ConfigDict, shape: DecoderConfig, mesh: Mesh, *, prompt: int, response: int) -> Plan:
+    """Compiles the step of a config for a mesh, of devices that may be simulated, without weights or data.
+
+    Attention is compiled tile by tile. The host's compiler holds in float32 what is bfloat16: activations and what is
+    sent of weights and gradients are counted as the bfloat16 that they are; temporaries are an upper bound then.
+
+    Args:
+      config: an experiment.
+      shape: of the model.
+      mesh: of simulated devices.
+      prompt, response: tokens of every pair's prompt and of each of its responses.
+
+    Returns:
+      The `Plan`.
+
+    Raises:
+      UserError: a mistake in the config, or adapters that only a file describes.
+    """
+    validate(config, complete=False)
+    if config.lora.path:
+        raise UserError(
+            f"lora.path={config.lora.path!r} is not read; set lora.rank and lora.targets as those adapters have"
+        )
+    config = config.copy_and_resolve_references()
+    config.model.attention = "tiles"
+    shape = dataclasses.replace(shape, vocab_padding=-shape.vocab_size % config.model.pad_vocabulary)
+    loss = loss_of(config)
+    lora = Lora(**given(config.lora)) if config.lora.rank else None
+    model = decoder_of(config, shape, mesh, lora)
+    optimizer, train_step = step_of(config, model, loss, mesh, lambda step: jnp.float32(config.learning_rate))
+    state = blank_state(config, shape, loss, optimizer, lora)
+    batch = blank_batch(config, loss, mesh, prompt, response)
+    compiled = train_step.lower(state, batch).compile()
+
+    shardings = state_shardings(mesh, state, optimizer, model.rules)
+    text, analysis = compiled.as_text(), compiled.memory_analysis()
+    held = {
+        "parameters": _on_device(state.params, shardings.params),
+        "reference": _on_device(state.reference, shardings.reference),
+        "optimizer": _on_device(state.opt_state, shardings.opt_state),
+    }
+    held["batch"] = analysis.argument_size_in_bytes - sum(held.values())
+    gradients = held["parameters"]
+    own = {sharding.shard_shape(x.shape) for x, sharding in _leaves(state, shardings)}
+    narrow = config.dtype == "bfloat16"
+    activations = _kept(text, shape.num_layers, own) // (2 if narrow else 1)
+    rest = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    working = {"gradients": gradients, "activations": activations, "temporaries": rest - gradients - activations}
+    if working["temporaries"] < 0:  # the program reuses memory of one for the other
+        working["activations"] = max(0, activations + working["temporaries"])
+        working["temporaries"] = rest - gradients - working["activations"]
+    abstract = shapes_of(state), shapes_of(batch)
+    tokens = int(np.prod(batch.weight.shape)) * (prompt + 2 * response)
+    flops = count_flops(train_step, *abstract)
+    traffic = [_as_bfloat16(one) if narrow else one for one in collectives(text, mesh.size)]
+    return Plan(dict(mesh.shape), held | working, flops, traffic, tokens)
+
+
+def blank_state(config: ConfigDict, shape: DecoderConfig, loss: BoundLoss, optimizer: Any, lora: Lora | None) -> Any:
+    """Shapes and types of the state that a run of the config begins with."""
+    params = jax.eval_shape(lambda: drawn_params(config, shape, jax.random.key(0)))
+    reference = None
+    if lora:
+        base = params if config.model.quantize else jax.eval_shape(lambda tree: cast(tree, config.dtype), params)
+        params = jax.eval_shape(lambda tree: init_adapters(jax.random.key(0), tree, lora), base)
+        reference = base
+    elif config.reference.kind in ("copy", "moving"):
+        reference = params
+        if config.reference.kind == "copy":
+            reference = jax.eval_shape(lambda tree: cast(tree, config.dtype), params)
+    running = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in loss.running} if loss.running else None
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    return TrainState(step, params, jax.eval_shape(optimizer.init, params), reference, running)
+
+
+def blank_batch(config: ConfigDict, loss: BoundLoss, mesh: Mesh, prompt: int, response: int) -> PreferenceBatch:
+    """Shapes and types of a batch of pairs that all have these lengths."""
+    ids = np.zeros(max(prompt, response), np.int32)
+    pairs = [Pair(ids[:prompt], ids[:response], ids[:response])] * config.batch_size
+    options = dict(micro_steps=config.micro_steps, layout=layout_of(config, loss), **packing_of(mesh))
+    data = make_pair_set(pairs, config.batch_size, row_length=config.data.row_length, **options)
+    batch = shapes_of(batch_of(data, np.arange(config.batch_size)))
+    if config.reference.kind == "cached":
+        pair = jax.ShapeDtypeStruct(batch.weight.shape, jnp.float32)
+        sides = {name: Sides(pair, pair) for name in loss.needs & REFERENCE_NEEDS}
+        batch = batch._replace(reference=PairLogps(pair, pair, pair, pair, **sides))
+    return batch
+
+
+def _as_bfloat16(one: Collective) -> Collective:
+    """A collective at half its size, which is float32's; sums of the head's gradient and token ids stay as they are."""
+    of_head = one.kind in ("all-reduce", "reduce-scatter") and "->dv" in one.where
+    ids = max(map(len, one.shapes)) < 2 or one.where.endswith("/gather")
+    in_float32 = one.size == 4 * sum(map(math.prod, one.shapes))
+    return one._replace(size=one.size // 2) if in_float32 and not (of_head or ids) else one
+
+
+def _leaves(tree: Any, shardings: Any) -> list[tuple[Any, Any]]:
+    return list(zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True))
+
+
+def _on_device(tree: Params | None, shardings: Any) -> int:
+    """Bytes of a tree on one device."""
+    return sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in _leaves(tree, shardings))
+
+
+def _kept(text: str, layers: int, own: set[tuple[int, ...]]) -> int:
+    """Bytes on a device of what the loop over the layers' backward passes reads, parameters and gradients left out."""
+    most = 0
+    for line in text.splitlines():
+        if " while(" not in line or f'known_trip_count":{{"n":"{layers}"' not in line:
+            continue
+        size = 0
+        for kind, dims in re.findall(r"(\w+)\[([\d,]+)\]", line.partition(" while(")[0]):
+            shape = tuple(map(int, dims.split(",")))
+            if shape[0] == layers and len(shape) > 1 and shape not in own:
+                size += math.prod(shape) * int((re.search(r"\d+", kind) or [8])[0]) // 8
+        most = max(most, size)
+    return most
+
+
+def seconds(found: Plan, chip: Chip) -> tuple[float, float]:
+    """(in matrix products, in collectives) of a step, at ATTAINED and REACHED of the chip's figures."""
+    computing = found.flops / math.prod(found.mesh.values()) / (ATTAINED * chip.flops)
+    sending = sum(
+        one.sent * (one.times or 1) / (REACHED * (chip.link if _in_host(one, chip) else chip.network))
+        for one in found.traffic
+    )
+    return computing, sending
+
+
+def _in_host(one: Collective, chip: Chip) -> bool:
+    return len({device // chip.host for device in one.group}) == 1
+
+
+def advice(found: Plan, config: ConfigDict, chip: Chip) -> list[str]:
+    """What to change where a step does not fit, and what that leaves of a device's memory; best first."""
+    over = found.total - ROOM * chip.memory
+    if over <= 0:
+        return []
+    memory, out = found.memory, []
+    in_full = config.lora.rank is None  # all weights are trained
+
+    def offer(saved: float, text: str) -> None:
+        if saved > 0.01 * found.total:
+            out.append(f"{text}: {(found.total - saved) / GB:.1f} GB a device")
+
+    working = memory["activations"] + memory["temporaries"]
+    if config.model.remat != "full":
+        offer(memory["activations"] * 0.8, "--config.model.remat=full")
+    pairs = config.batch_size // config.micro_steps
+    if pairs > math.prod(found.mesh[axis] for axis in ("data", "fsdp")):
+        offer(working / 2, f"--config.micro_steps={2 * config.micro_steps}, at least")
+    if in_full and config.reference.kind == "copy":
+        offer(memory["reference"], "--config.reference.kind=cached")
+    if in_full and config.model.param_dtype == "float32":
+        saved = memory["parameters"] / 2 + memory["gradients"] / 2
+        offer(saved, "--config.model.param_dtype=bfloat16 --config.model.stochastic_rounding=True")
+    if found.mesh["data"] > 1:
+        state = memory["parameters"] + memory["reference"] + memory["optimizer"] + memory["gradients"]
+        offer(state * (1 - 1 / found.mesh["data"]), "--config.mesh.data=1 --config.mesh.fsdp=-1")
+    if in_full:
+        offer(memory["optimizer"] + memory["gradients"] + memory["parameters"] / 2, "adapters, --config.lora.rank=16")
+    elif config.model.quantize is None:
+        offer(0.7 * memory["reference"], "--config.model.quantize=nf4")
+    held = sum(memory[name] for name in ("parameters", "reference", "optimizer", "gradients"))
+    offer(held / 2, f"{2 * math.prod(found.mesh.values())} devices along fsdp")
+    return out
+
+
+def report(found: Plan, config: ConfigDict, chip_name: str) -> str:
+    """The plan as text."""
+    chip = CHIPS[chip_name]
+    devices = math.prod(found.mesh.values())
+    axes = " x ".join(f"{name} {size}" for name, size in found.mesh.items() if size > 1) or "one device"
+    lines = [f"{devices} {chip_name}, {axes}; {config.batch_size} pairs a step, {found.tokens} tokens", ""]
+    lines += [f"{'memory of a device':<24}{'GB':>10}"]
+    lines += [f"  {name:<22}{size / GB:>10.2f}" for name, size in found.memory.items()]
+    room = f"of {chip.memory / GB:.0f} GB, {ROOM:.0%} of which a program gets"
+    lines += [f"  {'total':<22}{found.total / GB:>10.2f}  {room}", ""]
+    lines += [f"{'sent by a device a step':<24}{'times':>10}{'GB':>10}"]
+    for kind in KINDS:
+        mine = [one for one in found.traffic if one.kind == kind]
+        for near, where in ((True, "in a host"), (False, "between hosts")):
+            part = [one for one in mine if _in_host(one, chip) == near]
+            if part:
+                times = sum(one.times or 1 for one in part)
+                sent = sum(one.sent * (one.times or 1) for one in part)
+                lines.append(f"  {kind}, {where:<{20 - len(kind)}}{times:>12}{sent / GB:>10.3f}")
+    computing, sending = seconds(found, chip)
+    lines += ["", f"{found.flops / devices / 1e12:.1f} TFLOP a device, {computing:.2f} s at {ATTAINED:.0%} of the peak"]
+    lines += [f"{sending:.2f} s in collectives at {REACHED:.0%} of the links' bandwidth"]
+    lines += [f"a step: {max(computing, sending):.2f} s if both overlap, {computing + sending:.2f} s if they do not"]
+    changes = advice(found, config, chip)
+    over = found.total - ROOM * chip.memory
+    if over > 0:
+        lines += ["", f"It does not fit, by {over / GB:.1f} GB. Each of these by itself would leave:"]
+        lines += [f"  {change}" for change in changes]
+    else:
+        lines += ["", "It fits."]
+    return "\n".join(lines)

@@ -1,0 +1,209 @@
+"""A datasheet of what a run was trained on: sources with their hashes, counts by stage and reason, lengths, template.
+
+Source: Gebru et al., arXiv 1803.09010, for the idea; this one holds what a program can know.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from prefalign_jax.data.cleaning import BoundStep, Stage
+from prefalign_jax.data.pipeline import PairSet
+from prefalign_jax.data.rows import content_digest
+from prefalign_jax.data.statistics import length_bias, quantiles
+from prefalign_jax.files import whole, write_json
+
+FORMAT = 1
+
+
+class ReadFrom(NamedTuple):
+    """Something that was read.
+
+    Attributes:
+      name: of a file, a directory or a data set of the hub, as it was named.
+      role: what it was read for.
+      records: read from it; None where they were not counted.
+      sha256: of the file's bytes; else `rows.content_digest`.
+      of: 'file' or 'content'.
+      bytes: of the file, None without one.
+    """
+
+    name: str
+    role: str
+    records: int | None
+    sha256: str
+    of: str
+    bytes: int | None
+
+
+def read_from(name: str, split: str, role: str, records: int | None = None) -> ReadFrom:
+    """Says what something that was read is; a file is read once more for its hash.
+
+    Args:
+      name, split: as `read_rows` takes them.
+      role, records: see `ReadFrom`.
+    """
+    path = Path(name).expanduser()
+    if not path.is_file():
+        return ReadFrom(name, role, records, content_digest(name, split), "content", None)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return ReadFrom(name, role, records, digest, "file", path.stat().st_size)
+
+
+def make_datasheet(
+    config: Mapping[str, Any],
+    data: PairSet,
+    *,
+    read: Sequence[ReadFrom],
+    stages: Mapping[str, Sequence[Stage]],
+    steps: Sequence[BoundStep],
+    mixture: Sequence[Mapping[str, Any]],
+    kind: str,
+    chat: bool,
+    tokenizer: Any,
+    digest: str,
+) -> dict[str, Any]:
+    """What is known of the data once they are tokenized; nothing is read or tokenized again.
+
+    Args:
+      config: the run's, resolved.
+      data: the training pairs.
+      read, stages, mixture: of `run_data.load_pairs`.
+      steps: of the cleaning.
+      kind: one of cleaning.KINDS.
+      chat: whether there are messages, which go through the chat template.
+      tokenizer: Hugging Face tokenizer.
+      digest: of the training pairs.
+
+    Returns:
+      JSON values.
+    """
+    fields, lengths = config["data"], data.lengths
+    tokens = {"prompt": lengths.prompt, "chosen": lengths.responses[:, 0]}
+    if kind == "pairs":
+        tokens["rejected"] = lengths.responses[:, 1]
+    elif kind == "unpaired":  # what stands as rejected is the completion of another prompt
+        desirable = data.pairs.label
+        every = tokens.pop("chosen")
+        tokens |= {"desirable": every[desirable], "undesirable": every[~desirable]}
+    template = tokenizer.chat_template if chat else None
+    sheet = {
+        "format": FORMAT,
+        "sources": [one._asdict() for one in read],
+        "mixture": list(mixture),
+        "stages": {part: [stage._asdict() for stage in some] for part, some in stages.items()},
+        "cleaning": {step.name: step.options for step in steps},
+        "seed": config["seed"],
+        "tokenizer": {
+            "name": str(config["model"]["path"]),
+            "vocabulary": len(tokenizer),
+            "bos": tokenizer.bos_token,
+            "eos": tokenizer.eos_token,
+        },
+        "template": {
+            "name": (fields["chat_template"] or "the tokenizer's own") if chat else None,
+            "sha256": hashlib.sha256(str(template).encode()).hexdigest() if template else None,
+            "text": template,
+        },
+        "max_length": config["max_length"],
+        "too_long": config["too_long"],
+        "training": {
+            "kind": kind,
+            "count": len(data.pairs),
+            "sha256": digest,
+            "trained_tokens": int(lengths.trained.sum()),
+            "tokens": {
+                side: quantiles(values) | {"sum": int(values.sum())} for side, values in tokens.items() if values.size
+            },
+        },
+    }
+    if kind == "pairs":
+        keys = data.pairs.prompt_key  # all 0 where pairs come from elsewhere than a reader
+        prompts = keys if keys.any() else None
+        sheet["training"]["length_bias"] = length_bias(tokens["chosen"], tokens["rejected"], prompts)
+    return sheet
+
+
+def write_datasheet(workdir: Path, sheet: Mapping[str, Any]) -> None:
+    """Writes datasheet.json and datasheet.md."""
+    write_json(workdir / "datasheet.json", sheet)
+    with whole(workdir / "datasheet.md") as part:
+        part.write_text("# Training data\n\n" + as_markdown(sheet), encoding="utf-8")
+
+
+def as_markdown(sheet: Mapping[str, Any], level: int = 2) -> str:
+    """The sheet for people: sections of tables.
+
+    Args:
+      sheet: from `make_datasheet`.
+      level: of the headings.
+    """
+    mark = "#" * level
+    training = sheet["training"]
+    out = [f"{mark} Sources"]
+    rows = [
+        (
+            Path(s["name"]).name if s["of"] == "file" else s["name"],
+            s["role"],
+            s["records"],
+            f"{s['sha256']} ({s['of']})",
+        )
+        for s in sheet["sources"]
+    ]
+    out.append(_table(("source", "for", "records", "SHA-256"), rows))
+    if sheet["mixture"]:
+        head = list(sheet["mixture"][0])  # source, its pairs, its share, what it lost
+        rows = [[one[head[0]], one[head[1]], f"{one[head[2]]:.1%}", _counts(one[head[3]])] for one in sheet["mixture"]]
+        out.append(_table(head, rows))
+    out.append(f"{mark} Counts")
+    rows = []
+    for part, stages in sheet["stages"].items():
+        for stage in stages:
+            counts = {**stage["dropped"], **{f"{reason} (changed)": n for reason, n in stage["repaired"].items()}}
+            rows.append((part, stage["name"], stage["before"], stage["after"], _counts(counts)))
+    out.append(_table(("part", "stage", "in", "out", "left out, by reason"), rows))
+    if options := {name: given for name, given in sheet["cleaning"].items() if given}:
+        out.append("Options: " + "; ".join(f"{name} {_words(given)}" for name, given in options.items()) + ".")
+    out.append(f"{mark} Tokens")
+    names = [name for name in next(iter(training["tokens"].values()), {})]
+    rows = [(side, *(_number(values[name]) for name in names)) for side, values in training["tokens"].items()]
+    out.append(_table(("of each", *names), rows))
+    template = sheet["template"]["name"] or "none, the data are plain text"
+    out.append(
+        f"{training['count']} in training ({training['kind']}), {training['trained_tokens']} tokens trained. At most "
+        f"{sheet['max_length']} tokens (too_long: {sheet['too_long']}), {sheet['tokenizer']['vocabulary']} in the "
+        f"vocabulary. Chat template: {template}. SHA-256 of the tokenized data: {training['sha256']}."
+    )
+    if bias := training.get("length_bias"):
+        interval = ""
+        if "longer_wins" in bias:
+            interval = f" ({bias['longer_wins']:.3f} of those that differ, {bias['low']:.3f} to {bias['high']:.3f})"
+        out.append(
+            f"Length bias: the chosen response has more tokens in {bias['longer']} pairs{interval}, fewer in "
+            f"{bias['shorter']}, as many in {bias['equal']}; always preferring the {bias['rule']} one is right in "
+            f"{bias['accuracy']:.3f}."
+        )
+    return "\n\n".join(out) + "\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
+    )
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in counts.items()) or "none"
+
+
+def _words(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in options.items() if value)  # 0 and '' set no limit
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.1f}"

@@ -1,0 +1,147 @@
+"""Samples of a policy, what they are worth, and how far the policy has moved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from prefalign_jax.data.chat import tokenize_prompts
+from prefalign_jax.data.records import Text
+from prefalign_jax.evaluation.held_out import sequence_logps
+from prefalign_jax.generation.diversity import distinct
+from prefalign_jax.generation.generate import sample
+from prefalign_jax.generation.sampling import Sampling
+from prefalign_jax.intervals import bootstrap_mean
+from prefalign_jax.judges import reward_model, rewards
+from prefalign_jax.judges.judge import Scorer
+from prefalign_jax.types import LanguageModel, Pair, Params
+
+ROWS = 64  # samples computed together
+MODEL = "model:"  # what a reward's name begins with if it is a reward model's directory
+
+
+class Drawn(NamedTuple):
+    """N samples.
+
+    Attributes:
+      prompts: N prompts, as in the file.
+      pairs: N pairs whose chosen response is the sample, as tokens; there is no rejected one.
+      texts: N responses.
+      logps: [N] float32 log-probability of each under the policy that drew it.
+      numbers: [N] which prompt each is a sample of.
+      ended: N times 'token' or 'length'.
+    """
+
+    prompts: list[Text]
+    pairs: list[Pair]
+    texts: list[str]
+    logps: np.ndarray
+    numbers: np.ndarray
+    ended: list[str]
+
+
+def scorer_of(reward: str) -> Scorer:
+    """The scores of a reward written down in judges/rewards.py, or of 'model:DIR', a reward model."""
+    return reward_model.scorer(reward[len(MODEL) :]) if reward.startswith(MODEL) else rewards.scorer(reward)
+
+
+def sampling_of(fields: ConfigDict) -> Sampling:
+    """How a config's `samples` are drawn."""
+    return Sampling(fields.temperature, fields.top_k, fields.top_p, fields.min_p)
+
+
+def draw(
+    model: LanguageModel,
+    params: Params,
+    tokenizer: Any,
+    prompts: Sequence[Text],
+    fields: ConfigDict,
+    *,
+    stop_tokens: Sequence[int],
+    per_prompt: int,
+    seed: int,
+    first: int = 0,
+) -> Drawn:
+    """Draws `per_prompt` samples of every prompt.
+
+    Args:
+      model, params: of the policy.
+      tokenizer: Hugging Face tokenizer.
+      prompts: strings or messages.
+      fields: a config's `samples`.
+      stop_tokens: ids that end a response, see `generate.stop_ids`.
+      per_prompt: samples of each.
+      seed: of the draws.
+      first: number of the first prompt, where these are a part of a longer list.
+    """
+    ids = tokenize_prompts(prompts, tokenizer)
+    found = sample(
+        model,
+        params,
+        ids,
+        n=per_prompt,
+        seed=seed,
+        max_new_tokens=fields.max_new_tokens,
+        stop_tokens=stop_tokens,
+        sampling=sampling_of(fields),
+        batch_size=ROWS,
+        numbers=range(first, first + len(ids)),
+    )
+    flat = [(i, one) for i, several in enumerate(found) for one in several]
+    empty = np.zeros(0, np.int32)
+    return Drawn(
+        prompts=[prompts[i] for i, _ in flat],
+        pairs=[Pair(ids[i], one.tokens, empty) for i, one in flat],
+        texts=tokenizer.batch_decode([one.spoken for _, one in flat], skip_special_tokens=True),
+        logps=np.array([one.logps.sum(dtype=np.float64) for _, one in flat], np.float32),
+        numbers=np.array([i for i, _ in flat]),
+        ended=[one.ended for _, one in flat],
+    )
+
+
+def measure(
+    drawn: Drawn,
+    fields: ConfigDict,
+    score: Scorer | None,
+    reference: tuple[LanguageModel, Params],
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[dict[str, float], np.ndarray | None]:
+    """Means over samples with their 95% intervals, in which whole prompts are the units.
+
+    samples/kl is the mean of log policy(y|x) - log reference(y|x), unbiased for KL(policy || reference) over responses
+    up to the limit; there is none where a temperature or a cut tail lets other responses be drawn than the policy's.
+
+    Args:
+      drawn: the samples.
+      fields: a config's `samples`.
+      score: what a response is worth; None for no reward.
+      reference: (model, params).
+      mesh: deals rows to its devices.
+
+    Returns:
+      ({name: number}: samples/reward, samples/kl, samples/length, each with _low and _high; samples/unscored, how many
+      have no reward and are left out of its mean; samples/distinct_2; samples/cut_off, the share that reached the
+      limit; [N] the rewards, NaN where there is none).
+    """
+    columns: dict[str, np.ndarray] = {}
+    out: dict[str, float] = {}
+    scores = None
+    if score is not None:
+        scores = score(drawn.prompts, drawn.texts).values
+        columns["reward"] = scores
+        out["samples/unscored"] = float(np.isnan(scores).sum())
+    if sampling_of(fields) == Sampling():
+        columns["kl"] = drawn.logps - sequence_logps(*reference, drawn.pairs, ROWS, mesh)
+    columns["length"] = np.array([len(pair.chosen) for pair in drawn.pairs], np.float64)
+    for name, values in columns.items():
+        known = np.isfinite(values)
+        interval = bootstrap_mean(values[known], clusters=drawn.numbers[known]) if known.any() else [np.nan] * 3
+        for end_of, value in zip(("", "_low", "_high"), interval, strict=True):
+            out[f"samples/{name}{end_of}"] = float(value)
+    out["samples/distinct_2"] = distinct([pair.chosen.tolist() for pair in drawn.pairs], 2)
+    out["samples/cut_off"] = float(np.mean([ended == "length" for ended in drawn.ended]))
+    return out, scores

@@ -1,0 +1,373 @@
+"""The data of a run: a config's sources -> the pairs it is trained and evaluated on, and what became of the rest."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from prefalign_jax.config import cleaning_of
+from prefalign_jax.data.chat import iter_pairs
+from prefalign_jax.data.cleaning import BoundStep, Stage, benchmark_names, clean
+from prefalign_jax.data.datasheet import ReadFrom, read_from
+from prefalign_jax.data.mixture import (
+    Source,
+    in_proportion,
+    leaked,
+    prompt_key,
+    prompt_keys,
+    source_digest,
+    sources_of,
+)
+from prefalign_jax.data.mixture import source_records as mixture_records
+from prefalign_jax.data.packing import Layout
+from prefalign_jax.data.pairs import Origin, Pairs, from_list
+from prefalign_jax.data.pipeline import mismatched
+from prefalign_jax.data.records import Record, Text, ascii_quotes, flip_labels, iter_prompts, read_prompts
+from prefalign_jax.data.records import draw as draw_number
+from prefalign_jax.data.rows import content_digest, count_rows, read_rows
+from prefalign_jax.data.token_cache import Made, cached_tokens, token_key
+from prefalign_jax.files import user_cache
+from prefalign_jax.losses import BoundLoss
+from prefalign_jax.metrics import Progress
+from prefalign_jax.processes import note
+from prefalign_jax.types import UserError
+
+SHOWN = 10_000  # records that are cleaned and tokenized too quickly to show
+ROLES = {"train": "training", "eval": "held out", "test": "test set, kept out"}  # of sources, by their use
+CHUNK = 8192  # pairs tokenized before they are written
+
+
+class Data(NamedTuple):
+    """What a run is trained and evaluated on, and what became of the rest.
+
+    Attributes:
+      training, held_out: the pairs.
+      dropped: for 'training' and 'held out' the counts by reason.
+      sources: of a mixture's training sources what each gave: its pairs, share and dropped counts.
+      read_from: every file or data set that was read, benchmarks of the cleaning included.
+      stages: for 'training' and 'held out' what became of the records, part by part.
+      chat: whether there are messages, which go through the chat template.
+    """
+
+    training: Pairs
+    held_out: Pairs
+    dropped: dict[str, dict[str, int]]
+    sources: list[dict[str, Any]]
+    read_from: list[ReadFrom]
+    stages: dict[str, list[Stage]]
+    chat: bool
+
+
+def load_pairs(config: ConfigDict, loss: BoundLoss, tokenizer: Any) -> Data:
+    """Reads, holds out, cleans and tokenizes; says on stderr what was dropped and why.
+
+    Args:
+      config: its data fields, max_length, too_long and seed.
+      loss: whether the rejected response is wanted.
+      tokenizer: Hugging Face tokenizer.
+
+    Returns:
+      The `Data`.
+
+    Raises:
+      UserError: a malformed row, or nothing left to train on.
+    """
+    data, unit = config.data, unit_of(loss)
+    sources = sources_of(data)
+    training, counts = tokenized_sources([s for s in sources if s.use == "train"], tokenizer, config, loss, "training")
+    others = [s for s in sources if s.use == "eval"]
+    stages = stages_of(counts, "training")
+    if others:
+        held_out, more = tokenized_sources(others, tokenizer, config, loss, "held out")
+        counts["held out"] = more["held out"]
+        stages["held out"] = stages_of(more, "held out")["held out"]
+    else:
+        more = {"read": []}
+        held_out, training = training.select(training.held_out), training.select(~training.held_out)
+    counts["training"] += [step["dropped"] for step in counts["cleaning"]]
+    if counts["flipped"]:
+        note(f"labels of {counts['flipped']} of {counts['to flip']} training pairs flipped")
+
+    # No prompt on both sides, whatever its case and spaces, and in whatever source.
+    tests = [prompt_keys(source) for source in sources if source.use == "test"]
+    if tests and (mask := leaked(held_out, np.concatenate(tests))).any():
+        held_out = held_out.select(~mask)
+        counts["held out"].append({"prompt of a test set": int(mask.sum())})
+        stages["held out"].append(Stage("test sets", len(mask), len(held_out), counts["held out"][-1]))
+    mask = leaked(training, np.concatenate([held_out.prompt_key, *tests]))
+    if mask.any() and (data.leaks or ("report" if data.eval_path else "drop")) == "report":
+        note(f"{mask.sum()} training {unit} have a prompt that is held out too; data.leaks=drop leaves them out")
+    elif mask.any():
+        training = training.select(~mask)
+        counts["training"].append({"prompt held out": int(mask.sum())})
+        stages["training"].append(Stage("held-out prompts", len(mask), len(training), counts["training"][-1]))
+
+    if training:
+        chosen = in_proportion(training.source, [s.weight for s in sources if s.use == "train"], config.seed)
+        if len(chosen) < len(training):
+            counts["training"].append({"beyond its source's weight": len(training) - len(chosen)})
+            stages["training"].append(Stage("weights", len(training), len(chosen), counts["training"][-1]))
+            training = training.select(chosen)
+    dropped = {part: dict(added(counts[part])) for part in ("training", "held out")}
+    reasons = {part: listed(some) for part, some in dropped.items()}
+    changed = listed(added(step["repaired"] for step in counts["cleaning"]))
+    changed = "" if changed == "none" else f"; changed {changed}"
+    note(f"training data: {len(training)} {unit}; dropped {reasons['training']}{changed}")
+    about = []
+    if data.mix is not None:
+        for number, source in enumerate(s for s in sources if s.use == "train"):
+            there = int((training.source == number).sum())
+            share = there / max(1, len(training))
+            about.append({"source": str(source), unit: there, "share": share, "dropped": counts["training"][number]})
+            note(f"  {source}: {there} ({share:.1%}); dropped {listed(counts['training'][number])}")
+    if held_out or others:
+        note(f"held out data: {len(held_out)} {unit}; dropped {reasons['held out']}")
+    name = data.path or "data.mix"
+    if not training:
+        raise UserError(
+            f"{name}: no {unit} left to train on, dropped {reasons['training']}; max_length is {config.max_length}"
+        )
+    if (others or data.eval_fraction) and not held_out:
+        where = ", ".join(source.name for source in others) or name
+        raise UserError(f"{where}: no held-out {unit} left; dropped {reasons['held out']}")
+    if "mismatched" in loss.needs:
+        training, held_out = mismatched(training, config.max_length), mismatched(held_out, config.max_length)
+    rows = iter([*counts["read"], *more["read"]])
+    kept = [source for use in ("train", "eval") for source in sources if source.use == use]
+    places = [read_from(source.name, source.part, ROLES[source.use], next(rows)) for source in kept]
+    places += [read_from(source.name, source.part, ROLES["test"]) for source in sources if source.use == "test"]
+    places += [read_from(name, "test", "benchmark") for name in benchmark_names(cleaning_of(config))]
+    return Data(training, held_out, dropped, about, places, stages, counts["chat"])
+
+
+def stages_of(counts: Mapping[str, Any], which: str) -> dict[str, list[Stage]]:
+    """What became of the records up to their tokenization, from the counts of `tokenized_sources`.
+
+    Args:
+      counts: of all its sources.
+      which: 'training', of which a part may be held out, or 'held out'.
+    """
+    tokenized = {part: collections.Counter(counts["tokenized"][part]) for part in ("training", "held out")}
+    every, reasons = sum(counts["read"]), dict(added(counts[which]) - tokenized[which])
+    stages: dict[str, list[Stage]] = {"training": [], "held out": []}
+    stages[which].append(Stage("read", every + sum(reasons.values()), every, reasons))
+    if taken := counts["held"] + counts["over"]:
+        stages["training"].append(Stage("hold out", every, every - taken, {"held out": taken}))
+        others = {"for training": every - taken, "over data.eval_limit": counts["over"]}
+        stages["held out"].append(Stage("hold out", every, counts["held"], others))
+    stages["training"] += [Stage(**step) for step in counts["cleaning"]]
+    if counts["to flip"]:
+        flipped = {"flipped label": counts["flipped"]}
+        stages["training"].append(Stage("flip labels", counts["to flip"], counts["to flip"], {}, flipped))
+    for part, some in stages.items():
+        if some:
+            lost, before = dict(tokenized[part]), some[-1].after
+            some.append(Stage("tokenize", before, before - sum(lost.values()), lost))
+    return stages
+
+
+def added(counts: Iterable[Mapping[str, int]]) -> collections.Counter:
+    """Several counts by reason as one."""
+    return sum(map(collections.Counter, counts), collections.Counter())
+
+
+def listed(counts: Mapping[str, int]) -> str:
+    """Counts by reason, in words."""
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count) or "none"
+
+
+def tokenized_sources(
+    sources: Sequence[Source], tokenizer: Any, config: ConfigDict, loss: BoundLoss, which: str
+) -> tuple[Pairs, dict[str, Any]]:
+    """The pairs of some sources, from the cache if they were tokenized before; many show their progress.
+
+    Args:
+      sources: read one after the other.
+      tokenizer: Hugging Face tokenizer.
+      config: its data fields, max_length, too_long and seed.
+      loss: which records it takes.
+      which: 'training' or 'held out', for the progress.
+
+    Returns:
+      (the pairs, those of the held-out prompts marked; for 'training' and 'held out' what each source lost by reason).
+    """
+    data, seed, kind = config.data, config.seed, record_kind(loss)
+    steps = cleaning_of(config) if which == "training" else []
+    options = dict(max_length=config.max_length, too_long=config.too_long, keep_end=data.keep_end)
+    drawn = data.eval_fraction, data.flip_labels, data.eval_limit if data.eval_fraction else None
+    path = None
+    if data.cache_dir != "":
+        directory = Path(data.cache_dir or user_cache() / "tokens")
+        what = dict(
+            sources=list(map(source_digest, sources)), kind=kind, drawn=drawn, ascii=data.ascii_quotes, **options
+        )
+        if any(drawn) or any(source.fraction < 1 for source in sources):
+            what["seed"] = seed
+        if steps:
+            others = [source_digest(source) for source in sources_of(data) if source.use == "eval"]
+            what["cleaning"] = steps, [content_digest(name, "test") for name in benchmark_names(steps)], others
+        path = directory / f"{token_key(tokenizer, **what)}.arrow"
+
+    def make() -> Made:
+        counts = new_counts(len(sources))
+        rows = [count_rows(source.name, source.part) for source in sources]
+        progress = Progress(None if None in rows else sum(rows), f"{which} record")
+
+        def chunks() -> Iterator[Pairs]:
+            pairs = iter_pairs(source_records(sources, config, loss, counts, steps, progress), tokenizer, **options)
+            while some := list(itertools.islice(pairs, CHUNK)):
+                for record, pair in some:
+                    if isinstance(pair, str):
+                        part = "held out" if record.held_out else "training"
+                        counts[part][record.source][pair] += 1
+                        counts["tokenized"][part][pair] += 1
+                kept = [(record, pair) for record, pair in some if not isinstance(pair, str)]
+                origins = [Origin(r.source, r.held_out, prompt_key(r.prompt)) for r, _ in kept]
+                yield from_list([pair for _, pair in kept], origins)
+            progress.close()
+
+        return chunks(), lambda: counts
+
+    return cached_tokens(path, make)
+
+
+def new_counts(sources: int) -> dict[str, Any]:
+    """What is counted of some sources on the way to their pairs, nothing yet; JSON values.
+
+    Returns:
+      'training', 'held out': for each source the records lost, by reason; 'tokenized': of these those lost in
+      tokenization; 'read': records of each source; 'held', 'over': records held out, and beyond the limit of those;
+      'cleaning': the stages; 'flipped', 'to flip': labels; 'chat': whether there are messages.
+    """
+    counts: dict[str, Any] = {
+        part: [collections.Counter() for _ in range(sources)] for part in ("training", "held out")
+    }
+    counts["tokenized"] = {part: collections.Counter() for part in ("training", "held out")}
+    return (
+        counts
+        | {"read": [0] * sources, "cleaning": [], "chat": False}
+        | dict.fromkeys(("held", "over", "flipped", "to flip"), 0)
+    )
+
+
+def source_records(
+    sources: Sequence[Source],
+    config: ConfigDict,
+    loss: BoundLoss,
+    counts: dict[str, Any],
+    steps: Sequence[BoundStep] = (),
+    progress: Progress | None = None,
+) -> Iterator[Record]:
+    """The records of some sources as they are tokenized: read, marked if held out, cleaned, labels flipped.
+
+    Args:
+      sources: read one after the other.
+      config: its data fields and seed.
+      loss: which records it takes.
+      counts: of `new_counts`; added to as the iterator goes on.
+      steps: of cleaning; with any, all records are read before the first one comes.
+      progress: of the reading.
+    """
+    data, seed = config.data, config.seed
+    kind = record_kind(loss)
+    scored = any(step.step.scores for step in steps) and not kind["margin"]
+    if scored:
+        kind["margin"] = True
+
+    def as_read() -> Iterator[Record]:
+        done = itertools.count(1)
+        fraction, limit = data.eval_fraction, data.eval_limit
+        for number, source in enumerate(sources):
+            part = "held out" if source.use == "eval" else "training"
+            for record in mixture_records(source, number, counts[part][number], seed=seed, **kind):
+                counts["read"][number] += 1
+                if progress and (count := next(done)) % 1024 == 0 and count > SHOWN:
+                    progress.update(count)
+                if fraction and source.use == "train" and draw_number(seed, record.prompt) < fraction:
+                    if limit and counts["held"] >= limit:
+                        counts["over"] += 1
+                        continue
+                    counts["held"] += 1
+                    record = record._replace(held_out=True)
+                yield record._replace(margin=math.nan) if scored and record.held_out else record
+            if not counts["read"][number]:
+                reasons = listed(counts[part][number]).replace("none", "there was no row")
+                raise UserError(f"{source.name}: no record is left ({reasons})")
+
+    def cleaned() -> Iterator[Record]:
+        records = list(as_read())
+        held_out = [record for record in records if record.held_out]
+        prompts = [record.prompt for record in held_out]
+        for source in sources_of(data):
+            if source.use == "eval" and any(step.options.get("held_out_too") for step in steps):
+                prompts += [
+                    one.prompt for one in iter_prompts(read_rows(source.name, source.part), collections.Counter())
+                ]
+        kept, stages = clean([record for record in records if not record.held_out], steps, prompts, watched)
+        counts["cleaning"] = [stage._asdict() for stage in stages]
+        yield from held_out
+        yield from (record._replace(margin=math.nan) if scored else record for record in kept)
+
+    flip, ascii_ = data.flip_labels, data.ascii_quotes
+    for record in cleaned() if steps else as_read():
+        if flip and not record.held_out:
+            (record,), flipped = flip_labels([record], flip, seed)
+            counts["flipped"] += flipped
+            counts["to flip"] += 1
+        counts["chat"] = counts["chat"] or not isinstance(record.prompt, str)
+        yield ascii_quotes(record) if ascii_ else record
+
+
+def watched(records: list[Record], what: str) -> Iterable[Record]:
+    """The records; of many it shows how far they were gone through."""
+    if len(records) <= SHOWN:
+        return records
+
+    def shown() -> Iterator[Record]:
+        progress = Progress(len(records), f"{what}: record")
+        for number, record in enumerate(records, 1):
+            yield record
+            progress.update(number)
+        progress.close()
+
+    return shown()
+
+
+def load_prompts(path: str, limit: int | None) -> list[Text]:
+    """Reads prompts to sample from; says on stderr what was dropped and why."""
+    prompts, dropped = read_prompts(path, limit=limit)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
+    note(f"{path}: {len(prompts)} prompts; dropped {reasons}")
+    return [one.prompt for one in prompts]
+
+
+def record_kind(loss: BoundLoss) -> dict[str, Any]:
+    """Which records a loss takes, as options of `read_records`."""
+    return dict(
+        responses=("chosen", "rejected") if "rejected" in loss.needs else ("chosen",),
+        unpaired="label" in loss.needs,
+        margin="margin" in loss.needs,
+    )
+
+
+def layout_of(config: ConfigDict, loss: BoundLoss) -> Layout:
+    """What of a pair a loss has laid out."""
+    return Layout(
+        tree=config.data.layout == "tree",
+        rejected="rejected" in loss.needs,
+        prompt="prompt" in loss.needs,
+        after="after" in loss.needs,
+        rewards="reward" in loss.needs,
+    )
+
+
+def unit_of(loss: BoundLoss) -> str:
+    """What the loss counts: pairs, or the completions of unpaired data."""
+    return "completions" if "label" in loss.needs else "pairs"

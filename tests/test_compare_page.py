@@ -1,0 +1,198 @@
+import html.parser
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fake_runs import leave_ablation, leave_run
+from prefalign_jax.analysis.compare import final, group_runs, over_seeds, paired
+from prefalign_jax.analysis.compare_page import markdown, write_page
+from prefalign_jax.analysis.runs import find_runs
+from prefalign_jax.types import UserError
+
+ROOT = Path(__file__).parents[1]
+VOID = {"meta", "br", "link", "img", "hr"}
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would make of a page: its text, tables, links; a tag left open is an error."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.words, self.rows, self.attributes = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.attributes += [(tag, *pair) for pair in attributes]
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag, attributes):
+        self.attributes += [(tag, *pair) for pair in attributes]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data + " "
+
+    def cells(self):
+        return [[" ".join(cell.split()) for cell in row] for row in self.rows]
+
+
+def page_of(directory, tmp_path, **options):
+    path, *pictures = write_page(find_runs([directory]), tmp_path / "out" / "page.html", title="a <b> & c", **options)
+    text = path.read_text()
+    return Page(text), text, pictures
+
+
+def test_the_tables_in_markdown_say_what_the_page_says(tmp_path):
+    runs = find_runs([leave_ablation(tmp_path / "runs")])
+    last, gaps = markdown(runs, metrics=["eval/rewards/accuracies"]).split("\n\n")
+    first, second = group_runs(runs)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in (last + "\n" + gaps).splitlines()]
+    assert rows[0] == ["", "eval/rewards/accuracies"] and rows[2][0].startswith(first.label)
+    estimate = over_seeds(second, lambda run: final(run, "eval/rewards/accuracies"))
+    numbers = [float(text.replace("−", "-")) for text in re.findall(r"[−\d.]+", rows[3][1])]
+    assert numbers == pytest.approx(list(estimate.interval), abs=0.02)
+    assert rows[4][0] == f"minus {first.label}" and rows[6][0] == second.label
+    gap = paired(first, second, lambda run: final(run, "eval/rewards/accuracies")).interval.mean
+    assert float(rows[6][1].split()[0].replace("−", "-")) == pytest.approx(gap, abs=0.02)
+    assert len(markdown(runs[:1]).splitlines()) == 3
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("made")
+    return *page_of(leave_ablation(root / "runs"), root), root
+
+
+def test_the_page_is_whole_and_asks_the_network_for_nothing(made):
+    page, text, pictures, _ = made
+    links = [value for _, name, value in page.attributes if name in ("src", "href", "xlink:href", "data", "action")]
+    assert links and all(value.startswith("#") for value in links)
+    assert not re.search(r"@import|url\((?!#)|<script|<link|<image", text)
+    targets = {value for _, name, value in page.attributes if name == "id"}
+    assert {value[1:] for tag, name, value in page.attributes if (tag, name) == ("a", "href")} <= targets
+    assert len(pictures) == text.count("<figure>") > 4
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+def test_tables_hold_means_intervals_and_paired_differences(made):
+    cells = made[0].cells()
+    assert ["metric", "beta=0.1", "beta=0.3"] in cells
+    assert ["eval/loss", "0.55 [0.41, 0.69] n = 3", "0.430 [0.340, 0.520] n = 3"] in [
+        [re.sub(r"(\d\.\d\d)\d*", r"\1", c) if n == 1 else c for n, c in enumerate(row)] for row in cells
+    ]
+    assert ["metric", "beta=0.3 − beta=0.1"] in cells
+    (gap,) = (row for row in cells if row[0] == "eval/rewards/accuracies" and len(row) == 2)
+    assert gap[1].startswith("+0.060 [") and gap[1].endswith("n = 3")
+
+
+def test_losses_at_two_betas_are_shown_but_not_compared(made):
+    page, *_ = made
+    assert not [row for row in page.cells() if row[0] == "eval/loss" and len(row) == 2]
+    assert any("Not compared: eval/loss." in word for word in page.words)
+
+
+def test_what_is_missing_is_said(made):
+    words = " ".join(made[0].words)
+    assert "Not all runs count their operations: equal compute is by trained tokens and by seconds." in words
+    assert "All runs end at 20 steps" in words and "At 20 seconds of training" in words
+
+
+def test_runs_table_shows_what_differs_and_each_config_can_be_opened(made):
+    page, text, *_ = made
+    assert ["beta=0.3-seed=2", "beta=0.3", "2", "0.3"] in [row[:4] for row in page.cells()]
+    assert text.count("<details>") == 6 and "batch_size: 4" in text
+
+
+def test_the_same_runs_make_the_same_page(made):
+    _, text, _, root = made
+    assert page_of(root / "runs", root / "again")[1] == text
+
+
+def test_whatever_the_data_say_is_text(tmp_path):
+    evil = "<script>alert(1)</script>&\"'$x_$"
+    for number in range(2):
+        leave_run(tmp_path / "runs" / f"<i>{number}", note=evil + str(number), loss={"name": "_" + evil})
+    page, text, _ = page_of(tmp_path / "runs", tmp_path)
+    assert "<script" not in text and "<i>" not in text and "a <b> & c" in page.words
+    assert any(evil in word for word in page.words)
+
+
+def test_one_run_makes_a_page_of_its_own(tmp_path):
+    page, _, pictures = page_of(leave_run(tmp_path / "run"), tmp_path)
+    assert ["eval/loss", "1", "0.5", ""] in page.cells()
+    assert ["eval/rewards/accuracies", "0.75", "0.75", "[0.100, 0.900]"] in page.cells()
+    assert any("nothing here says how much another seed would change" in word for word in page.words)
+    assert pictures
+
+
+def test_unfinished_runs_are_named_and_left_out(tmp_path):
+    leave_ablation(tmp_path / "runs")
+    leave_run(tmp_path / "runs" / "late", seed=9, end=12)
+    page, *_ = page_of(tmp_path / "runs", tmp_path)
+    assert any("1 of 7 runs are unfinished" in word and "late (step 12 of 20)" in word for word in page.words)
+    assert not any(row[0] == "late" for row in page.cells())
+    with pytest.raises(UserError, match="none of 1 run"):
+        write_page(find_runs([tmp_path / "runs" / "late"]), tmp_path / "p.html", title="t")
+
+
+def test_seeds_that_agree_get_no_interval_of_no_width(tmp_path):
+    for seed in range(3):
+        leave_run(tmp_path / "runs" / str(seed), seed=seed)
+    page, *_ = page_of(tmp_path / "runs", tmp_path)
+    assert ["eval/loss", "0.5 n = 3, all equal"] in page.cells()
+
+
+def test_without_held_out_data_training_stands_in_and_says_so(tmp_path):
+    for seed in range(2):
+        (leave_run(tmp_path / "runs" / str(seed), seed=seed) / "eval.jsonl").unlink()
+    page, *_ = page_of(tmp_path / "runs", tmp_path)
+    assert any("No run has held-out data" in word for word in page.words)
+    assert ["loss", "0.8 n = 2, all equal"] in page.cells()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"metrics": ["eval/los"]}, "--metrics: no run has 'eval/los'; did you mean 'eval/loss'?"),
+        ({"columns": ["second"]}, "--x: not every run says its 'second'; did you mean 'seconds'?"),
+        ({"group_by": ["bta"]}, "--group_by: the configs have no field 'bta'"),
+    ],
+)
+def test_mistakes_are_one_line(options, says, tmp_path):
+    with pytest.raises(UserError) as error:
+        page_of(leave_ablation(tmp_path / "runs"), tmp_path, **options)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_metrics_and_columns_are_those_asked_for(tmp_path):
+    leave_ablation(tmp_path / "runs")
+    page, text, pictures = page_of(tmp_path / "runs", tmp_path, metrics=["eval/loss"], columns=["seconds"])
+    assert "eval/rewards/accuracies" not in {row[0] for row in page.cells()}
+    assert {path.stem.split("-")[1] for path in pictures} == {"step", "seconds"}
+
+
+def test_the_script_says_what_it_wrote_and_what_is_wrong(tmp_path):
+    def report(*arguments):
+        command = [sys.executable, "scripts/report.py", *map(str, arguments)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    leave_run(tmp_path / "run")
+    out = report(tmp_path / "run", "--metrics=eval/loss")
+    assert out.returncode == 0 and (tmp_path / "run" / "report.html").exists() and "report.html" in out.stdout
+    for wrong in ([tmp_path / "none"], [], [tmp_path / "run", "--group=x"]):
+        out = report(*wrong)
+        assert out.returncode == 2 and out.stderr.startswith("error: ") and out.stderr.count("\n") == 1
