@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from prefalign_jax.config import cleaning_of
 from prefalign_jax.data.chat import iter_pairs
 from prefalign_jax.data.cleaning import BoundStep, Stage, benchmark_names, clean
+from prefalign_jax.data.counts import HELD_OUT, TRAINING, Counts, added, from_json, listed, new_counts
 from prefalign_jax.data.datasheet import ReadFrom, read_from
 from prefalign_jax.data.mixture import (
     Source,
@@ -22,10 +23,10 @@ from prefalign_jax.data.mixture import (
     leaked,
     prompt_key,
     prompt_keys,
+    read_source,
     source_digest,
     sources_of,
 )
-from prefalign_jax.data.mixture import source_records as mixture_records
 from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pairs import Origin, Pairs, from_list
 from prefalign_jax.data.pipeline import mismatched
@@ -81,111 +82,75 @@ def load_pairs(config: ConfigDict, loss: BoundLoss, tokenizer: Any) -> Data:
     """
     data, unit = config.data, unit_of(loss)
     sources = sources_of(data)
-    training, counts = tokenized_sources([s for s in sources if s.use == "train"], tokenizer, config, loss, "training")
+    training, counts = tokenized_sources([s for s in sources if s.use == "train"], tokenizer, config, loss, TRAINING)
     others = [s for s in sources if s.use == "eval"]
-    stages = stages_of(counts, "training")
+    stages, read = counts.stages(TRAINING), counts.read
     if others:
-        held_out, more = tokenized_sources(others, tokenizer, config, loss, "held out")
-        counts["held out"] = more["held out"]
-        stages["held out"] = stages_of(more, "held out")["held out"]
+        held_out, more = tokenized_sources(others, tokenizer, config, loss, HELD_OUT)
+        counts.lost[HELD_OUT], read = more.lost[HELD_OUT], read + more.read
+        stages[HELD_OUT] = more.stages(HELD_OUT)[HELD_OUT]
     else:
-        more = {"read": []}
         held_out, training = training.select(training.held_out), training.select(~training.held_out)
-    counts["training"] += [step["dropped"] for step in counts["cleaning"]]
-    if counts["flipped"]:
-        note(f"labels of {counts['flipped']} of {counts['to flip']} training pairs flipped")
+    lost = counts.lost
+    lost[TRAINING] += [step.dropped for step in counts.cleaning]
+    if counts.flipped:
+        note(f"labels of {counts.flipped} of {counts.flippable} training pairs flipped")
 
     # No prompt on both sides, whatever its case and spaces, and in whatever source.
     tests = [prompt_keys(source) for source in sources if source.use == "test"]
     if tests and (mask := leaked(held_out, np.concatenate(tests))).any():
         held_out = held_out.select(~mask)
-        counts["held out"].append({"prompt of a test set": int(mask.sum())})
-        stages["held out"].append(Stage("test sets", len(mask), len(held_out), counts["held out"][-1]))
+        lost[HELD_OUT].append({"prompt of a test set": int(mask.sum())})
+        stages[HELD_OUT].append(Stage("test sets", len(mask), len(held_out), lost[HELD_OUT][-1]))
     mask = leaked(training, np.concatenate([held_out.prompt_key, *tests]))
     if mask.any() and (data.leaks or ("report" if data.eval_path else "drop")) == "report":
         note(f"{mask.sum()} training {unit} have a prompt that is held out too; data.leaks=drop leaves them out")
     elif mask.any():
         training = training.select(~mask)
-        counts["training"].append({"prompt held out": int(mask.sum())})
-        stages["training"].append(Stage("held-out prompts", len(mask), len(training), counts["training"][-1]))
+        lost[TRAINING].append({"prompt held out": int(mask.sum())})
+        stages[TRAINING].append(Stage("held-out prompts", len(mask), len(training), lost[TRAINING][-1]))
 
     if training:
         chosen = in_proportion(training.source, [s.weight for s in sources if s.use == "train"], config.seed)
         if len(chosen) < len(training):
-            counts["training"].append({"beyond its source's weight": len(training) - len(chosen)})
-            stages["training"].append(Stage("weights", len(training), len(chosen), counts["training"][-1]))
+            lost[TRAINING].append({"beyond its source's weight": len(training) - len(chosen)})
+            stages[TRAINING].append(Stage("weights", len(training), len(chosen), lost[TRAINING][-1]))
             training = training.select(chosen)
-    dropped = {part: dict(added(counts[part])) for part in ("training", "held out")}
+    dropped = {part: dict(added(lost[part])) for part in (TRAINING, HELD_OUT)}
     reasons = {part: listed(some) for part, some in dropped.items()}
-    changed = listed(added(step["repaired"] for step in counts["cleaning"]))
+    changed = listed(added(step.repaired for step in counts.cleaning))
     changed = "" if changed == "none" else f"; changed {changed}"
-    note(f"training data: {len(training)} {unit}; dropped {reasons['training']}{changed}")
+    note(f"training data: {len(training)} {unit}; dropped {reasons[TRAINING]}{changed}")
     about = []
     if data.mix is not None:
         for number, source in enumerate(s for s in sources if s.use == "train"):
             there = int((training.source == number).sum())
             share = there / max(1, len(training))
-            about.append({"source": str(source), unit: there, "share": share, "dropped": counts["training"][number]})
-            note(f"  {source}: {there} ({share:.1%}); dropped {listed(counts['training'][number])}")
+            about.append({"source": str(source), unit: there, "share": share, "dropped": lost[TRAINING][number]})
+            note(f"  {source}: {there} ({share:.1%}); dropped {listed(lost[TRAINING][number])}")
     if held_out or others:
-        note(f"held out data: {len(held_out)} {unit}; dropped {reasons['held out']}")
+        note(f"held out data: {len(held_out)} {unit}; dropped {reasons[HELD_OUT]}")
     name = data.path or "data.mix"
     if not training:
         raise UserError(
-            f"{name}: no {unit} left to train on, dropped {reasons['training']}; max_length is {config.max_length}"
+            f"{name}: no {unit} left to train on, dropped {reasons[TRAINING]}; max_length is {config.max_length}"
         )
     if (others or data.eval_fraction) and not held_out:
         where = ", ".join(source.name for source in others) or name
-        raise UserError(f"{where}: no held-out {unit} left; dropped {reasons['held out']}")
+        raise UserError(f"{where}: no held-out {unit} left; dropped {reasons[HELD_OUT]}")
     if "mismatched" in loss.needs:
         training, held_out = mismatched(training, config.max_length), mismatched(held_out, config.max_length)
-    rows = iter([*counts["read"], *more["read"]])
+    rows = iter(read)
     kept = [source for use in ("train", "eval") for source in sources if source.use == use]
     places = [read_from(source.name, source.part, ROLES[source.use], next(rows)) for source in kept]
     places += [read_from(source.name, source.part, ROLES["test"]) for source in sources if source.use == "test"]
     places += [read_from(name, "test", "benchmark") for name in benchmark_names(cleaning_of(config))]
-    return Data(training, held_out, dropped, about, places, stages, counts["chat"])
-
-
-def stages_of(counts: Mapping[str, Any], which: str) -> dict[str, list[Stage]]:
-    """What became of the records up to their tokenization, from the counts of `tokenized_sources`.
-
-    Args:
-      counts: of all its sources.
-      which: 'training', of which a part may be held out, or 'held out'.
-    """
-    tokenized = {part: collections.Counter(counts["tokenized"][part]) for part in ("training", "held out")}
-    every, reasons = sum(counts["read"]), dict(added(counts[which]) - tokenized[which])
-    stages: dict[str, list[Stage]] = {"training": [], "held out": []}
-    stages[which].append(Stage("read", every + sum(reasons.values()), every, reasons))
-    if taken := counts["held"] + counts["over"]:
-        stages["training"].append(Stage("hold out", every, every - taken, {"held out": taken}))
-        others = {"for training": every - taken, "over data.eval_limit": counts["over"]}
-        stages["held out"].append(Stage("hold out", every, counts["held"], others))
-    stages["training"] += [Stage(**step) for step in counts["cleaning"]]
-    if counts["to flip"]:
-        flipped = {"flipped label": counts["flipped"]}
-        stages["training"].append(Stage("flip labels", counts["to flip"], counts["to flip"], {}, flipped))
-    for part, some in stages.items():
-        if some:
-            lost, before = dict(tokenized[part]), some[-1].after
-            some.append(Stage("tokenize", before, before - sum(lost.values()), lost))
-    return stages
-
-
-def added(counts: Iterable[Mapping[str, int]]) -> collections.Counter:
-    """Several counts by reason as one."""
-    return sum(map(collections.Counter, counts), collections.Counter())
-
-
-def listed(counts: Mapping[str, int]) -> str:
-    """Counts by reason, in words."""
-    return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count) or "none"
+    return Data(training, held_out, dropped, about, places, stages, counts.chat)
 
 
 def tokenized_sources(
     sources: Sequence[Source], tokenizer: Any, config: ConfigDict, loss: BoundLoss, which: str
-) -> tuple[Pairs, dict[str, Any]]:
+) -> tuple[Pairs, Counts]:
     """The pairs of some sources, from the cache if they were tokenized before; many show their progress.
 
     Args:
@@ -196,10 +161,10 @@ def tokenized_sources(
       which: 'training' or 'held out', for the progress.
 
     Returns:
-      (the pairs, those of the held-out prompts marked; for 'training' and 'held out' what each source lost by reason).
+      (the pairs, those of the held-out prompts marked; what was counted).
     """
     data, seed, kind = config.data, config.seed, record_kind(loss)
-    steps = cleaning_of(config) if which == "training" else []
+    steps = cleaning_of(config) if which == TRAINING else []
     options = dict(max_length=config.max_length, too_long=config.too_long, keep_end=data.keep_end)
     drawn = data.eval_fraction, data.flip_labels, data.eval_limit if data.eval_fraction else None
     path = None
@@ -225,43 +190,25 @@ def tokenized_sources(
             while some := list(itertools.islice(pairs, CHUNK)):
                 for record, pair in some:
                     if isinstance(pair, str):
-                        part = "held out" if record.held_out else "training"
-                        counts[part][record.source][pair] += 1
-                        counts["tokenized"][part][pair] += 1
+                        part = HELD_OUT if record.held_out else TRAINING
+                        counts.lost[part][record.source][pair] += 1
+                        counts.tokenizing[part][pair] += 1
                 kept = [(record, pair) for record, pair in some if not isinstance(pair, str)]
                 origins = [Origin(r.source, r.held_out, prompt_key(r.prompt)) for r, _ in kept]
                 yield from_list([pair for _, pair in kept], origins)
             progress.close()
 
-        return chunks(), lambda: counts
+        return chunks(), counts.as_json
 
-    return cached_tokens(path, make)
-
-
-def new_counts(sources: int) -> dict[str, Any]:
-    """What is counted of some sources on the way to their pairs, nothing yet; JSON values.
-
-    Returns:
-      'training', 'held out': for each source the records lost, by reason; 'tokenized': of these those lost in
-      tokenization; 'read': records of each source; 'held', 'over': records held out, and beyond the limit of those;
-      'cleaning': the stages; 'flipped', 'to flip': labels; 'chat': whether there are messages.
-    """
-    counts: dict[str, Any] = {
-        part: [collections.Counter() for _ in range(sources)] for part in ("training", "held out")
-    }
-    counts["tokenized"] = {part: collections.Counter() for part in ("training", "held out")}
-    return (
-        counts
-        | {"read": [0] * sources, "cleaning": [], "chat": False}
-        | dict.fromkeys(("held", "over", "flipped", "to flip"), 0)
-    )
+    pairs, about = cached_tokens(path, make)
+    return pairs, from_json(about)
 
 
 def source_records(
     sources: Sequence[Source],
     config: ConfigDict,
     loss: BoundLoss,
-    counts: dict[str, Any],
+    counts: Counts,
     steps: Sequence[BoundStep] = (),
     progress: Progress | None = None,
 ) -> Iterator[Record]:
@@ -271,7 +218,7 @@ def source_records(
       sources: read one after the other.
       config: its data fields and seed.
       loss: which records it takes.
-      counts: of `new_counts`; added to as the iterator goes on.
+      counts: of these sources; added to as the iterator goes on.
       steps: of cleaning; with any, all records are read before the first one comes.
       progress: of the reading.
     """
@@ -285,20 +232,20 @@ def source_records(
         done = itertools.count(1)
         fraction, limit = data.eval_fraction, data.eval_limit
         for number, source in enumerate(sources):
-            part = "held out" if source.use == "eval" else "training"
-            for record in mixture_records(source, number, counts[part][number], seed=seed, **kind):
-                counts["read"][number] += 1
+            part = HELD_OUT if source.use == "eval" else TRAINING
+            for record in read_source(source, number, counts.lost[part][number], seed=seed, **kind):
+                counts.read[number] += 1
                 if progress and (count := next(done)) % 1024 == 0 and count > SHOWN:
                     progress.update(count)
                 if fraction and source.use == "train" and draw_number(seed, record.prompt) < fraction:
-                    if limit and counts["held"] >= limit:
-                        counts["over"] += 1
+                    if limit and counts.held >= limit:
+                        counts.over += 1
                         continue
-                    counts["held"] += 1
+                    counts.held += 1
                     record = record._replace(held_out=True)
                 yield record._replace(margin=math.nan) if scored and record.held_out else record
-            if not counts["read"][number]:
-                reasons = listed(counts[part][number]).replace("none", "there was no row")
+            if not counts.read[number]:
+                reasons = listed(counts.lost[part][number]).replace("none", "there was no row")
                 raise UserError(f"{source.name}: no record is left ({reasons})")
 
     def cleaned() -> Iterator[Record]:
@@ -310,8 +257,7 @@ def source_records(
                 prompts += [
                     one.prompt for one in iter_prompts(read_rows(source.name, source.part), collections.Counter())
                 ]
-        kept, stages = clean([record for record in records if not record.held_out], steps, prompts, watched)
-        counts["cleaning"] = [stage._asdict() for stage in stages]
+        kept, counts.cleaning = clean([record for record in records if not record.held_out], steps, prompts, watched)
         yield from held_out
         yield from (record._replace(margin=math.nan) if scored else record for record in kept)
 
@@ -319,9 +265,9 @@ def source_records(
     for record in cleaned() if steps else as_read():
         if flip and not record.held_out:
             (record,), flipped = flip_labels([record], flip, seed)
-            counts["flipped"] += flipped
-            counts["to flip"] += 1
-        counts["chat"] = counts["chat"] or not isinstance(record.prompt, str)
+            counts.flipped += flipped
+            counts.flippable += 1
+        counts.chat = counts.chat or not isinstance(record.prompt, str)
         yield ascii_quotes(record) if ascii_ else record
 
 

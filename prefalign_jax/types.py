@@ -34,6 +34,25 @@ class UserError(ValueError):
     """
 
 
+class Place(NamedTuple):
+    """Where a row stands, for messages: 'FILE, row N'.
+
+    Attributes:
+      file: a file, or a data set of the hub; '' for what was read from nowhere.
+      row: its number there, counted from 1; 0 names no row.
+
+    Example:
+      >>> print(Place("pairs.jsonl", 7))
+      pairs.jsonl, row 7
+    """
+
+    file: str = ""
+    row: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.file}, row {self.row}" if self.row else self.file
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pair:
     """One tokenized preference pair; the roles are known here and never re-derived.
@@ -48,7 +67,7 @@ class Pair:
       weight: how much the pair counts in every mean.
       margin: by how much the chosen response is better; NaN where the data do not say.
       label: of an unpaired example, whether its completion is desirable.
-      where: of the record it was made of, 'FILE, row N'.
+      where: the row that it was made of.
     """
 
     prompt: np.ndarray
@@ -57,7 +76,7 @@ class Pair:
     weight: float = 1.0
     margin: float = math.nan
     label: bool = True
-    where: str = ""
+    where: Place = Place()
 
 
 class Sequences(NamedTuple):

@@ -257,7 +257,7 @@ def examples_of(
             responses.append(Response(name, ids, pieces, coloured, values.get("reference")))
         right = bool(scores[i] > 0) if signed else None
         prompt = tokenizer.decode(pair.prompt.tolist(), skip_special_tokens=False).rstrip("\ufffd")
-        out.append(Example(group, f"{what} {scores[i]:+.3f}", right, pair.where, prompt, responses))
+        out.append(Example(group, f"{what} {scores[i]:+.3f}", right, str(pair.where), prompt, responses))
     return out
 
 

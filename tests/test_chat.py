@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from prefalign_jax.data.chat import CHAT_TEMPLATES, iter_pairs, load_tokenizer, tokenize_records
 from prefalign_jax.data.records import Record, read_records
-from prefalign_jax.types import UserError
+from prefalign_jax.types import Place, UserError
 
 GOLDENS = Path(__file__).parent / "goldens"
 EOS = "<|im_end|>"
@@ -261,7 +261,7 @@ def test_unpaired_records_are_tokenized_as_demonstrations(tokenizer, make):
 
 
 def test_errors_say_what_to_do(tokenizer, variant, tmp_path):
-    record = chat(SKY, "It is blue.", "No.")._replace(where="data.jsonl, row 7")
+    record = chat(SKY, "It is blue.", "No.")._replace(where=Place("data.jsonl", 7))
     cases = [
         (variant(chat_template=None), {}, r"^data.jsonl, row 7: .*no chat template.*set data.chat_template to chatml"),
         (variant(chat_template="{{ raise_exception('no\nsystem') }}"), {}, "^data.jsonl, row 7: .*not render it: no$"),
@@ -341,7 +341,7 @@ def test_system_prompts_tools_and_calls_go_through_the_template_or_stop_the_run(
     said = calling._replace(chosen=[assistant("Sun.")])
     records = {"system message": said._replace(tools=()), "tools": said, "tool calls": calling._replace(tools=())}
     for what, template in blind.items():
-        record = records[what]._replace(where="x, row 3")
+        record = records[what]._replace(where=Place("x", 3))
         with pytest.raises(UserError, match=f"^x, row 3: the chat template leaves out the {what}; set data.chat_templ"):
             tokenize(variant(chat_template=template), record)
 

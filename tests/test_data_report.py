@@ -10,11 +10,11 @@ from prefalign_jax.inspection.data_report import (
     tables_of,
     would_drop,
 )
-from prefalign_jax.types import Pair
+from prefalign_jax.types import Pair, Place
 
 
 def pair(prompt, chosen, rejected, where):
-    return Pair(*(np.ones(n, np.int32) for n in (prompt, chosen, rejected)), where=where)
+    return Pair(*(np.ones(n, np.int32) for n in (prompt, chosen, rejected)), where=Place(where, 1))
 
 
 def test_scores_are_not_asked_of_data_without_them():
@@ -28,7 +28,7 @@ def test_scores_are_not_asked_of_data_without_them():
 @pytest.mark.parametrize("kind", ["pairs", "supervised", "unpaired"])
 def test_every_table_has_as_many_cells_as_columns(kind):
     rejected = "" if kind != "pairs" else "no, never"
-    records = [Record(f"q {i} {i}", "yes" * (i + 1), rejected, where=str(i)) for i in range(4)]
+    records = [Record(f"q {i} {i}", "yes" * (i + 1), rejected, where=Place(str(i), 1)) for i in range(4)]
     pairs = [pair(2, i + 1, 2 if rejected else 0, str(i)) for i in range(4)]
     scores = {"margin": np.array([0.5, 1.0])}
     report = make_report(records, pairs, pairs, scores, kind=kind, max_length=4)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from prefalign_jax.data.duplicates import contradictions, exact_duplicates, jaccard, near_duplicates
 from prefalign_jax.data.records import Record
 from prefalign_jax.data.words import parts, shingles
+from prefalign_jax.types import Place
 
 # Few words and short texts, so that most lists hold duplicates of every kind.
 TEXT = st.lists(st.sampled_from(["a", "b", "c", "A,"]), min_size=1, max_size=3).map(" ".join)
@@ -137,8 +138,8 @@ def test_equal_completions_labelled_both_ways_are_contradictory():
 
 
 def test_both_orders_of_one_row_are_a_soft_preference():
-    soft = [Record("a", "b", "c", 0.7, where="x, row 1"), Record("a", "c", "b", 0.3, where="x, row 1")]
+    soft = [Record("a", "b", "c", 0.7, where=Place("x", 1)), Record("a", "c", "b", 0.3, where=Place("x", 1))]
     assert contradictions(soft) == (soft, {"contradictory": 0})
-    hard = [Record("a", "b", "c", where="x, row 2"), Record("a", "c", "b", where="x, row 3")]
+    hard = [Record("a", "b", "c", where=Place("x", 2)), Record("a", "c", "b", where=Place("x", 3))]
     assert contradictions([*soft, hard[0]])[0] == [*soft, hard[0]]
     assert contradictions([*hard, *soft]) == (soft, {"contradictory": 2})

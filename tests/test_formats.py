@@ -7,7 +7,7 @@ import pytest
 
 from prefalign_jax.data.formats import FORMATS, HARD, detect
 from prefalign_jax.data.records import read_prompts, read_records
-from prefalign_jax.types import UserError
+from prefalign_jax.types import Place, UserError
 
 
 def user(text):
@@ -323,7 +323,7 @@ def test_published_pairs(tmp_path, name, row, prompt, chosen, rejected, margin):
     file = write(tmp_path / "rows.jsonl", [row])
     records, dropped = read_records(file)
     assert [tuple(map(said, record[:3])) for record in records] == [(prompt, chosen, rejected)] and not dropped
-    assert records[0].weight == 1 and records[0].where == f"{file}, row 1"
+    assert records[0].weight == 1 and records[0].where == Place(str(file), 1)
     if margin is not None:
         assert read_records(file, margin=True)[0][0].margin == pytest.approx(margin)
     else:

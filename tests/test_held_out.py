@@ -33,7 +33,7 @@ from prefalign_jax.losses import make_loss
 from prefalign_jax.models.decoder import make_decoder
 from prefalign_jax.models.hf_io import load_config
 from prefalign_jax.train_step import make_eval_step
-from prefalign_jax.types import LanguageModel, Pair, PairLogps, UserError
+from prefalign_jax.types import LanguageModel, Pair, PairLogps, Place, UserError
 from small import MODEL, make_pairs, make_params
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -295,7 +295,10 @@ def test_slices_add_up_to_the_whole():
     assert found["b"]["all"].metrics == whole
 
 
-def made(prompt, chosen=1, rejected=1, where="f.jsonl, row 1", label=True, **columns):
+FIRST = Place("f.jsonl", 1)
+
+
+def made(prompt, chosen=1, rejected=1, where=FIRST, label=True, **columns):
     """A record and its pair, with so many tokens."""
     record = Record(prompt, "c", "r", where=where, columns=tuple(columns.items()))
     return record, Pair(np.ones(1), np.ones(chosen), np.ones(rejected), label=label, where=where)
@@ -308,7 +311,7 @@ def labels_of(*items, **options):
 
 def test_length_slices_have_a_tenth_of_the_longer_response_as_their_border():
     sizes = [(10, 9), (9, 10), (10, 8), (8, 10), (100, 90), (100, 89), (5, 5), (1, 2)]
-    items = [made("p", *size, where=f"f, row {i}") for i, size in enumerate(sizes)]
+    items = [made("p", *size, where=Place("f", i)) for i, size in enumerate(sizes)]
     near, long, short = "within 10%", "chosen longer", "chosen shorter"
     assert labels_of(*items)["length"] == [near, near, long, short, near, long, near, short]
 
@@ -316,14 +319,14 @@ def test_length_slices_have_a_tenth_of_the_longer_response_as_their_border():
 def test_turns_are_those_of_the_user():
     chat = [{"role": role, "content": "x"} for role in ("system", "user", "assistant", "user")]
     transcript = "\n\nHuman: a\n\nAssistant: b" * 6
-    items = [made(prompt, where=f"f, row {i}") for i, prompt in enumerate(["p", chat, transcript])]
+    items = [made(prompt, where=Place("f", i)) for i, prompt in enumerate(["p", chat, transcript])]
     assert labels_of(*items)["turns"] == ["1", "2", "5 or more"]
 
 
 def test_files_columns_and_labels_make_slices():
     items = [
-        made("p", where="a.jsonl, row 1", source="x", good=True),
-        made("q", where="b.jsonl, row 1", source=None, good=False, label=False),
+        made("p", where=Place("a.jsonl", 1), source="x", good=True),
+        made("q", where=Place("b.jsonl", 1), source=None, good=False, label=False),
     ]
     found = labels_of(*items, kind="completions")
     assert found["file"] == ["a.jsonl", "b.jsonl"]
@@ -335,7 +338,7 @@ def test_files_columns_and_labels_make_slices():
 
 
 def test_a_column_that_is_different_everywhere_is_refused():
-    items = [made("p", where=f"f, row {i}", id=i) for i in range(60)]
+    items = [made("p", where=Place("f", i), id=i) for i in range(60)]
     with pytest.raises(UserError, match="'id' has 60 values"):
         labels_of(*items)
 

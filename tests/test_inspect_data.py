@@ -11,11 +11,12 @@ import pytest
 from prefalign_jax import cli
 from prefalign_jax.config import cleaning_of, defaults, loss_of
 from prefalign_jax.data.chat import load_tokenizer
+from prefalign_jax.data.counts import new_counts
 from prefalign_jax.data.mixture import sources_of
 from prefalign_jax.data.records import read_records, split_by_prompt
 from prefalign_jax.inspection import inspect_data
 from prefalign_jax.jobs import JOBS
-from prefalign_jax.load_data import load_pairs, new_counts, source_records
+from prefalign_jax.load_data import load_pairs, source_records
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODEL = ROOT / "tests/goldens/trl"
@@ -67,7 +68,7 @@ def records_of(config):
     counts = new_counts(len(sources))
     records = list(source_records(sources, config, loss_of(config), counts, cleaning_of(config)))
     parts = [[record for record in records if record.held_out == held_out] for held_out in (False, True)]
-    return *parts, {stage["name"]: stage["dropped"] for stage in counts["cleaning"]}
+    return *parts, {stage.name: stage.dropped for stage in counts.cleaning}
 
 
 def test_a_run_says_what_cleaning_dropped(data, capsys):

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from prefalign_jax import load_data
 from prefalign_jax.config import defaults, loss_of, resolved, validate
-from prefalign_jax.data.mixture import Source, in_proportion, normalised, prompt_key, source_digest, source_records
+from prefalign_jax.data.mixture import Source, in_proportion, normalised, prompt_key, read_source, source_digest
 from prefalign_jax.types import UserError
 
 
@@ -34,7 +34,7 @@ def write(path, rows):
 
 def read(source, number=0, **kind):
     dropped = collections.Counter()
-    return list(source_records(source, number, dropped, **kind)), {k: v for k, v in dropped.items() if v}
+    return list(read_source(source, number, dropped, **kind)), {k: v for k, v in dropped.items() if v}
 
 
 def config_of(tmp_path, mix=None, loss="dpo", **data):

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from prefalign_jax.data.records import Record, flip_labels, read_prompts, read_records, split_by_prompt
-from prefalign_jax.types import UserError
+from prefalign_jax.types import Place, UserError
 
 PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
 
@@ -157,7 +157,7 @@ def test_both_kinds_of_unpaired_rows_keep_their_order_and_empty_completions_are_
             ("2", "r", False, 1.0),
             ("4", "good", True, 1.0),
         ]
-        assert [r.where for r in records] == [f"{path}, row {i}" for i in (1, 3, 3, 5)]
+        assert [r.where for r in records] == [Place(str(path), i) for i in (1, 3, 3, 5)]
         assert dropped == {"empty response": 2}
     assert [r.label for r in read_records(path, unpaired=True, limit=2)[0]] == [False, True]
 
@@ -320,7 +320,7 @@ def test_a_conversation_is_never_cut_by_the_other_sides_length(tmp_path):
 def test_where_weight_and_limit(tmp_path):
     path = write(tmp_path / "data.jsonl", [PAIR, {**PAIR, "rejected": "c"}, {**PAIR, "weight": 2}, PAIR])
     records, dropped = read_records(path, limit=2)
-    assert [(r.weight, r.where) for r in records] == [(1.0, f"{path}, row 1"), (2.0, f"{path}, row 3")]
+    assert [(r.weight, r.where) for r in records] == [(1.0, Place(str(path), 1)), (2.0, Place(str(path), 3))]
     assert dropped == {"identical responses": 1}
 
 
@@ -433,10 +433,10 @@ def test_gzip_parquet_and_byte_order_mark_read_alike(tmp_path):
     paths = [tmp_path / f"data.{suffix}" for suffix in ("jsonl", "jsonl.gz", "parquet")]
     results = [read_records(path)[0] for path in paths]
     assert [r.chosen[0]["content"] for r in results[0]] == ["c0", "c1", "c2"]
-    assert [[r._replace(where="") for r in result] for result in results[1:]] == [
-        [r._replace(where="") for r in results[0]]
+    assert [[r._replace(where=Place()) for r in result] for result in results[1:]] == [
+        [r._replace(where=Place()) for r in results[0]]
     ] * 2
-    assert results[2][1].where == f"{paths[2]}, row 2"
+    assert results[2][1].where == Place(str(paths[2]), 2)
     paths[2].write_bytes(b"PAR1 no")
     with pytest.raises(UserError, match=r"data.parquet, row 1: expected a readable file"):
         read_records(paths[2])
@@ -472,7 +472,7 @@ def test_a_directory_gives_the_files_of_the_split(tmp_path, files, split, found)
             read_records(tmp_path, split=split)
     else:
         records, _ = read_records(tmp_path, split=split)
-        assert [r.where for r in records] == [f"{tmp_path / name}, row 1" for name in found]
+        assert [r.where for r in records] == [Place(str(tmp_path / name), 1) for name in found]
 
 
 def test_saved_data_sets_and_the_hub(tmp_path, monkeypatch):
@@ -497,7 +497,7 @@ def test_saved_data_sets_and_the_hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     records, _ = read_records("Anthropic/hh-rlhf:harmless-base", split="test")
-    assert records[1].where == "Anthropic/hh-rlhf:harmless-base, row 2"
+    assert records[1].where == Place("Anthropic/hh-rlhf:harmless-base", 2)
     assert calls == [
         ("Anthropic/hh-rlhf", "harmless-base", "test", None),
         ("Anthropic/hh-rlhf", None, "test", "harmless-base"),
@@ -553,7 +553,7 @@ def test_prompts_of_any_format_come_once(tmp_path):
     prompts, dropped = read_prompts(file, limit=6)
     assert [one.prompt for one in prompts] == ["A", [user("hi")], "B", [user("C")], [user("D")], "F"]
     assert [one.id for one in prompts] == ["7", "", "", "", "", ""]
-    assert prompts[5].where == f"{file}, row 9"
+    assert prompts[5].where == Place(str(file), 9)
     assert sum(dropped.values()) == 3
     assert dropped["the prompt of an earlier row"] == dropped["no prompt"] == 1
     with pytest.raises(UserError, match=r"row 1: field 'prompt': expected a string or a list of messages"):

@@ -11,7 +11,7 @@ import pytest
 from prefalign_jax.data import rows as rows_
 from prefalign_jax.data.records import read_records
 from prefalign_jax.data.rows import LARGEST_ROW, content_digest, count_rows, json_rows, read_rows
-from prefalign_jax.types import UserError
+from prefalign_jax.types import Place, UserError
 
 PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
 LINE = json.dumps(PAIR).encode() + b"\n"
@@ -168,7 +168,7 @@ def test_an_array_is_the_same_however_it_is_read(tmp_path, monkeypatch, chunk):
         file.write_text(json.dumps(wanted, indent=indent, ensure_ascii=False), encoding="utf-8")
         found = list(json_rows(file))
         assert [row for _, row in found] == wanted
-        assert [where for where, _ in found] == [f"{file}, row {i}" for i in range(1, 10)]
+        assert [where for where, _ in found] == [Place(str(file), i) for i in range(1, 10)]
 
 
 def test_rows_come_one_at_a_time(tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from prefalign_jax.config import defaults, loss_of
 from prefalign_jax.data.pipeline import make_pair_set, train_batches
 from prefalign_jax.load_data import load_pairs
-from prefalign_jax.types import CHOSEN, REJECTED, SIDES
+from prefalign_jax.types import CHOSEN, REJECTED, SIDES, Place
 
 EOS = "<|im_end|>"
 # Without the special tokens' own texts and the markers of turns, which mean something else.
@@ -105,7 +105,7 @@ def test_any_rows(tiny_tokenizer, directory, given_rows, size, groups, seed, shu
     reasons = [reason(*one[2:]) for one in given_rows]
     accepted = [number for number, why in enumerate(reasons) if not why]
     assert found.dropped["training"] == {why: reasons.count(why) for why in set(reasons) - {None}}
-    assert [pair.where for pair in found.training] == [f"{file}, row {number + 1}" for number in accepted]
+    assert [pair.where for pair in found.training] == [Place(str(file), number + 1) for number in accepted]
 
     batch_size, micro_steps = size
     pairs = make_pair_set(found.training, batch_size, micro_steps=micro_steps, groups=groups)

@@ -12,7 +12,7 @@ from prefalign_jax.data.statistics import (
     truncation,
 )
 from prefalign_jax.intervals import wilson
-from prefalign_jax.types import Pair
+from prefalign_jax.types import Pair, Place
 
 
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=30))
@@ -61,7 +61,7 @@ def test_lengths_that_say_nothing():
 
 
 def pair(prompt, chosen, rejected, where):
-    return Pair(*(np.ones(n, np.int32) for n in (prompt, chosen, rejected)), where=where)
+    return Pair(*(np.ones(n, np.int32) for n in (prompt, chosen, rejected)), where=Place(where, 1))
 
 
 def test_truncation_counts_what_is_lost():

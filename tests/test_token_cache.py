@@ -15,18 +15,15 @@ import pytest
 from prefalign_jax.data import token_cache
 from prefalign_jax.data.pairs import COLUMNS, Origin, digest_of, from_list, join
 from prefalign_jax.data.token_cache import cached_tokens, token_key
-from prefalign_jax.types import Pair
+from prefalign_jax.types import Pair, Place
 from small import make_pairs
 
+PLACES = [("a", 1), ("b.jsonl", 12), ("", 0), ("x", 0), ("a", 2), ("a, row 9", 0), ("b, row 3", 4)]
 PAIRS = [
-    dataclasses.replace(pair, weight=1.0 + i, margin=float(i) if i % 3 else np.nan, label=i % 2 == 0, where=where)
-    for i, (pair, where) in enumerate(
-        zip(
-            make_pairs(7),
-            ["a, row 1", "b.jsonl, row 12", "", "x", "a, row 2", "a, row 012", "b, row 3, row 4"],
-            strict=True,
-        )  # fmt: skip
+    dataclasses.replace(
+        pair, weight=1.0 + i, margin=float(i) if i % 3 else np.nan, label=i % 2 == 0, where=Place(*where)
     )
+    for i, (pair, where) in enumerate(zip(make_pairs(7), PLACES, strict=True))
 ]
 ORIGINS = [Origin(i % 3, i % 2 == 0, 2**64 - 1 - i) for i in range(7)]
 ABOUT = {"training": [{"too long": 3}], "flipped": 0}
@@ -178,7 +175,7 @@ def test_whatever_decides_the_tokens_is_in_the_key(tiny_tokenizer, monkeypatch):
 def test_columns_read_as_the_list_they_were_made_of():
     pairs = join(chunks())
     assert len(pairs) == 7 and all(map(equal, pairs, PAIRS)) and equal(pairs[-1], PAIRS[-1])
-    assert [pair.where for pair in pairs[2:5]] == ["", "x", "a, row 2"]
+    assert [pair.where for pair in pairs[2:5]] == [Place(), Place("x"), Place("a", 2)]
     with pytest.raises(IndexError):
         pairs[7]
     assert list(join([])) == [] and not join([])

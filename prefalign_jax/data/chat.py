@@ -22,7 +22,7 @@ import numpy as np
 
 from prefalign_jax.data.records import Messages, Record, Text
 from prefalign_jax.data.rows import one_line
-from prefalign_jax.types import Pair, UserError
+from prefalign_jax.types import Pair, Place, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -225,7 +225,7 @@ def tokenize_prompts(prompts: Sequence[Text], tokenizer: Tokenizer) -> list[np.n
     """
     prefix, out = _prefix(tokenizer), []
     for number, prompt in enumerate(prompts, 1):
-        (text,) = _texts(Record(prompt, "", "", where=f"prompt {number}"), tokenizer, responses=False)
+        (text,) = _texts(Record(prompt, "", "", where=Place(f"prompt {number}")), tokenizer, responses=False)
         ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         if isinstance(prompt, str) and ids[: len(prefix)] != prefix:
             ids = prefix + ids

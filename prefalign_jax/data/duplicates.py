@@ -50,7 +50,7 @@ def contradictions(records: Iterable[Record]) -> tuple[list[Record], dict[str, i
     for record in records:
         sides = [json.dumps(side, sort_keys=True) for side in (record.chosen, record.rejected)]
         key = _digest([record.prompt, sorted(sides)])
-        where = record.where or len(rows)  # what comes from nowhere comes from no row of another
+        where = record.where if record.where.row else len(rows)  # what comes from nowhere shares its row with none
         rows.append(record)
         keys.append((key, where))
         said[key, where].add((sides[0] < sides[1], record.label))

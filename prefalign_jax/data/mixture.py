@@ -32,7 +32,7 @@ from prefalign_jax.data.pairs import Pairs
 from prefalign_jax.data.records import Record, Rows, Text, draw, iter_prompts, iter_records
 from prefalign_jax.data.rows import content_digest, one_line, read_rows
 from prefalign_jax.options import choose, did_you_mean
-from prefalign_jax.types import UserError
+from prefalign_jax.types import Place, UserError
 
 USES = ("train", "eval", "test")
 
@@ -186,7 +186,7 @@ def source_digest(source: Source) -> str:
     return digest.hexdigest()
 
 
-def adapted(rows: Rows, source: Source, dropped: collections.Counter) -> Iterator[tuple[str, Any]]:
+def adapted(rows: Rows, source: Source, dropped: collections.Counter) -> Iterator[tuple[Place, Any]]:
     """Rows after a source's filter, columns and map_fn; what they leave out is counted by reason."""
     function = load_function(source.map_fn, "map_fn") if source.map_fn else None
     wanted = {
@@ -215,7 +215,7 @@ def adapted(rows: Rows, source: Source, dropped: collections.Counter) -> Iterato
         yield from ((where, one) for one in out)
 
 
-def _field(row: Mapping, name: str, where: str, what: str) -> Any:
+def _field(row: Mapping, name: str, where: Place, what: str) -> Any:
     """The value of a field, with dots into objects."""
     if name in row:
         return row[name]
@@ -227,7 +227,7 @@ def _field(row: Mapping, name: str, where: str, what: str) -> Any:
     return value
 
 
-def source_records(
+def read_source(
     source: Source, number: int, dropped: collections.Counter, *, seed: int = 0, **kind: Any
 ) -> Iterator[Record]:
     """The records of a source, one at a time.

@@ -13,7 +13,7 @@ from typing import NamedTuple, overload
 
 import numpy as np
 
-from prefalign_jax.types import Pair
+from prefalign_jax.types import Pair, Place
 
 PARTS = ("prompt", "chosen", "rejected")
 
@@ -38,7 +38,7 @@ class Pairs(Sequence[Pair]):
       start, length: [P, 3], and where in there.
       weight, margin: [P] float64.
       label: [P] bool.
-      place, row: [P], the `where` of each as a number of `places`, and its row; -1 if it names none.
+      place, row: [P], the `where` of each: its file as a number of `places`, and its row.
       places: names of files.
       source, held_out: [P], see `Origin`.
       prompt_key: [P] uint64, see `Origin`.
@@ -87,7 +87,7 @@ class Pairs(Sequence[Pair]):
             *(column.tolist() for column in (buffer, start, end, *about)), strict=True
         ):
             ids = [self.buffers[b[side]][i[side] : j[side]] for side in range(3)]
-            out.append(Pair(*ids, weight, margin, label, _where(self.places[place], row)))
+            out.append(Pair(*ids, weight, margin, label, Place(self.places[place], row)))
         return out
 
     def select(self, index: np.ndarray) -> Pairs:
@@ -130,7 +130,6 @@ def from_list(pairs: Sequence[Pair], origins: Iterable[Origin] | None = None) ->
     length = np.array([[len(ids) for ids in part] for part in parts], np.int32).T.reshape(count, 3)
     start = np.cumsum(length, axis=0, dtype=np.int64) - length
     names: dict[str, int] = {}
-    places = [_split_where(pair.where) for pair in pairs]
     origins = list(origins) if origins is not None else [Origin()] * count
     return Pairs(
         buffers=tuple(np.concatenate([np.zeros(0, np.int32), *part]) for part in parts),
@@ -140,8 +139,8 @@ def from_list(pairs: Sequence[Pair], origins: Iterable[Origin] | None = None) ->
         weight=np.array([pair.weight for pair in pairs], np.float64),
         margin=np.array([pair.margin for pair in pairs], np.float64),
         label=np.array([pair.label for pair in pairs], bool),
-        place=np.array([names.setdefault(name, len(names)) for name, _ in places], np.int32),
-        row=np.array([row for _, row in places], np.int64),
+        place=np.array([names.setdefault(pair.where.file, len(names)) for pair in pairs], np.int32),
+        row=np.array([pair.where.row for pair in pairs], np.int64),
         places=tuple(names),
         source=np.array([origin.source for origin in origins], np.int32),
         held_out=np.array([origin.held_out for origin in origins], bool),
@@ -185,12 +184,3 @@ def digest_of_pair(pair: Pair) -> bytes:
 
 def _digests(pairs: Sequence[Pair]) -> np.ndarray:
     return np.frombuffer(b"".join(map(digest_of_pair, pairs)), np.uint64).reshape(-1, 2)
-
-
-def _where(place: str, row: int) -> str:
-    return f"{place}, row {row}" if row >= 0 else place
-
-
-def _split_where(where: str) -> tuple[str, int]:
-    place, _, row = where.rpartition(", row ")
-    return (place, int(row)) if place and row.isascii() and row.isdigit() and str(int(row)) == row else (where, -1)

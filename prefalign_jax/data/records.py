@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 from prefalign_jax.data.formats import FORMATS, Dropped, Malformed, detect, expected, kind, show
 from prefalign_jax.data.rows import read_rows
-from prefalign_jax.types import UserError
+from prefalign_jax.types import Place, UserError
 
 Messages = list[dict[str, Any]]  # [{'role': ..., 'content': ...}, ...]
 Text = str | Messages
-Rows = Iterable[tuple[str, Any]]  # ('FILE, row N', row)
+Rows = Iterable[tuple[Place, Any]]  # rows with their places
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -44,7 +44,7 @@ class Record(NamedTuple):
     weight: float = 1.0
     margin: float = math.nan  # by how much the chosen response is better; NaN where nobody asked
     label: bool = True  # of unpaired data: whether the completion is desirable
-    where: str = ""  # 'FILE, row N', for messages
+    where: Place = Place()
     columns: tuple[tuple[str, Any], ...] = ()  # (name, value or None) of further fields that were asked for
     tools: tuple[dict[str, Any], ...] = ()  # what the chat template is told may be called, as JSON schemas
     source: int = 0  # its number in a mixture
@@ -123,7 +123,7 @@ def iter_records(
     """The records of rows, one at a time, so that data larger than memory can be read.
 
     Args:
-      rows: ('FILE, row N', row) each.
+      rows: with their places.
       dropped: the rows that give no record are counted here by reason, as the iterator goes on.
       responses, unpaired, margin, columns, format: as in `read_records`.
 
@@ -154,21 +154,21 @@ def _records(rows, dropped, responses, unpaired, margin, columns, format) -> Ite
 
 def in_common(
     rows: Rows, dropped: collections.Counter, format: str | None = None, *, pairs: bool = True
-) -> Iterator[tuple[str, Mapping, Sequence[Mapping]]]:
+) -> Iterator[tuple[Place, Mapping, Sequence[Mapping]]]:
     """Brings rows of published formats into the common one.
 
     Args:
-      rows: ('FILE, row N', row) each.
+      rows: with their places.
       dropped: the rows that are left out are counted here by reason, as the iterator goes on.
       format: a key of FORMATS, or None to tell each row's.
       pairs: whether pairs are wanted, or labelled completions, not demonstrations.
 
     Returns:
-      An iterator over ('FILE, row N', the row, its rows in the common format); of a group the first row.
+      An iterator over (its place, the row, its rows in the common format); of a group the first row.
     """
-    group: list[tuple[str, Mapping]] = []
+    group: list[tuple[Place, Mapping]] = []
 
-    def read(where: str, row: Mapping, name: str, given: Any) -> tuple[str, Mapping, Sequence[Mapping]]:
+    def read(where: Place, row: Mapping, name: str, given: Any) -> tuple[Place, Mapping, Sequence[Mapping]]:
         form = FORMATS[name]
         try:
             if any(row.get(field) is None for field in form.fields):
@@ -180,7 +180,7 @@ def in_common(
             dropped[str(reason)] += 1
             return where, row, ()
 
-    def read_group() -> tuple[str, Mapping, Sequence[Mapping]]:
+    def read_group() -> tuple[Place, Mapping, Sequence[Mapping]]:
         (where, row), given = group[0], [row for _, row in group]
         group.clear()
         if len(given) > 2:
@@ -209,7 +209,7 @@ class Prompt(NamedTuple):
 
     prompt: Text
     id: str  # the row's field 'id', or ''
-    where: str  # 'FILE, row N', for messages
+    where: Place
 
 
 def read_prompts(

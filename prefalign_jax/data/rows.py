@@ -1,4 +1,4 @@
-"""Any data file, directory or hub data set -> its rows, one at a time, each with the words that name it: 'FILE, row N'.
+"""Any data file, directory or hub data set -> its rows, one at a time, each with its place.
 
 Nothing is held but the row at hand (a Parquet file's group of rows), so the size of a file does not matter. What is no
 row stops the reading with its file and row; what can be put right is:
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from prefalign_jax.types import UserError
+from prefalign_jax.types import Place, UserError
 
 LARGEST_ROW = 16 * 2**20  # bytes of JSON; a longer row is no pair but a file without line ends
 
@@ -33,8 +33,8 @@ _NUMBER = "0123456789.eE+-"
 _SPACE = re.compile(r"\s*")
 
 
-def read_rows(path: str | Path, split: str = "train") -> Iterator[tuple[str, Any]]:
-    """('FILE, row N', row) of every row.
+def read_rows(path: str | Path, split: str = "train") -> Iterator[tuple[Place, Any]]:
+    """(its place, row) of every row.
 
     Args:
       path: a .jsonl, .json or .parquet file (JSON gzipped or not); a directory of such files, of which those are read
@@ -142,8 +142,8 @@ def split_files(path: Path, split: str) -> list[Path]:
     return found
 
 
-def json_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    """('FILE, row N', JSON value) of each line of a JSONL file, or each element of a .json file that is one array.
+def json_rows(file: Path) -> Iterator[tuple[Place, Any]]:
+    """(its place, JSON value) of each line of a JSONL file, or each element of a .json file that is one array.
 
     Gzipped or not; empty lines are passed over, but counted.
     """
@@ -159,9 +159,10 @@ def json_rows(file: Path) -> Iterator[tuple[str, Any]]:
                 if len(line) > LARGEST_ROW:
                     raise _too_long(file, number)
                 if stripped := line.strip():
-                    yield f"{file}, row {number}", _loads(stripped, f"{file}, row {number}")
+                    place = Place(str(file), number)
+                    yield place, _loads(stripped, place)
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{file}, row {number + 1}: expected a readable file, found {one_line(error)}") from None
+        raise UserError(f"{Place(str(file), number + 1)}: expected a readable file, found {one_line(error)}") from None
 
 
 def one_line(error: BaseException) -> str:
@@ -185,7 +186,7 @@ def _object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
-def _loads(line: bytes, where: str) -> Any:
+def _loads(line: bytes, where: Place) -> Any:
     try:
         return _DECODER.decode(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -195,7 +196,7 @@ def _loads(line: bytes, where: str) -> Any:
 
 def _too_long(file: Path, number: int) -> UserError:
     return UserError(
-        f"{file}, row {number}: longer than {LARGEST_ROW // 2**20} MiB; expected one JSON object a line "
+        f"{Place(str(file), number)}: longer than {LARGEST_ROW // 2**20} MiB; expected one JSON object a line "
         "(or, in a .json file, an array of them)"
     )
 
@@ -206,7 +207,7 @@ def _is_array(opened: BinaryIO) -> bool:
     return start[:1] == b"["
 
 
-def _elements(file: Path, opened: BinaryIO) -> Iterator[tuple[str, Any]]:
+def _elements(file: Path, opened: BinaryIO) -> Iterator[tuple[Place, Any]]:
     """The elements of one JSON array, decoded as they come."""
     text, at, number, ended = "", 0, 0, False
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
@@ -217,7 +218,7 @@ def _elements(file: Path, opened: BinaryIO) -> Iterator[tuple[str, Any]]:
         try:
             new = decoder.decode(read, final=not read)
         except UnicodeDecodeError as error:
-            raise UserError(f"{file}, row {number + 1}: expected JSON in UTF-8, found {error}") from None
+            raise UserError(f"{Place(str(file), number + 1)}: expected JSON in UTF-8, found {error}") from None
         if read:
             text, at = text[at:] + new, 0
         return bool(read)
@@ -232,7 +233,7 @@ def _elements(file: Path, opened: BinaryIO) -> Iterator[tuple[str, Any]]:
     next_character()
     at += 1  # the opening bracket
     while not ended:
-        where = f"{file}, row {number + 1}"
+        where = Place(str(file), number + 1)
         if next_character() == "]" and not number:
             at += 1
             break
@@ -260,14 +261,14 @@ def _elements(file: Path, opened: BinaryIO) -> Iterator[tuple[str, Any]]:
                 found = f"{other!r}" if other else "the end of the file"
                 raise UserError(f"{where}: expected ',' or ']' after it, found {found}")
     if rest := next_character():
-        raise UserError(f"{file}, row {number + 1}: expected nothing after the array, found {rest!r}")
+        raise UserError(f"{Place(str(file), number + 1)}: expected nothing after the array, found {rest!r}")
 
 
-def _file_rows(file: Path) -> Iterator[tuple[str, Any]]:
+def _file_rows(file: Path) -> Iterator[tuple[Place, Any]]:
     return _parquet_rows(file) if file.suffix == ".parquet" else json_rows(file)
 
 
-def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
+def _parquet_rows(file: Path) -> Iterator[tuple[Place, Any]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -276,14 +277,14 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1024):
             for row in batch.to_pylist():
                 number += 1
-                yield f"{file}, row {number}", row
+                yield Place(str(file), number), row
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise UserError(f"{file}, row {number + 1}: expected a readable file, found {one_line(error)}") from None
+        raise UserError(f"{Place(str(file), number + 1)}: expected a readable file, found {one_line(error)}") from None
 
 
-def _dataset_rows(name: str, dataset: Any) -> Iterator[tuple[str, Any]]:
+def _dataset_rows(name: str, dataset: Any) -> Iterator[tuple[Place, Any]]:
     for number, row in enumerate(dataset, 1):
-        yield f"{name}, row {number}", row
+        yield Place(name, number), row
 
 
 def _saved_dataset(name: str, split: str) -> Any:

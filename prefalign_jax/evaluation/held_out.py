@@ -190,7 +190,7 @@ def slice_labels(pairs: Sequence[Pair], records: Sequence[Record], kind: str = "
     if kind == "completions":
         labels["label"] = ["desirable" if pair.label else "undesirable" for pair in pairs]
     labels["turns"] = [_turns(record) for record in mine]
-    files = [record.where.rpartition(", row ")[0] for record in mine]
+    files = [record.where.file for record in mine]
     if len(set(files)) > 1:
         labels["file"] = files
     for number, (name, _) in enumerate(records[0].columns):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from prefalign_jax.data.records import ROLES, Text
 from prefalign_jax.data.rows import json_rows, one_line
 from prefalign_jax.files import whole
-from prefalign_jax.types import UserError
+from prefalign_jax.types import Place, UserError
 
 
 class Sample(NamedTuple):
@@ -309,7 +309,7 @@ def _json(path: str | Path) -> Any:
         raise UserError(f"{path}: expected a readable JSON file, found {one_line(error)}") from None
 
 
-def _object(where: str, row: Any) -> None:
+def _object(where: Place | str, row: Any) -> None:
     if not isinstance(row, Mapping):
         raise UserError(f"{where}: expected an object, found {type(row).__name__}")
 
@@ -318,7 +318,7 @@ _WORDS = {str: "a string", int: "an integer", list: "a list", Mapping: "an objec
 _NEEDED = object()
 
 
-def _field(where: str, row: Mapping[str, Any], name: str, kind: Any, default: Any = _NEEDED) -> Any:
+def _field(where: Place | str, row: Mapping[str, Any], name: str, kind: Any, default: Any = _NEEDED) -> Any:
     value = row.get(name)
     if value is None and default is not _NEEDED:
         return default
@@ -328,14 +328,14 @@ def _field(where: str, row: Mapping[str, Any], name: str, kind: Any, default: An
     return value
 
 
-def _strings(where: str, row: Mapping[str, Any], name: str) -> list[str]:
+def _strings(where: Place | str, row: Mapping[str, Any], name: str) -> list[str]:
     values = _field(where, row, name, list)
     for i, value in enumerate(values):
         _field(where, {f"{name}[{i}]": value}, f"{name}[{i}]", str)
     return values
 
 
-def text_of(where: str, row: Mapping[str, Any], name: str) -> Text:
+def text_of(where: Place | str, row: Mapping[str, Any], name: str) -> Text:
     """A field that holds a string or a list of messages, checked; `where` is for the error."""
     value = row.get(name)
     if isinstance(value, str):

@@ -13,14 +13,14 @@ from ml_collections import ConfigDict
 
 from prefalign_jax.config import cleaning_of, kind_of, loss_of, validate
 from prefalign_jax.data.chat import iter_pairs, load_tokenizer
-from prefalign_jax.data.mixture import Source, sources_of
-from prefalign_jax.data.mixture import source_records as mixture_records
+from prefalign_jax.data.counts import new_counts
+from prefalign_jax.data.mixture import Source, read_source, sources_of
 from prefalign_jax.data.pipeline import PairSet, batch_of, make_pair_set, train_batches
 from prefalign_jax.data.statistics import token_lengths
 from prefalign_jax.files import whole, write_json
 from prefalign_jax.inspection.data_page import page, pictures, shown_pairs, written_pair
 from prefalign_jax.inspection.data_report import as_text, make_report, tables_of
-from prefalign_jax.load_data import layout_of, load_pairs, new_counts, source_records, watched
+from prefalign_jax.load_data import layout_of, load_pairs, source_records, watched
 from prefalign_jax.processes import note
 from prefalign_jax.types import UserError
 
@@ -95,7 +95,7 @@ def inspect(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 def titled(index: int, data: PairSet) -> tuple[str, str]:
     """(title, where) of a pair."""
-    return f"pair {index}", data.pairs[index].where
+    return f"pair {index}", str(data.pairs[index].where)
 
 
 def groups_of_pairs(config: ConfigDict, data: PairSet, layout: Any, eos: int) -> list[tuple[str, list[Any]]]:
@@ -130,7 +130,7 @@ def scores_of(config: ConfigDict, sources: Sequence[Source]) -> dict[str, np.nda
     for source in sources:
         options = dict(seed=config.seed, responses=("chosen",), columns=SCORES)
         with contextlib.suppress(UserError):  # rows that the loss reads, but not as demonstrations
-            for record in mixture_records(source, 0, collections.Counter(), **options):
+            for record in read_source(source, 0, collections.Counter(), **options):
                 for name, value in record.columns:
                     if isinstance(value, int | float):
                         found[name].append(value)

@@ -14,7 +14,7 @@ import numpy as np
 from prefalign_jax.data.records import Text
 from prefalign_jax.data.rows import json_rows
 from prefalign_jax.generation.sample_files import Sample, text_of, write_jsonl
-from prefalign_jax.types import UserError
+from prefalign_jax.types import Place, UserError
 
 
 class Comparison(NamedTuple):
@@ -141,7 +141,7 @@ def read_verdicts(path: str | Path) -> list[Verdict]:
       UserError: the file cannot be read or a row is malformed.
     """
 
-    def pair(where: str, row: dict, name: str) -> tuple[float, float] | None:
+    def pair(where: Place, row: dict, name: str) -> tuple[float, float] | None:
         value = row.get(name)
         if value is None:
             return None

@@ -22,7 +22,7 @@ from prefalign_jax.models.decoder import make_decoder
 from prefalign_jax.models.hf_io import load_config, load_params, resolve
 from prefalign_jax.options import choose
 from prefalign_jax.reference import params_digest
-from prefalign_jax.types import Pair, UserError
+from prefalign_jax.types import Pair, Place, UserError
 
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16"}
 
@@ -84,7 +84,7 @@ def scorer(
         pairs, reasons = [], []
         for prompt, response in zip(prompts, responses, strict=True):
             chosen = response if isinstance(prompt, str) else [{"role": "assistant", "content": response}]
-            record = Record(prompt, chosen, type(chosen)(), where="a response to score")
+            record = Record(prompt, chosen, type(chosen)(), where=Place("a response to score"))
             made, dropped = tokenize_records([record], tokenizer, max_length=config.max_position)
             reasons.append(", ".join(f"{reason} for the reward model" for reason in dropped))
             pairs += made

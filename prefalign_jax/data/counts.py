@@ -1,0 +1,110 @@
+"""What is counted of some sources on the way from their rows to their pairs: nothing is lost without a reason."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from prefalign_jax.data.cleaning import Stage
+
+TRAINING, HELD_OUT = "training", "held out"  # parts
+
+
+def added(counts: Iterable[Mapping[str, int]]) -> collections.Counter:
+    """Several counts by reason as one."""
+    return sum(map(collections.Counter, counts), collections.Counter())
+
+
+def listed(counts: Mapping[str, int]) -> str:
+    """Counts by reason, in words.
+
+    Example:
+      >>> listed({"empty response": 2, "tie": 0}), listed({})
+      ('2 empty response', 'none')
+    """
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count) or "none"
+
+
+@dataclasses.dataclass
+class Counts:
+    """Counts that grow while some sources are read, cleaned and tokenized.
+
+    Attributes:
+      lost: part -> for each source {reason: records}.
+      tokenizing: part -> {reason: records}, those of `lost` that tokenization left out.
+      read: [sources] records.
+      held, over: records held out, and those beyond the limit of held-out records.
+      cleaning: what became of the training records.
+      flippable, flipped: pairs whose label might have been flipped, and those whose label was.
+      chat: whether there are messages.
+    """
+
+    lost: dict[str, list[collections.Counter]]
+    tokenizing: dict[str, collections.Counter]
+    read: list[int]
+    held: int = 0
+    over: int = 0
+    cleaning: list[Stage] = dataclasses.field(default_factory=list)
+    flippable: int = 0
+    flipped: int = 0
+    chat: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """What `from_json` takes."""
+        return {**vars(self), "cleaning": [stage._asdict() for stage in self.cleaning]}
+
+    def stages(self, part: str) -> dict[str, list[Stage]]:
+        """What became of the records, up to their tokenization.
+
+        Args:
+          part: 'training', of which some may be held out, or 'held out'.
+
+        Returns:
+          part -> its stages.
+        """
+        every, reasons = sum(self.read), dict(added(self.lost[part]) - self.tokenizing[part])
+        stages: dict[str, list[Stage]] = {TRAINING: [], HELD_OUT: []}
+        stages[part].append(Stage("read", every + sum(reasons.values()), every, reasons))
+        if taken := self.held + self.over:
+            stages[TRAINING].append(Stage("hold out", every, every - taken, {"held out": taken}))
+            others = {"for training": every - taken, "over data.eval_limit": self.over}
+            stages[HELD_OUT].append(Stage("hold out", every, self.held, others))
+        stages[TRAINING] += self.cleaning
+        if self.flippable:
+            flipped = {"flipped label": self.flipped}
+            stages[TRAINING].append(Stage("flip labels", self.flippable, self.flippable, {}, flipped))
+        for name, some in stages.items():
+            if some:
+                gone, before = dict(self.tokenizing[name]), some[-1].after
+                some.append(Stage("tokenize", before, before - sum(gone.values()), gone))
+        return stages
+
+
+def new_counts(sources: int) -> Counts:
+    """Counts of so many sources, of which nothing is read."""
+    counter = collections.Counter
+    return Counts(
+        lost={part: [counter() for _ in range(sources)] for part in (TRAINING, HELD_OUT)},
+        tokenizing={part: counter() for part in (TRAINING, HELD_OUT)},
+        read=[0] * sources,
+    )
+
+
+def from_json(about: Mapping[str, Any]) -> Counts:
+    """What `Counts.as_json` gave, also after a way through JSON.
+
+    Example:
+      >>> from_json(new_counts(2).as_json()) == new_counts(2)
+      True
+    """
+    counter = collections.Counter
+    return Counts(
+        **{
+            **about,
+            "lost": {part: list(map(counter, counts)) for part, counts in about["lost"].items()},
+            "tokenizing": {part: counter(counts) for part, counts in about["tokenizing"].items()},
+            "cleaning": [Stage(**stage) for stage in about["cleaning"]],
+        }
+    )
