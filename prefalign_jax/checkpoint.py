@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from prefalign_jax.options import flatten
 from prefalign_jax.sharding import shapes_of
 from prefalign_jax.types import TrainState, UserError
 
@@ -129,7 +130,7 @@ def restore(
     stored = metadata.custom_metadata or {}
     if "config" not in stored:
         raise UserError(f"cannot resume {where}: it is no checkpoint of this program; use another --workdir")
-    ours, theirs = _flatten(config), _flatten(stored["config"])
+    ours, theirs = flatten(config), flatten(stored["config"])
     for name in sorted(ours.keys() | theirs.keys(), key=lambda name: (not name.endswith("name"), name)):
         if name.split(".")[0] in IDENTITY and name not in FREE and ours.get(name) != theirs.get(name):
             raise UserError(
@@ -162,10 +163,3 @@ def restore(
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {"/".join(str(key.key) for key in path): tuple(leaf.shape) for path, leaf in leaves}
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in config.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value})
-    return flat

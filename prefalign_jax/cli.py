@@ -16,10 +16,9 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from prefalign_jax.config import resolved, validate
-from prefalign_jax.data.rows import one_line
 from prefalign_jax.files import user_cache
 from prefalign_jax.processes import HEARTBEAT, join, status_of
-from prefalign_jax.types import UserError
+from prefalign_jax.types import UserError, one_line
 
 # What other trainers and habit call a field.
 USUAL_NAMES = {

@@ -15,7 +15,7 @@ from prefalign_jax.data.mixture import sources_of
 from prefalign_jax.data.pairing import LABELS, PAIRINGS
 from prefalign_jax.losses import LOSSES, BoundLoss, hyper_of, make_loss
 from prefalign_jax.optim import SCHEDULES, make_optimizer
-from prefalign_jax.options import choose, did_you_mean, read_as
+from prefalign_jax.options import choose, did_you_mean, flatten, read_as
 from prefalign_jax.types import UserError
 
 LEAKS = ("drop", "report")
@@ -266,7 +266,7 @@ def validate(config: ConfigDict, *, complete: bool = True) -> None:
       UserError: naming the field, its value and what it takes.
     """
     loss = loss_of(config)
-    flat = {f"{group}.{key}" if group else key: value for group, key, value in _flatten(config)}
+    flat = flatten(config.to_dict())
     for name, choices in CHOICES.items():
         choose(name, flat[name], dict.fromkeys(choices))
     for name in POSITIVE:
@@ -401,14 +401,6 @@ def profiled(config: ConfigDict) -> range:
     if not 1 <= first <= last:
         raise UserError(f"profile_steps={config.profile_steps!r}: write FIRST:LAST, two steps counted from 1, as 10:15")
     return range(first, last + 1)
-
-
-def _flatten(config: ConfigDict, group: str = ""):
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from _flatten(value, f"{group}.{key}" if group else key)
-        else:
-            yield group, key, value
 
 
 def duration(config: ConfigDict, name: str, pairs: int) -> int | None:

@@ -21,7 +21,7 @@ from prefalign_jax.files import write_json
 from prefalign_jax.models import hf_io
 from prefalign_jax.models.decoder import DecoderConfig
 from prefalign_jax.processes import agreed, is_first
-from prefalign_jax.types import Params, UserError
+from prefalign_jax.types import Params, UserError, one_line
 
 # What a card may say.
 CARD = {
@@ -123,7 +123,7 @@ def push(directory: str | pathlib.Path, repository: str) -> str:
         address = api.create_repo(repository, private=True, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=directory, commit_message="Model trained by prefalign_jax")
     except Exception as error:  # of whatever kind: a finished run does not end in a traceback
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = one_line(error)
         raise UserError(f"export.push_to={repository!r}: {reason}; the model is in {directory}") from error
     return str(address)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prefalign_jax.types import UserError
+from prefalign_jax.types import UserError, one_line
 
 
 def user_cache() -> Path:
@@ -36,16 +36,22 @@ def write_json(path: Path, value: Any) -> None:
         part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    """What `write_json` wrote.
+def read_json(path: Path, missing: Any = None) -> Any:
+    """The value that a JSON file holds.
+
+    Args:
+      path: of the file.
+      missing: what a file that is not there stands for; None for an error.
 
     Raises:
-      UserError: it is no JSON.
+      UserError: the file cannot be read, or it is no JSON.
     """
+    if missing is not None and not path.is_file():
+        return missing
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: expected JSON, found {error}") from None
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: expected JSON, found {one_line(error)}") from None
 
 
 @contextlib.contextmanager

@@ -61,6 +61,19 @@ def split_names(text: str | None) -> list[str]:
     return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested groups as dotted names.
+
+    Example:
+      >>> flatten({"seed": 0, "loss": {"name": "dpo", "beta": 0.1}})
+      {'seed': 0, 'loss.name': 'dpo', 'loss.beta': 0.1}
+    """
+    flat = {}
+    for key, value in config.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
 def hyper_parameters(function: Callable[..., Any]) -> dict[str, Any]:
     """The keyword-only parameters of a function and their defaults.
 

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from prefalign_jax.types import UserError
+from prefalign_jax.types import UserError, one_line
 
 STOPPED = 143  # what a shell reports of a process that SIGTERM ended: launchers restart it
 HEARTBEAT = 60  # seconds without a sign of life after which a process counts as dead
@@ -91,7 +91,7 @@ def join(
     try:
         jax.distributed.initialize(**options, heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=heartbeat)
     except (ValueError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = one_line(error)
         raise UserError(f"the processes of the run cannot be joined: {reason}") from None
     if jax.process_count() > 1:
         _say_why_it_aborts()

@@ -13,12 +13,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
-import jax
 import numpy as np
 
-Array = jax.Array | np.ndarray
+if TYPE_CHECKING:
+    import jax
+
+Array = Union["jax.Array", np.ndarray]  # jax is not imported: what only says what is wrong must be quick
 Params = Mapping[str, Any]  # nested dict of arrays
 
 # The side of a trained token: to which log-probability of its pair it belongs.
@@ -51,6 +53,17 @@ class Place(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.file}, row {self.row}" if self.row else self.file
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of another library's error, for a UserError; the next too where the first announces it.
+
+    Example:
+      >>> one_line(OSError("the file is broken:\\n  row 3\\n  row 4")), one_line(KeyboardInterrupt())
+      ('the file is broken: row 3', 'KeyboardInterrupt')
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].rstrip().endswith(":") else 1])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

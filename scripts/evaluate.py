@@ -25,7 +25,6 @@ from prefalign_jax.config import defaults, loss_of, validate
 from prefalign_jax.data.chat import load_tokenizer, tokenize_records
 from prefalign_jax.data.pipeline import PairSet, make_pair_set, mismatched
 from prefalign_jax.data.records import ascii_quotes, read_records, split_by_prompt
-from prefalign_jax.data.rows import one_line
 from prefalign_jax.evaluation.held_out import (
     FEW,
     Displacement,
@@ -53,7 +52,7 @@ from prefalign_jax.processes import note
 from prefalign_jax.reference import compute
 from prefalign_jax.sharding import make_mesh, packing_of
 from prefalign_jax.train_step import make_eval_step
-from prefalign_jax.types import LanguageModel, PairLogps, Params, UserError
+from prefalign_jax.types import LanguageModel, PairLogps, Params, UserError, one_line
 
 LENGTH = 1024  # tokens, where the models have as many positions
 # Name -> (type, default, meaning).

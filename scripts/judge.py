@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from prefalign_jax import cli
-from prefalign_jax.data.rows import one_line
 from prefalign_jax.generation.sample_files import (
     Sample,
     read_alpaca_eval,
@@ -24,7 +23,7 @@ from prefalign_jax.generation.sample_files import (
 )
 from prefalign_jax.judges import endpoint, judge, page, reward_model, rewards, win_rate
 from prefalign_jax.options import check_hyper, choose, hyper_parameters, read_as
-from prefalign_jax.types import UserError
+from prefalign_jax.types import UserError, one_line
 
 
 def of_reward(name: str, out: Path, **options: Any) -> judge.Judge:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import pytest
 
-from prefalign_jax.analysis.runs import flatten
 from prefalign_jax.config import defaults
+from prefalign_jax.options import flatten
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted((ROOT / "experiments" / "notebooks").glob("*.py"))

@@ -192,7 +192,7 @@ def test_lm_eval_scores_meet_their_standard_errors(tmp_path):
         ('{"config": {}}', "field 'results': expected an object, found nothing"),
         ('{"results": {}}', "there is no score"),
         ("[]", "expected an object, found list"),
-        ("{", "expected a readable JSON file"),
+        ("{", "expected JSON"),
     ],
 )
 def test_lm_eval_mistakes_are_named(tmp_path, text, says):

@@ -13,6 +13,7 @@ import numpy as np
 
 from prefalign_jax.files import read_json
 from prefalign_jax.metrics import read_metrics
+from prefalign_jax.options import flatten
 from prefalign_jax.types import UserError
 
 RATE = "_per_second"
@@ -127,19 +128,6 @@ def find_runs(directories: Sequence[Path]) -> list[Run]:
             point = next((point for point in points if point == path or point in path.parents), None)
             runs.append(read_run(path, "/".join(parts), point))
     return runs
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested groups as dotted names.
-
-    Example:
-      >>> flatten({"seed": 0, "loss": {"name": "dpo", "beta": 0.1}})
-      {'seed': 0, 'loss.name': 'dpo', 'loss.beta': 0.1}
-    """
-    flat = {}
-    for key, value in config.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
 
 
 def differing(runs: Iterable[Run]) -> list[str]:

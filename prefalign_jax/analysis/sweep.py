@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from prefalign_jax import cli, processes
-from prefalign_jax.analysis.runs import MARK, flatten, last_row, latest_stage, read_run
+from prefalign_jax.analysis.runs import MARK, last_row, latest_stage, read_run
 from prefalign_jax.config import resolved, validate
 from prefalign_jax.files import locked, read_json, whole, write_json
+from prefalign_jax.options import flatten
 from prefalign_jax.processes import note, stop_signal
 from prefalign_jax.types import UserError
 

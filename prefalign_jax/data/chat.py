@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from prefalign_jax.data.records import Messages, Record, Text
-from prefalign_jax.data.rows import one_line
-from prefalign_jax.types import Pair, Place, UserError
+from prefalign_jax.types import Pair, Place, UserError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

@@ -30,9 +30,9 @@ import numpy as np
 from prefalign_jax.data.formats import FORMATS
 from prefalign_jax.data.pairs import Pairs
 from prefalign_jax.data.records import Record, Rows, Text, draw, iter_prompts, iter_records
-from prefalign_jax.data.rows import content_digest, one_line, read_rows
+from prefalign_jax.data.rows import content_digest, read_rows
 from prefalign_jax.options import choose, did_you_mean
-from prefalign_jax.types import Place, UserError
+from prefalign_jax.types import Place, UserError, one_line
 
 USES = ("train", "eval", "test")
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from prefalign_jax.types import Place, UserError
+from prefalign_jax.types import Place, UserError, one_line
 
 LARGEST_ROW = 16 * 2**20  # bytes of JSON; a longer row is no pair but a file without line ends
 
@@ -163,12 +163,6 @@ def json_rows(file: Path) -> Iterator[tuple[Place, Any]]:
                     yield place, _loads(stripped, place)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{Place(str(file), number + 1)}: expected a readable file, found {one_line(error)}") from None
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error of another library, for a UserError; the next too where the first announces it."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join(line.strip() for line in lines[: 2 if lines[0].rstrip().endswith(":") else 1])
 
 
 class _Twice(ValueError):

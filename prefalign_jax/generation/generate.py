@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prefalign_jax.generation.sampling import Parts, Sampling, adjust
-from prefalign_jax.models.hf_io import read_json
+from prefalign_jax.models.hf_io import read_object
 from prefalign_jax.processes import fetch
 from prefalign_jax.sharding import ROWS, groups_of
 from prefalign_jax.types import Cached, LanguageModel, Params, UserError
@@ -208,7 +208,7 @@ def stop_ids(directory: str | Path, tokenizer: Any) -> tuple[int, ...]:
       UserError: the file is malformed.
     """
     file = Path(directory) / "generation_config.json"
-    found = read_json(file, missing={}).get("eos_token_id")
+    found = read_object(file, missing={}).get("eos_token_id")
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(type(i) is int for i in ids):
         raise UserError(f"{file}: eos_token_id: expected a token id or a list of them, found {found!r}")

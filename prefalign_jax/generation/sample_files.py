@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from prefalign_jax.data.records import ROLES, Text
-from prefalign_jax.data.rows import json_rows, one_line
-from prefalign_jax.files import whole
-from prefalign_jax.types import Place, UserError
+from prefalign_jax.data.rows import json_rows
+from prefalign_jax.files import read_json, whole
+from prefalign_jax.types import Place, UserError, one_line
 
 
 class Sample(NamedTuple):
@@ -127,7 +127,7 @@ def read_alpaca_eval(path: str | Path) -> list[Sample]:
     Raises:
       UserError: the file cannot be read or a row is malformed.
     """
-    rows = _json(path)
+    rows = read_json(Path(path))
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected a JSON list of outputs, found {type(rows).__name__}")
     out = []
@@ -262,7 +262,7 @@ def read_lm_eval(path: str | Path) -> list[Score]:
 
     Source: github.com/EleutherAI/lm-evaluation-harness, docs/interface.md and its written results.
     """
-    whole = _json(path)
+    whole = read_json(Path(path))
     _object(str(path), whole)
     out = []
     for task, row in _field(str(path), whole, "results", Mapping).items():
@@ -300,13 +300,6 @@ def _write(path: str | Path, parts: Iterable[str]) -> None:
             file.writelines(parts)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {one_line(error)}") from None
-
-
-def _json(path: str | Path) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: expected a readable JSON file, found {one_line(error)}") from None
 
 
 def _object(where: Place | str, row: Any) -> None:

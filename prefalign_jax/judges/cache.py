@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prefalign_jax.data.rows import one_line
-from prefalign_jax.types import UserError
+from prefalign_jax.types import UserError, one_line
 
 
 class Cache:

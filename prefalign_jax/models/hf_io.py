@@ -23,12 +23,12 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from prefalign_jax.files import write_json
+from prefalign_jax.files import read_json, write_json
 from prefalign_jax.models import families
 from prefalign_jax.models.decoder import DecoderConfig, make_decoder
 from prefalign_jax.models.quantize import quantize, quantize_params, quantized_paths
 from prefalign_jax.processes import fetch, is_first
-from prefalign_jax.types import Params, UserError
+from prefalign_jax.types import Params, UserError, one_line
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -63,7 +63,7 @@ def resolve(name: str | pathlib.Path) -> pathlib.Path:
         )
     except (OSError, ValueError) as error:  # the hub's own errors are both or either
         raise UserError(
-            f"model {str(name)!r} is neither a directory nor a model that the hub gives out: {first_line(error)}"
+            f"model {str(name)!r} is neither a directory nor a model that the hub gives out: {one_line(error)}"
         ) from error
 
 
@@ -80,7 +80,7 @@ def load_config(directory: str | pathlib.Path) -> DecoderConfig:
     Raises:
       UserError: the file is missing, is not JSON, or describes a model that the decoder does not compute.
     """
-    return DecoderConfig(**families.from_hf(read_json(pathlib.Path(directory) / "config.json")))
+    return DecoderConfig(**families.from_hf(read_object(pathlib.Path(directory) / "config.json")))
 
 
 def load_params(
@@ -358,21 +358,16 @@ def _replaceable(directory: pathlib.Path) -> bool:
     entries = list(directory.iterdir())
     if any(entry.is_dir() and entry.name != "additional_chat_templates" for entry in entries):
         return False
-    return not entries or "model_type" in read_json(directory / "config.json", missing={})
+    return not entries or "model_type" in read_object(directory / "config.json", missing={})
 
 
-def read_json(path: pathlib.Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Reads a JSON object; `missing` is what a file that is not there stands for, None for an error."""
-    if missing is not None and not path.is_file():
-        return missing
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} is not a Hugging Face model directory: it has no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {first_line(error)}") from error
+def read_object(path: pathlib.Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Reads a JSON object of a model's; `missing` is what a file that is not there stands for, None for an error."""
+    if missing is None and not path.is_file():
+        raise UserError(f"{path.parent} is not a Hugging Face model directory: it has no {path.name}")
+    value = read_json(path, missing)
     if not isinstance(value, dict):
-        raise UserError(f"{path} cannot be read: it is not a JSON object")
+        raise UserError(f"{path}: expected an object, found {type(value).__name__}")
     return value
 
 
@@ -438,7 +433,7 @@ def _open(directory: pathlib.Path) -> dict[str, _Tensor]:
         except FileNotFoundError:
             raise UserError(f"{directory / file} is missing; {INDEX} names it") from None
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{directory / file} is not a whole safetensors file: {first_line(error)}") from error
+            raise UserError(f"{directory / file} is not a whole safetensors file: {one_line(error)}") from error
         stored |= {
             name: tensor for name, tensor in tensors.items() if weight_map is None or weight_map.get(name, file) == file
         }
@@ -604,8 +599,3 @@ def _writer(
         return tuple(jax.lax.bitcast_convert_type(x, array.dtype) for x, array in zip(written, arrays, strict=True))
 
     return jax.jit(write, donate_argnums=0, out_shardings=None if shardings[0] is None else shardings)
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

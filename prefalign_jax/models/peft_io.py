@@ -27,10 +27,10 @@ from safetensors.numpy import save_file
 from prefalign_jax.files import whole, write_json
 from prefalign_jax.models import families
 from prefalign_jax.models.decoder import DecoderConfig
-from prefalign_jax.models.hf_io import first_line, joined, param_shapes, read_json, split
+from prefalign_jax.models.hf_io import joined, param_shapes, read_object, split
 from prefalign_jax.models.lora import MAGNITUDE, A, B, Lora
 from prefalign_jax.processes import fetch, is_first
-from prefalign_jax.types import Params, UserError
+from prefalign_jax.types import Params, UserError, one_line
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 # Our names of an adapter's arrays -> PEFT's.
@@ -161,7 +161,7 @@ def load_adapters(directory: str | pathlib.Path, config: DecoderConfig) -> tuple
       UserError: a file is missing, or holds what is no LoRA of this model's linear layers.
     """
     directory = pathlib.Path(directory)
-    settings = {key: value for key, value in read_json(directory / ADAPTER_CONFIG).items() if value is not None}
+    settings = {key: value for key, value in read_object(directory / ADAPTER_CONFIG).items() if value is not None}
     for key, values in _SUPPORTED.items():
         if settings.get(key, values[0]) not in values:
             supported = ", ".join(map(repr, values))
@@ -179,7 +179,7 @@ def load_adapters(directory: str | pathlib.Path, config: DecoderConfig) -> tuple
         try:
             handle = stack.enter_context(safe_open(directory / ADAPTER_WEIGHTS, "np"))
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{directory / ADAPTER_WEIGHTS} cannot be read: {first_line(error)}") from error
+            raise UserError(f"{directory / ADAPTER_WEIGHTS} cannot be read: {one_line(error)}") from error
         stored = {name: handle.get_tensor(name).astype(np.float32) for name in handle.keys()}
 
     shapes, flat = param_shapes(config), {}
