@@ -3,7 +3,9 @@
 import os
 import pathlib
 import platform
+import subprocess
 import sys
+import types
 
 # Compiled programs are kept between runs and shared by xdist's workers. One directory a machine: a program compiled for
 # one CPU may not run on another. The size limit is there because jax locks the directory only if it has one.
@@ -20,9 +22,30 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # [B] + [B, 1] is more often a slip than meant
-# A test's programs take longer to compile than to run. Some tests start scripts as a user would, without this.
-FAST_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-FAST_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"
+
+
+def known(flags: list[str]) -> list[str]:
+    """The flags that the installed XLA knows. It ends the process at any other, so each is tried in one of its own."""
+
+    def start(*flags: str) -> bool:
+        command = [sys.executable, "-c", "import jax; jax.local_devices()"]
+        return not subprocess.run(
+            command, env={**os.environ, "XLA_FLAGS": " ".join(flags)}, capture_output=True
+        ).returncode
+
+    return flags if start(*flags) else [flag for flag in flags if start(flag)]
+
+
+# A test's programs take longer to compile than to run. Some tests start scripts as a user would, without the devices.
+FAST_TO_COMPILE = " ".join(
+    known(
+        [
+            "--xla_backend_optimization_level=0",
+            "--xla_llvm_disable_expensive_passes=true",
+            "--xla_cpu_use_fusion_emitters=false",
+        ]
+    )
+)
 _flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {FAST_TO_COMPILE}"
 os.environ["XLA_FLAGS"] = _flags.strip()
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -56,6 +79,31 @@ SENTENCES = (
     "Is the sky blue? Yes, the sky is blue because the air scatters blue light more than red light.",
     "I'm sorry, but I can't help with that. What else would you like to know?",
 )
+
+
+# Two tiers: what is marked `everything` runs with --everything alone.
+
+
+def pytest_addoption(parser):
+    parser.addoption("--everything", action="store_true", help="also run the tests that only take longer")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("everything"):
+        return
+    longer = [item for item in items if item.get_closest_marker("everything")]
+    config.hook.pytest_deselected(items=longer)
+    items[:] = [item for item in items if item not in longer]
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["longer"] = len(longer)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Counts what xdist's workers have left out, each the same, in the last line."""
+    if node.gateway.id == "gw0":
+        count = getattr(node, "workeroutput", {}).get("longer", 0)
+        node.config.hook.pytest_deselected(items=[types.SimpleNamespace()] * count)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -254,7 +254,7 @@ def test_packing_on_one_core(script, tmp_path):
     assert 0 <= found["4 pairs: padding, share of positions"] < 0.5
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_what_is_doubled_costs_more_operations(script):
     found = script.cost(tokens=16, vocabulary=512, layers=1, width=64, pairs=2, steps=2)
     assert found["layers x 2: operations x"] < 2 and found["layers x 2: time x"] > 0

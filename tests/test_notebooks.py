@@ -142,7 +142,7 @@ def test_what_it_names_is_a_field_a_metric_or_in_the_code(notebook):
     assert dotted <= set(fields)
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_it_runs_from_end_to_end(notebook, tmp_path, monkeypatch):
     path, cells = notebook
     monkeypatch.setenv("PREFALIGN_NOTEBOOK_SIZE", "tiny")

@@ -167,7 +167,7 @@ def test_a_checkpoint_of_eight_devices_is_resumed_on_two_by_two_and_sigterm_stop
     np.testing.assert_allclose(mine["loss"], theirs["loss"], atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_four_processes_train_as_two_do(whole):
     four = whole.with_name("four")
     statuses, said = launch(four, count=4)

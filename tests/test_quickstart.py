@@ -168,7 +168,7 @@ def test_the_interval_is_mean_and_half_width():
     assert interval(np.repeat([0.0, 2.0], 100)) == "+1.00 ± 0.14"
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_the_command_of_the_readme_at_a_third_of_its_size(tmp_path):
     """On one device, as on a laptop; the second loss finds the first stages done."""
     sizes = ["texts=1200", "demonstrations=1200", "pairs=800"]

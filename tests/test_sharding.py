@@ -298,11 +298,11 @@ MESHES = {
 PROGRAMS = [("dpo", "data 8"), ("orpo", "fsdp 8"), ("kto", "fsdp 4 x tensor 2"), ("dpo", "data 2 x fsdp 2 x tensor 2")]
 PROGRAMS += [("dpo", "fsdp 4 x context 2")]
 PROGRAMS += [
-    pytest.param(loss, mesh, marks=pytest.mark.slow)
+    pytest.param(loss, mesh, marks=pytest.mark.everything)
     for loss in ("dpo", "orpo", "kto")
     for mesh in list(MESHES)[1:]
     if (loss, mesh) not in PROGRAMS
-] + [pytest.param("dpo of experts", "fsdp 4 x tensor 2", marks=pytest.mark.slow)]
+] + [pytest.param("dpo of experts", "fsdp 4 x tensor 2", marks=pytest.mark.everything)]
 
 
 @functools.cache

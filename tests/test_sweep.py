@@ -399,7 +399,7 @@ def sweep():
 """
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_dpo_against_orpo_from_one_command_to_a_page(tmp_path):
     (tmp_path / "two.py").write_text(TWO)
     workdir = tmp_path / "sweep"
