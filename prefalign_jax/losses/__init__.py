@@ -3,44 +3,30 @@
 A loss is `f(policy, reference, *, hyper-parameters) -> (loss [B], {metric: [B]})`: unreduced, float32, finite and with
 finite gradients for every finite log-probability <= 0. A new one is a function and a line in LOSSES; an experiment's
 own file may add that line (see the README).
+
+Each is an attribute of its name, which checks what it is given: losses.ipo(policy, reference, tau=0.1). The name of a
+module of this package, such as losses.dpo, is that module and can be called as the loss all the same.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import re
+import types
 from collections.abc import Callable, Mapping, Set
 from typing import Any
 
-from prefalign_jax.losses.absolute import SHIFTS, advance_bco, apo_down, apo_zero, bco, kto_pair, nca, sppo
-from prefalign_jax.losses.dpo import (
-    advance_beta_dpo,
-    beta_dpo,
-    cal_dpo,
-    dpo,
-    dpop,
-    f_dpo,
-    ld_dpo,
-    ln_dpo,
-    odpo,
-    r_dpo,
-    robust_dpo,
-    rpo,
-    sampo,
-    tdpo1,
-    tdpo2,
-    wpo,
-)
+from prefalign_jax.losses import absolute, dpo, margin, orpo, reward, sft, simpo, transport, unpaired
+from prefalign_jax.losses.absolute import SHIFTS
 from prefalign_jax.losses.loss import NEEDS, WEIGHTINGS, BoundLoss, Loss, bind, known_hyper
-from prefalign_jax.losses.margin import SURROGATES, discopop, exo, gpo, hinge, ipo
+from prefalign_jax.losses.margin import SURROGATES
 from prefalign_jax.losses.mixture import Term, mix, terms
 from prefalign_jax.losses.modifiers import DIVERGENCES, MODIFIERS
-from prefalign_jax.losses.orpo import RATIOS, orpo
-from prefalign_jax.losses.reward import bradley_terry
-from prefalign_jax.losses.sft import MEAN, OVER, sft
-from prefalign_jax.losses.simpo import CPO_SURROGATES, alphapo, cpo, rrhf, simpo, slic, unlikelihood
-from prefalign_jax.losses.transport import aot, aot_unpaired
-from prefalign_jax.losses.unpaired import advance_bco_unpaired, apo_zero_unpaired, bco_unpaired, kto
+from prefalign_jax.losses.named import Call, LossModule, named
+from prefalign_jax.losses.orpo import RATIOS
+from prefalign_jax.losses.sft import MEAN, OVER
+from prefalign_jax.losses.simpo import CPO_SURROGATES
 from prefalign_jax.options import Checks, choose, did_you_mean, read_as
 from prefalign_jax.types import UserError
 
@@ -70,49 +56,51 @@ def _shift(hyper: Mapping[str, Any]) -> Mapping[str, float]:
 
 LOSSES: dict[str, Loss] = {
     # Pairs, with a reference.
-    "dpo": Loss(dpo, lambda h: _FREE if h["reference_free"] else _PAIR, _MARGIN),
-    "robust_dpo": Loss(robust_dpo, _PAIR, _MARGIN),
-    "ln_dpo": Loss(ln_dpo, _PAIR, _MARGIN),
-    "r_dpo": Loss(r_dpo, _PAIR, ("ld_alpha", "weighting")),  # sampling would take away the lengths it reads
-    "ld_dpo": Loss(ld_dpo, _PAIR | {"shared"}),
-    "sampo": Loss(sampo, _PAIR | {"sampled"}),
-    "odpo": Loss(odpo, _PAIR | {"margin"}, _RATIOS),
-    "dpop": Loss(dpop, _PAIR, _RATIOS),
-    "rpo": Loss(rpo, _PAIR, ("weighting",)),
-    "cal_dpo": Loss(cal_dpo, _PAIR, _RATIOS),
-    "beta_dpo": Loss(beta_dpo, _BATCH, (), lambda h: {"mean_margin": 0.0}, advance_beta_dpo),
-    "tdpo1": Loss(tdpo1, _PAIR | {"token_kl"}),
-    "tdpo2": Loss(tdpo2, _PAIR | {"token_kl"}),
-    "f_dpo": Loss(f_dpo, _PAIR, _RATIOS),
-    "wpo": Loss(wpo, _PAIR | {"sum_squares"}),
-    "ipo": Loss(ipo, _PAIR, _MARGIN),
-    "hinge": Loss(hinge, _PAIR, _MARGIN),
-    "exo": Loss(exo, _PAIR, _MARGIN),
-    "discopop": Loss(discopop, _PAIR, _MARGIN),
-    "gpo": Loss(gpo, _PAIR, _MARGIN),
-    "nca": Loss(nca, _PAIR, _RATIOS),
-    "bco": Loss(bco, lambda h: _PAIR if h["shift"] == "none" else _BATCH, _RATIOS, _shift, advance_bco),
-    "sppo": Loss(sppo, _PAIR, _RATIOS),
-    "apo_zero": Loss(apo_zero, _PAIR, _RATIOS),
-    "apo_down": Loss(apo_down, _PAIR, _RATIOS),
-    "kto_pair": Loss(kto_pair, _BATCH, _RATIOS),
-    "aot": Loss(aot, _BATCH, _SUMS),
-    "aot_unpaired": Loss(aot_unpaired, _BATCH, _SUMS),
+    "dpo": Loss(dpo.dpo, lambda h: _FREE if h["reference_free"] else _PAIR, _MARGIN),
+    "robust_dpo": Loss(dpo.robust_dpo, _PAIR, _MARGIN),
+    "ln_dpo": Loss(dpo.ln_dpo, _PAIR, _MARGIN),
+    "r_dpo": Loss(dpo.r_dpo, _PAIR, ("ld_alpha", "weighting")),  # sampling would take away the lengths it reads
+    "ld_dpo": Loss(dpo.ld_dpo, _PAIR | {"shared"}),
+    "sampo": Loss(dpo.sampo, _PAIR | {"sampled"}),
+    "odpo": Loss(dpo.odpo, _PAIR | {"margin"}, _RATIOS),
+    "dpop": Loss(dpo.dpop, _PAIR, _RATIOS),
+    "rpo": Loss(dpo.rpo, _PAIR, ("weighting",)),
+    "cal_dpo": Loss(dpo.cal_dpo, _PAIR, _RATIOS),
+    "beta_dpo": Loss(dpo.beta_dpo, _BATCH, (), lambda h: {"mean_margin": 0.0}, dpo.advance_beta_dpo),
+    "tdpo1": Loss(dpo.tdpo1, _PAIR | {"token_kl"}),
+    "tdpo2": Loss(dpo.tdpo2, _PAIR | {"token_kl"}),
+    "f_dpo": Loss(dpo.f_dpo, _PAIR, _RATIOS),
+    "wpo": Loss(dpo.wpo, _PAIR | {"sum_squares"}),
+    "ipo": Loss(margin.ipo, _PAIR, _MARGIN),
+    "hinge": Loss(margin.hinge, _PAIR, _MARGIN),
+    "exo": Loss(margin.exo, _PAIR, _MARGIN),
+    "discopop": Loss(margin.discopop, _PAIR, _MARGIN),
+    "gpo": Loss(margin.gpo, _PAIR, _MARGIN),
+    "nca": Loss(absolute.nca, _PAIR, _RATIOS),
+    "bco": Loss(
+        absolute.bco, lambda h: _PAIR if h["shift"] == "none" else _BATCH, _RATIOS, _shift, absolute.advance_bco
+    ),
+    "sppo": Loss(absolute.sppo, _PAIR, _RATIOS),
+    "apo_zero": Loss(absolute.apo_zero, _PAIR, _RATIOS),
+    "apo_down": Loss(absolute.apo_down, _PAIR, _RATIOS),
+    "kto_pair": Loss(absolute.kto_pair, _BATCH, _RATIOS),
+    "aot": Loss(transport.aot, _BATCH, _SUMS),
+    "aot_unpaired": Loss(transport.aot_unpaired, _BATCH, _SUMS),
     # Pairs, without one.
-    "orpo": Loss(orpo, _orpo_needs),
-    "simpo": Loss(simpo, _FREE),
-    "alphapo": Loss(alphapo, _FREE),
-    "cpo": Loss(cpo, _FREE),
-    "slic": Loss(slic, _FREE),
-    "rrhf": Loss(rrhf, _FREE),
-    "unlikelihood": Loss(unlikelihood, _FREE),
-    "sft": Loss(sft, lambda h: {"prompt"} if h["over"] == "prompt+chosen" else set()),
+    "orpo": Loss(orpo.orpo, _orpo_needs),
+    "simpo": Loss(simpo.simpo, _FREE),
+    "alphapo": Loss(simpo.alphapo, _FREE),
+    "cpo": Loss(simpo.cpo, _FREE),
+    "slic": Loss(simpo.slic, _FREE),
+    "rrhf": Loss(simpo.rrhf, _FREE),
+    "unlikelihood": Loss(simpo.unlikelihood, _FREE),
+    "sft": Loss(sft.sft, lambda h: {"prompt"} if h["over"] == "prompt+chosen" else set()),
     # Single completions with a label.
-    "kto": Loss(kto, _UNPAIRED | {"rejected", "mismatched", "batch"}),
-    "apo_zero_unpaired": Loss(apo_zero_unpaired, _UNPAIRED),
-    "bco_unpaired": Loss(bco_unpaired, _UNPAIRED | {"batch"}, (), _shift, advance_bco_unpaired),
+    "kto": Loss(unpaired.kto, _UNPAIRED | {"rejected", "mismatched", "batch"}),
+    "apo_zero_unpaired": Loss(unpaired.apo_zero_unpaired, _UNPAIRED),
+    "bco_unpaired": Loss(unpaired.bco_unpaired, _UNPAIRED | {"batch"}, (), _shift, unpaired.advance_bco_unpaired),
     # Reward models.
-    "bradley_terry": Loss(bradley_terry, lambda h: {"rejected", "reward", *(["margin"] if h["margin"] else [])}),
+    "bradley_terry": Loss(reward.bradley_terry, lambda h: {"rejected", "reward", *(["margin"] if h["margin"] else [])}),
 }
 
 # Weighted sums that have a name of their own.
@@ -241,3 +229,23 @@ def _expanded(text: str) -> list[Term]:
         inner = _expanded(MIXTURES[term.name]) if term.name in MIXTURES else [Term(1.0, term.name, {})]
         found += [Term(term.weight * t.weight, t.name, {**t.options, **term.options}) for t in inner]
     return found
+
+
+@functools.cache
+def _named(name: str, function: Callable[..., Any]) -> Call:
+    return named(name, function, make_loss, hyper_of(name))
+
+
+def __getattr__(name: str) -> Call:
+    if name in LOSSES:
+        return _named(name, LOSSES[name].function)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; {did_you_mean(name, LOSSES)}".rstrip("; "))
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *LOSSES})
+
+
+for _name in LOSSES:
+    if isinstance(_module := globals().get(_name), types.ModuleType):
+        _module.__class__, _module.calls = LossModule, _named(_name, LOSSES[_name].function)

@@ -31,7 +31,7 @@ NEEDS = {
     "reward": "a reward head: rewards in place of log-probabilities",
 }
 # The fields of PairLogps that are there only for a loss that needs them.
-_FIELDS = {
+FIELDS = {
     "rejected": ("rejected", "rejected_tokens"),
     "prompt": ("prompt", "prompt_tokens"),
     "after": ("after", "text", "text_tokens"),
@@ -146,7 +146,8 @@ def bind(name: str, entry: Loss, given: Mapping[str, Any], checks: Checks, condi
     """
     known = known_hyper(name, entry)
     own = hyper_parameters(entry.function)
-    check_hyper(f"loss {name!r}", given, known, checks)
+    plain = {key: _plain(value, known.get(key)) for key, value in given.items()}
+    check_hyper(f"loss {name!r}", plain, known, checks)
     hyper = {**known, **given}
     for key, (other, values) in conditions.items():
         if key in given and hyper[other] not in values:
@@ -160,7 +161,7 @@ def bind(name: str, entry: Loss, given: Mapping[str, Any], checks: Checks, condi
     needs = _needs(name, entry, hyper, modifiers, running)
 
     def change(policy: PairLogps, reference: PairLogps | None) -> tuple[PairLogps, PairLogps | None]:
-        policy = policy._replace(**{field: None for need in _FIELDS.keys() - needs for field in _FIELDS[need]})
+        policy = policy._replace(**{field: None for need in FIELDS.keys() - needs for field in FIELDS[need]})
         for modifier in modifiers.values():
             options = {key: hyper[key] for key in hyper_parameters(modifier.function)}
             policy, reference = modifier.function(policy, reference, **options)
@@ -194,6 +195,13 @@ def bind(name: str, entry: Loss, given: Mapping[str, Any], checks: Checks, condi
     formula = (entry.function.__doc__ or "").partition("\n")[0]
     in_use = {key: value for key, value in hyper.items() if shown(key)}
     return BoundLoss(name, in_use, frozenset(needs), running, formula, function, advance)
+
+
+def _plain(value: Any, default: Any) -> Any:
+    """A hyper-parameter as a number that can be checked: of one that is being traced nothing is known yet."""
+    if isinstance(value, jax.core.Tracer):
+        return default
+    return value.item() if isinstance(value, jax.Array) and value.ndim == 0 else value
 
 
 def _needs(name, entry, hyper, modifiers, running) -> set[str]:
