@@ -48,6 +48,7 @@ from prefalign_jax.models.lora import Lora, init_adapters
 from prefalign_jax.models.quantize import quantize_params
 from prefalign_jax.options import choose, hyper_parameters
 from prefalign_jax.sharding import make_mesh, param_shardings, shapes_of
+from prefalign_jax.tables import aligned
 from prefalign_jax.train_step import init_state, make_train_step
 from prefalign_jax.types import Pair, TrainState, UserError
 
@@ -819,12 +820,8 @@ def resident(pid: int) -> tuple[int, int]:
 
 def table(name: str, found: dict[str, Any]) -> str:
     """Two columns."""
-    width = max(map(len, found))
-
-    def shown(value: Any) -> str:
-        return ("no", "yes")[value] if isinstance(value, bool) else value if isinstance(value, str) else f"{value:.3f}"
-
-    return "\n".join([name, *(f"  {key:<{width}}  {shown(value)}" for key, value in found.items())])
+    rows = [(key, value if isinstance(value, bool | str) else f"{value:,.3f}") for key, value in found.items()]
+    return f"{name}\n{aligned((), rows, indent=2)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

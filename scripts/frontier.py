@@ -6,6 +6,7 @@ from pathlib import Path
 from prefalign_jax import cli
 from prefalign_jax.analysis.frontier import best_of_points, draw_frontier, points_of, reward_within
 from prefalign_jax.analysis.runs import find_runs
+from prefalign_jax.tables import markdown
 
 LIMITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # nats
 
@@ -21,11 +22,11 @@ def main() -> int:
     best = best_of_points(options.pairs) if options.pairs else []
     path = options.directory / "frontier.png"
     draw_frontier(points, best).savefig(path, dpi=120)
-    print("| best mean reward at KL <= | " + " | ".join(f"{limit:g}" for limit in LIMITS) + " |")
-    print("|---|" + "---|" * len(LIMITS))
-    for method, values in reward_within(runs, LIMITS).items():
-        cells = (f"{mean:.4f}" + (f" [{low:.4f}, {high:.4f}]" if low == low else "") for mean, low, high in values)
-        print(f"| {method} | " + " | ".join(cells) + " |")
+    rows = [
+        [method, *(f"{mean:.4f}" + (f" [{low:.4f}, {high:.4f}]" if low == low else "") for mean, low, high in values)]
+        for method, values in reward_within(runs, LIMITS).items()
+    ]
+    print(markdown(["best mean reward at KL <=", *(f"{limit:g}" for limit in LIMITS)], rows))
     for n, kl, reward in best:
         print(f"best of {n}: reward {reward:.4f}, KL at most {kl:.3f}")
     print(f"{len(points)} evaluations of {max(p.seeds for p in points)} seeds; {path}")

@@ -16,6 +16,7 @@ import numpy as np
 
 from prefalign_jax.losses import LOSSES, MIXTURES, MODIFIERS, NEEDS, BoundLoss, hyper_of, make_loss
 from prefalign_jax.options import hyper_parameters
+from prefalign_jax.tables import markdown
 from prefalign_jax.types import PairLogps, Sides
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -44,14 +45,14 @@ def sections() -> dict[str, list[str]]:
     return out
 
 
-def row(name: str) -> str:
-    """A loss as a line of its table."""
+def row(name: str) -> list[str]:
+    """A loss as a row of its table."""
     doc, loss = LOSSES[name].function.__doc__, make_loss(name)
     own = hyper_parameters(LOSSES[name].function)
     options = ", ".join(f"{key}={value}" for key, value in own.items())
     more = ", ".join(key for key in hyper_of(name) if key not in own)
     usual = {"rejected", "reference", "label", "reward"}
-    cells = [
+    return [
         f"`{name}`",
         f"`{' '.join(doc.splitlines()[0].split())}`",
         options + (f"; {more}" if more else ""),
@@ -60,12 +61,6 @@ def row(name: str) -> str:
         paragraph(doc, "TRL").rstrip("."),
         paragraph(doc, "Source").rstrip("."),
     ]
-    return "| " + " | ".join(map(escaped, cells)) + " |"
-
-
-def escaped(text: str) -> str:
-    """Text for a cell of a table."""
-    return text.replace("|", "\\|")
 
 
 def prose(text: str) -> list[str]:
@@ -88,13 +83,8 @@ def page() -> str:
         "computed."
     )
     for title, names in sections().items():
-        lines += [f"## {title}", ""]
-        lines += [
-            "| loss | formula | options | reference | reads | TRL 1.16 | source |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        lines += [row(name) for name in names]
-        lines += [""]
+        head = ("loss", "formula", "options", "reference", "reads", "TRL 1.16", "source")
+        lines += [f"## {title}", "", markdown(head, [row(name) for name in names]), ""]
     lines += ["## What can be added to a loss", ""]
     lines += prose("Options after the semicolon above, for losses of log-ratios:")
     for modifier in MODIFIERS.values():
@@ -113,8 +103,8 @@ def page() -> str:
         "The reference moves with the policy under `--config.reference.kind=moving` (TR-DPO, arXiv 2404.09656): "
         "reference <- mixup policy + (1 - mixup) reference every so many steps; mixup=1 is the hard update."
     )
-    lines += ["## What a loss may read", "", "| name | what |", "|---|---|"]
-    lines += [*(f"| `{name}` | {escaped(what)} |" for name, what in NEEDS.items()), ""]
+    lines += ["## What a loss may read", ""]
+    lines += [markdown(("name", "what"), [(f"`{name}`", what) for name, what in NEEDS.items()]), ""]
     lines += prose(
         "`batch`: the statistic is over the global batch, whatever the devices and micro-steps; a TRL trainer takes it "
         "over a device's share of a micro-step."

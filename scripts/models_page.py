@@ -11,6 +11,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from pathlib import Path
 
+from prefalign_jax.tables import markdown
 from prefalign_jax.types import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -59,15 +60,14 @@ def measure() -> dict[str, dict[str, float]]:
 
 def table(cases: dict[str, dict[str, float]]) -> str:
     """The rows, a family's variants beneath it."""
-    lines = ["| model_type | models | besides what Llama has | " + " | ".join(COLUMNS) + " |"]
-    lines.append("|" + "---|" * (3 + len(COLUMNS)))
+    rows = []
     for family, (models, features) in NAMES.items():
         for case in sorted(case for case in cases if case.split()[0] == family):
             name = f"`{family}`" if case == family else f"`{family}`, {case.partition(' ')[2]}"
             about = (models, features) if case == family else ("", "")
             values = [f"{cases[case][column]:.1e}" if column in cases[case] else "-" for column in COLUMNS]
-            lines.append("| " + " | ".join((name, *about, *values)) + " |")
-    return "\n".join(lines)
+            rows.append((name, *about, *values))
+    return markdown(("model_type", "models", "besides what Llama has", *COLUMNS), rows)
 
 
 def main() -> int:

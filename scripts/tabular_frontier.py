@@ -16,6 +16,7 @@ from prefalign_jax import cli
 from prefalign_jax.analysis import tabular
 from prefalign_jax.analysis.frontier import COLOURS
 from prefalign_jax.losses import make_loss
+from prefalign_jax.tables import markdown
 
 # Label -> (loss, its options, step size).
 LEARNERS = {
@@ -40,9 +41,8 @@ def main() -> int:
     weights = tabular.both_orders(problem, tabular.bradley_terry(problem))
     figure = matplotlib.figure.Figure(figsize=(8.5, 5.5), layout="constrained")
     axes = figure.add_subplot()
-    print("| loss | reward at the end | best at that KL | KL, nats | most above the frontier on the way |")
-    print("|---|---|---|---|---|")
-    widest = 0.0
+    head = ("loss", "reward at the end", "best at that KL", "KL, nats", "most above the frontier on the way")
+    rows, widest = [], 0.0
     with jax.enable_x64(True):
         for colour, (label, (name, options, rate)) in zip(COLOURS, LEARNERS.items(), strict=False):
             loss = make_loss(name, **options)
@@ -55,7 +55,7 @@ def main() -> int:
             axes.plot(kl[-1], reward[-1], "o", color=colour, ms=5)
             widest = max(widest, float(kl.max()))
             above = float((reward - best).max())
-            print(f"| {label} | {reward[-1]:.4f} | {best[-1]:.4f} | {kl[-1]:.3f} | {above:.1e} |")
+            rows.append((label, f"{reward[-1]:.4f}", f"{best[-1]:.4f}", f"{kl[-1]:.3f}", f"{above:.1e}"))
         kl = np.linspace(0.0, 1.05 * widest, 400)
         axes.plot(kl, tabular.frontier(problem, kl), "k--", lw=1.2, label="the best there is")
     axes.set_xlabel("KL(policy || reference), nats")
@@ -64,6 +64,7 @@ def main() -> int:
     axes.legend(fontsize=9)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)
+    print(markdown(head, rows))
     print(out)
     return 0
 

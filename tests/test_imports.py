@@ -10,7 +10,7 @@ PACKAGE = "prefalign_jax"
 
 # The parts of the package, from the ground up: a part imports only from floors below its own.
 FLOORS = (
-    "types intervals",
+    "types intervals tables",
     "files options processes",
     "data logps losses metrics models optim sharding",
     "checkpoint config export generation pages reference train_step",

@@ -15,6 +15,7 @@ import matplotlib
 import matplotlib.figure
 import matplotlib.ticker
 
+from prefalign_jax import tables
 from prefalign_jax.analysis.compare import (
     HELD_OUT,
     MAX_GAP,
@@ -202,15 +203,12 @@ def markdown(runs: Sequence[Run], group_by: Sequence[str] | None = None, metrics
         decimals = _decimals((high - low) / 2)
         return f"{_fixed(mean, decimals, sign)} [{_fixed(low, decimals)}, {_fixed(high, decimals)}]"
 
-    def table(head: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-        return "\n".join(f"| {' | '.join(line)} |" for line in ([head, *names], ["---"] * (1 + len(names)), *rows))
-
     rows = [
         [f"{group.label} ({_count(len(group.runs), 'seed')})"]
         + [cell(over_seeds(group, _final_of(name))) for name in metrics]
         for group in groups
     ]
-    tables = [table("", metrics, rows)]
+    out = [tables.markdown(["", *metrics], rows)]
     usable = [name for name in metrics if comparable(groups, name)]
     if len(groups) > 1 and usable and all(len(group.runs) > 1 for group in groups):
         first, *others = groups
@@ -218,8 +216,8 @@ def markdown(runs: Sequence[Run], group_by: Sequence[str] | None = None, metrics
             [group.label, *(cell(paired(first, group, _final_of(name)), sign=True) for name in usable)]
             for group in others
         ]
-        tables.append(table(f"minus {first.label}", usable, rows))
-    return "\n\n".join(tables)
+        out.append(tables.markdown([f"minus {first.label}", *usable], rows))
+    return "\n\n".join(out)
 
 
 def _metrics(runs: Sequence[Run], asked: Sequence[str] | None) -> list[str]:

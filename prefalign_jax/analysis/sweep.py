@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -27,6 +27,7 @@ from prefalign_jax.config import resolved, validate
 from prefalign_jax.files import locked, read_json, whole, write_json
 from prefalign_jax.options import flatten
 from prefalign_jax.processes import note, stop_signal
+from prefalign_jax.tables import aligned
 from prefalign_jax.types import UserError
 
 LOCK = ".point_lock"  # held by the run of a point for as long as it lives, whatever becomes of the sweep
@@ -364,13 +365,7 @@ def table_of(rows: Iterable[Sequence[str]]) -> list[str]:
       point  state   step    loss  left
       dpo    done   10/10  0.6931
     """
-    rows = [("point", "state", "step", "loss", "left"), *rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    align: tuple[Callable[[str, int], str], ...] = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust)
-    return [
-        "  ".join(put(cell, width) for cell, width, put in zip(row, widths, align, strict=True)).rstrip()
-        for row in rows
-    ]
+    return aligned(("point", "state", "step", "loss", "left"), list(rows)).split("\n")
 
 
 # What they measured

@@ -27,6 +27,7 @@ from prefalign_jax.models.families import from_hf
 from prefalign_jax.models.lora import Lora, init_adapters
 from prefalign_jax.options import choose
 from prefalign_jax.sharding import packing_of, shapes_of, state_shardings
+from prefalign_jax.tables import aligned
 from prefalign_jax.types import Pair, PairLogps, Params, PreferenceBatch, Sides, TrainState, UserError
 
 GB = 1e9
@@ -287,11 +288,10 @@ def report(found: Plan, config: ConfigDict, chip_name: str) -> str:
     devices = math.prod(found.mesh.values())
     axes = " x ".join(f"{name} {size}" for name, size in found.mesh.items() if size > 1) or "one device"
     lines = [f"{devices} {chip_name}, {axes}; {config.batch_size} pairs a step, {found.tokens} tokens", ""]
-    lines += [f"{'memory of a device':<24}{'GB':>10}"]
-    lines += [f"  {name:<22}{size / GB:>10.2f}" for name, size in found.memory.items()]
     room = f"of {chip.memory / GB:.0f} GB, {ROOM:.0%} of which a program gets"
-    lines += [f"  {'total':<22}{found.total / GB:>10.2f}  {room}", ""]
-    lines += [f"{'sent by a device a step':<24}{'times':>10}{'GB':>10}"]
+    rows = [(name, f"{size / GB:.2f}", "") for name, size in found.memory.items()]
+    lines += [aligned(("memory of a device", "GB", ""), [*rows, ("total", f"{found.total / GB:.2f}", room)]), ""]
+    rows = []
     for kind in KINDS:
         mine = [one for one in found.traffic if one.kind == kind]
         for near, where in ((True, "in a host"), (False, "between hosts")):
@@ -299,7 +299,8 @@ def report(found: Plan, config: ConfigDict, chip_name: str) -> str:
             if part:
                 times = sum(one.times or 1 for one in part)
                 sent = sum(one.sent * (one.times or 1) for one in part)
-                lines.append(f"  {kind}, {where:<{20 - len(kind)}}{times:>12}{sent / GB:>10.3f}")
+                rows.append((f"{kind}, {where}", times, f"{sent / GB:.3f}"))
+    lines.append(aligned(("sent by a device a step", "times", "GB"), rows))
     computing, sending = seconds(found, chip)
     lines += ["", f"{found.flops / devices / 1e12:.1f} TFLOP a device, {computing:.2f} s at {ATTAINED:.0%} of the peak"]
     lines += [f"{sending:.2f} s in collectives at {REACHED:.0%} of the links' bandwidth"]

@@ -15,6 +15,7 @@ from prefalign_jax.data.pipeline import PairSet
 from prefalign_jax.data.rows import content_digest
 from prefalign_jax.data.statistics import length_bias, quantiles
 from prefalign_jax.files import whole, write_json
+from prefalign_jax.tables import markdown
 
 FORMAT = 1
 
@@ -154,51 +155,45 @@ def as_markdown(sheet: Mapping[str, Any], level: int = 2) -> str:
         )
         for s in sheet["sources"]
     ]
-    out.append(_table(("source", "for", "records", "SHA-256"), rows))
+    out.append(markdown(("source", "for", "records", "SHA-256"), rows))
     if sheet["mixture"]:
         head = list(sheet["mixture"][0])  # source, its pairs, its share, what it lost
         rows = [[one[head[0]], one[head[1]], f"{one[head[2]]:.1%}", _counts(one[head[3]])] for one in sheet["mixture"]]
-        out.append(_table(head, rows))
+        out.append(markdown(head, rows))
     out.append(f"{mark} Counts")
     rows = []
     for part, stages in sheet["stages"].items():
         for stage in stages:
             counts = {**stage["dropped"], **{f"{reason} (changed)": n for reason, n in stage["repaired"].items()}}
             rows.append((part, stage["name"], stage["before"], stage["after"], _counts(counts)))
-    out.append(_table(("part", "stage", "in", "out", "left out, by reason"), rows))
+    out.append(markdown(("part", "stage", "in", "out", "left out, by reason"), rows))
     if options := {name: given for name, given in sheet["cleaning"].items() if given}:
         out.append("Options: " + "; ".join(f"{name} {_words(given)}" for name, given in options.items()) + ".")
     out.append(f"{mark} Tokens")
     names = [name for name in next(iter(training["tokens"].values()), {})]
     rows = [(side, *(_number(values[name]) for name in names)) for side, values in training["tokens"].items()]
-    out.append(_table(("of each", *names), rows))
+    out.append(markdown(("of each", *names), rows))
     template = sheet["template"]["name"] or "none, the data are plain text"
     out.append(
-        f"{training['count']} in training ({training['kind']}), {training['trained_tokens']} tokens trained. At most "
-        f"{sheet['max_length']} tokens (too_long: {sheet['too_long']}), {sheet['tokenizer']['vocabulary']} in the "
-        f"vocabulary. Chat template: {template}. SHA-256 of the tokenized data: {training['sha256']}."
+        f"{training['count']:,} in training ({training['kind']}), {training['trained_tokens']:,} tokens trained. "
+        f"At most {sheet['max_length']:,} tokens (too_long: {sheet['too_long']}), "
+        f"{sheet['tokenizer']['vocabulary']:,} in the vocabulary. Chat template: {template}. "
+        f"SHA-256 of the tokenized data: {training['sha256']}."
     )
     if bias := training.get("length_bias"):
         interval = ""
         if "longer_wins" in bias:
             interval = f" ({bias['longer_wins']:.3f} of those that differ, {bias['low']:.3f} to {bias['high']:.3f})"
         out.append(
-            f"Length bias: the chosen response has more tokens in {bias['longer']} pairs{interval}, fewer in "
-            f"{bias['shorter']}, as many in {bias['equal']}; always preferring the {bias['rule']} one is right in "
+            f"Length bias: the chosen response has more tokens in {bias['longer']:,} pairs{interval}, fewer in "
+            f"{bias['shorter']:,}, as many in {bias['equal']:,}; always preferring the {bias['rule']} one is right in "
             f"{bias['accuracy']:.3f}."
         )
     return "\n\n".join(out) + "\n"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(
-        "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
-    )
-
-
 def _counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{n} {reason}" for reason, n in counts.items()) or "none"
+    return ", ".join(f"{n:,} {reason}" for reason, n in counts.items()) or "none"
 
 
 def _words(options: Mapping[str, Any]) -> str:
@@ -206,4 +201,4 @@ def _words(options: Mapping[str, Any]) -> str:
 
 
 def _number(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.1f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"

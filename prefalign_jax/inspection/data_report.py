@@ -22,6 +22,7 @@ from prefalign_jax.data.statistics import (
     truncation,
 )
 from prefalign_jax.data.words import turns
+from prefalign_jax.tables import Table, aligned
 from prefalign_jax.types import Pair
 
 
@@ -92,9 +93,6 @@ def make_report(
     return out
 
 
-Table = tuple[str, Sequence[str], Sequence[Sequence[Any]]]  # title, names of columns, rows
-
-
 def tables_of(report: Mapping[str, Any]) -> list[Table]:
     """The report as tables for people."""
     out: list[Table] = []
@@ -103,14 +101,14 @@ def tables_of(report: Mapping[str, Any]) -> list[Table]:
         for part, stages in report["stages"].items():
             for stage in stages:
                 counts = {**stage["dropped"], **{f"{why} (changed)": n for why, n in stage["repaired"].items()}}
-                reasons = ", ".join(f"{n} {why}" for why, n in counts.items() if n)
+                reasons = ", ".join(f"{n:,} {why}" for why, n in counts.items() if n)
                 rows.append((f"{part}: {stage['name']}", stage["before"], stage["after"], reasons))
-        out.append(("Records", ("stage", "in", "out", "left out, by reason"), rows))
+        out.append(Table("Records", ("stage", "in", "out", "left out, by reason"), rows))
     for unit in ("tokens", "characters", "scores"):
         columns = [name for name in (*QUANTILES, "mean") if any(name in values for values in report[unit].values())]
         rows = [(side, *map(_short, map(values.get, columns))) for side, values in report[unit].items() if values]
         if rows:
-            out.append((unit.capitalize(), ("", *columns), rows))
+            out.append(Table(unit.capitalize(), ("", *columns), rows))
     if "length_bias" in report:
         rows = []
         for unit, bias in report["length_bias"].items():
@@ -122,32 +120,24 @@ def tables_of(report: Mapping[str, Any]) -> list[Table]:
             counts = bias["longer"], bias["shorter"], bias["equal"]
             rows.append((unit, *counts, share, f"prefer the {bias['rule']}: {bias['accuracy']:.3f}"))
         head = ("chosen, in", "longer", "shorter", "equal", "longer wins [95%]", "accuracy of lengths alone")
-        out.append(("Length bias", head, rows))
+        out.append(Table("Length bias", head, rows))
     cost = report["truncation"]
     rows = [(name.replace("_", " "), number) for name, number in cost.items()]
-    out.append(("What max_length costs", ("", "count"), rows))
+    out.append(Table("What max_length costs", ("", "count"), rows))
     rows = [(step, why, n) for step, counts in report["cleaning_would_drop"].items() for why, n in counts.items()]
-    out.append(("What cleaning would drop or change", ("step", "reason", "records"), rows))
+    out.append(Table("What cleaning would drop or change", ("step", "reason", "records"), rows))
     rows = [(name.replace("_", " "), number) for name, number in report["prompts"].items()]
     rows += [(f"{number} turns of the user", count) for number, count in report["turns"].items()]
-    out.append(("Prompts", ("", "count"), rows))
+    out.append(Table("Prompts", ("", "count"), rows))
     if report["beginnings"]:
-        out.append(("Most frequent beginnings", ("first words", "prompts"), report["beginnings"]))
+        out.append(Table("Most frequent beginnings", ("first words", "prompts"), report["beginnings"]))
     return out
 
 
 def as_text(tables: Sequence[Table]) -> str:
-    """Tables for a terminal, columns aligned."""
-    out = []
-    for title, head, rows in tables:
-        lines = [[str(cell) for cell in line] for line in (head, *rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-        out.append(f"\n{title}")
-        for line in lines:
-            cells = [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
-            out.append("  " + "  ".join(cells).rstrip())
-    return "\n".join(out)
+    """Tables for a terminal."""
+    return "\n".join(f"\n{table.title}\n{aligned(table.head, table.rows, indent=2)}" for table in tables)
 
 
-def _short(value: Any) -> str:
-    return "" if value is None else f"{value:.1f}" if isinstance(value, float) and value % 1 else f"{value:g}"
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:,.1f}" if value % 1 else f"{value:,.0f}"

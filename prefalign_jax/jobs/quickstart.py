@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from prefalign_jax import processes
+from prefalign_jax import processes, tables
 from prefalign_jax.config import defaults
 from prefalign_jax.evaluation.held_out import sequence_log_ratios
 from prefalign_jax.generation.generate import sample
@@ -219,8 +219,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
         ("reward accuracy on held-out pairs", "-", "{:.3f} [{:.3f}, {:.3f}]".format(*accuracy)),
         ("KL to the reference, nats per answer", "0", interval(kl)),
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    table = tables.aligned(rows[0], rows[1:])
     (workdir / f"table_{name}.txt").write_text(table + "\n")
     plot_rewards(workdir / f"rewards_{name}.png", old_rewards, new_rewards)
     print(f"\n{table}\n\n{questions[0]['prompt']}\n  before:{old_texts[0]}\n  after: {new_texts[0]}\n")

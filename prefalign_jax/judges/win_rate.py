@@ -12,6 +12,7 @@ import numpy as np
 
 from prefalign_jax.intervals import Interval, share_interval
 from prefalign_jax.judges.judge import Verdict
+from prefalign_jax.tables import aligned
 
 Z = 1.96  # 95% of a normal distribution lies within -Z and Z
 RIDGE = 0.01  # weight of the penalty that keeps the length regression finite
@@ -169,6 +170,5 @@ def table(result: WinRate, first: str, second: str, judge: str) -> str:
     if result.inconsistent is not None:
         rows.append(("verdicts that change with the order", f"{result.inconsistent:.3f}"))
         rows.append(("preference for the answer shown first", f"{result.shown_first:.3f}"))
-    rows += [(f"lost: {reason}", str(count)) for reason, count in result.lost.items()]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    rows += [(f"lost: {reason}", count) for reason, count in result.lost.items()]
+    return aligned((), rows)
