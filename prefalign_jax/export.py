@@ -20,13 +20,15 @@ import yaml
 from prefalign_jax.files import write_json
 from prefalign_jax.models import hf_io
 from prefalign_jax.models.decoder import DecoderConfig
+from prefalign_jax.models.endings import end_of_turn, generation_config, special_tokens
 from prefalign_jax.processes import agreed, is_first
 from prefalign_jax.types import Params, UserError, one_line
 
 # What a card may say.
 CARD = {
-    "base_model": "hub name of the model that training started from",
-    "datasets": "hub names of the data sets",
+    "name": "the model's name",
+    "base_model": "hub name or directory of the model that training started from",
+    "datasets": "hub names of the data sets; those of the configuration where it is left out",
     "tags": "more tags",
     "license": "licence identifier",
     "loss": "name of the loss",
@@ -38,7 +40,6 @@ CARD = {
 }
 _SECRET = re.compile(r"token(?!s|iz)|secret|password|api_?key", re.IGNORECASE)
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
-_PROBE = "prefalign"
 
 
 def export(
@@ -48,6 +49,7 @@ def export(
     directory: str | pathlib.Path,
     *,
     dtype: str = "float32",
+    base: str | pathlib.Path | None = None,
     card: Mapping[str, Any],
 ) -> None:
     """Writes a directory that transformers loads; it appears whole or not at all, and replaces an earlier export.
@@ -60,6 +62,8 @@ def export(
       tokenizer: a Hugging Face tokenizer; its chat template goes with it. It is not changed.
       directory: where to.
       dtype: stored type, one of `hf_io.DTYPES`.
+      base: directory of the model that training started from. What its config.json and generation_config.json say and
+        training did not change is kept, such as special ids and sampling settings.
       card: what the model card says, with keys of CARD; fields whose names sound like secrets are left out.
 
     Raises:
@@ -76,14 +80,16 @@ def export(
     if config.reward:
         scoring = how_to_score(tokenizer, keep_end=_keeps_end(card))
         tokenizer = padded_apart(tokenizer)
-    text = model_card(card, title=directory.name, scoring=scoring)
+    text = model_card(card, title=card.get("name") or directory.name, scoring=scoring)
+    stored = {} if base is None else hf_io.read_object(pathlib.Path(base) / "config.json")
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {name: i for name, i in ids.items() if name not in stored or (config.reward and name == "pad_token_id")}
     with hf_io.replacing(directory) as fresh:
-        hf_io.write_params(params, config, fresh, dtype=dtype, extra=ids)
+        hf_io.write_params(params, config, fresh, dtype=dtype, base=base, extra=ids)
         if is_first():
             tokenizer.save_pretrained(fresh)
             if not config.reward:
-                write_json(fresh / "generation_config.json", generation_config(tokenizer))
+                write_json(fresh / "generation_config.json", generation_config(tokenizer, base))
             (fresh / "README.md").write_text(text)
     agreed("written")  # what comes next may read it in any process
 
@@ -128,47 +134,6 @@ def push(directory: str | pathlib.Path, repository: str) -> str:
     return str(address)
 
 
-def generation_config(tokenizer: Any) -> dict[str, Any]:
-    """The ids that begin, end and pad a generated text.
-
-    Args:
-      tokenizer: a Hugging Face tokenizer.
-
-    Returns:
-      The fields of generation_config.json. Generation ends at EOS, and at the token that ends a turn under the chat
-      template if that is another: chat models often write only the latter.
-    """
-    ends = [tokenizer.eos_token_id, end_of_turn(tokenizer)]
-    ends = list(dict.fromkeys(i for i in ends if i is not None))
-    fields = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-def end_of_turn(tokenizer: Any) -> int | None:
-    """The special token that the chat template writes right after an assistant's message.
-
-    Args:
-      tokenizer: a Hugging Face tokenizer.
-
-    Returns:
-      Its id; None if there is no template, it fails, or it ends a turn with ordinary text.
-    """
-    if not tokenizer.chat_template:
-        return None
-    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _PROBE}]
-    try:
-        tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(_PROBE)[2].lstrip()
-    except Exception:  # a template raises whatever it likes; one that was never used must not cost a finished run
-        return None
-    # all_special_ids lacks tokens that the tokenizer's configuration does not name, such as Llama 3's <|eot_id|>.
-    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return max(((len(text), i) for text, i in special.items() if tail.startswith(text)), default=(0, None))[1]
-
-
 def padded_apart(tokenizer: Any) -> Any:
     """The tokenizer with a padding token that ends no text.
 
@@ -182,7 +147,7 @@ def padded_apart(tokenizer: Any) -> Any:
     ends = {None, tokenizer.eos_token_id, end_of_turn(tokenizer)}
     if tokenizer.pad_token_id not in ends:
         return tokenizer
-    special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = {i: text for text, i in special_tokens(tokenizer).items()}
     meant = [i for i, text in special.items() if "pad" in text.lower()]
     candidates = [*meant, tokenizer.unk_token_id, tokenizer.bos_token_id, *special]
     tokenizer = copy.deepcopy(tokenizer)
@@ -252,9 +217,7 @@ def model_card(card: Mapping[str, Any], *, title: str, scoring: str | None = Non
     if unknown:
         raise UserError(f"model card: unknown field {unknown[0]!r}; the fields are {', '.join(CARD)}")
     card = without_secrets(card)
-    base = str(card.get("base_model") or "")
-    if not _HUB_NAME.fullmatch(base) or pathlib.Path(base).exists():
-        base = ""  # a directory of the machine that trained the model means nothing to a reader
+    base, license_ = _origin(card)
     tags = [
         "prefalign_jax",
         "preference-alignment",
@@ -265,9 +228,9 @@ def model_card(card: Mapping[str, Any], *, title: str, scoring: str | None = Non
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation" if scoring is None else "text-classification",
-        "license": card.get("license"),
+        "license": license_,
         "base_model": base,
-        "datasets": list(card.get("datasets", ())),
+        "datasets": list(card.get("datasets") or _hub_data(card.get("config") or {})),
         "tags": list(dict.fromkeys(tags)),
     }
     front = {name: value for name, value in front.items() if value}
@@ -286,7 +249,8 @@ def model_card(card: Mapping[str, Any], *, title: str, scoring: str | None = Non
     if card.get("metrics"):
         sections += ["## Metrics", _table("metric", card["metrics"])]
     if card.get("config"):
-        sections += ["## Configuration", "```json\n" + json.dumps(card["config"], indent=2, default=str) + "\n```"]
+        plain = _set_fields(card["config"])
+        sections += ["## Configuration", "```json\n" + json.dumps(plain, indent=2, default=str) + "\n```"]
     sections += ["## How to load", _LOAD] if scoring is None else ["## How to score a text", _python(scoring)]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -303,6 +267,49 @@ def without_secrets(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_secrets(item) for item in value]
     return value
+
+
+def _origin(card: Mapping[str, Any]) -> tuple[str, str | None]:
+    """(hub name of the base or '', licence): a base in a directory says both on its own card, if it has one."""
+    base = str(card.get("base_model") or "")
+    if not pathlib.Path(base or "?").is_dir():
+        return base if _HUB_NAME.fullmatch(base) else "", card.get("license")
+    front = front_matter(pathlib.Path(base) / "README.md")
+    name, license_ = front.get("base_model"), front.get("license")
+    name = name if isinstance(name, str) and _HUB_NAME.fullmatch(name) else ""
+    return name, card.get("license") or (license_ if isinstance(license_, str) else None)
+
+
+def front_matter(card: pathlib.Path) -> dict[str, Any]:
+    """What a model card says to the hub, {} if there is no card or its front matter cannot be read."""
+    try:
+        match = re.match(r"---\n(.*?)\n---\s", card.read_text(encoding="utf-8"), re.DOTALL)
+        front = yaml.safe_load(match[1]) if match else {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return front if isinstance(front, dict) else {}
+
+
+def _hub_data(config: Mapping[str, Any]) -> list[str]:
+    """Hub names of the data sets that a configuration trains or evaluates on."""
+    data = config.get("data") or {}
+    sources = [{"path": data.get("path")}, {"path": data.get("eval_path")}, *(data.get("mix") or ())]
+    names = [str(source.get("path") or "") for source in sources if isinstance(source, Mapping)]
+    return [name for name in dict.fromkeys(names) if "/" in name and _is_hub_name(name)]
+
+
+def _is_hub_name(name: str) -> bool:
+    """Whether a name is the hub's: a path of the machine that trained the model means nothing to a reader."""
+    suffixes = (".json", ".jsonl", ".gz", ".parquet", ".csv", ".tsv", ".arrow")
+    return bool(_HUB_NAME.fullmatch(name)) and not pathlib.Path(name).exists() and not name.endswith(suffixes)
+
+
+def _set_fields(value: Any) -> Any:
+    """Nested mappings without the fields that are None, and without groups of which no field is left."""
+    if not isinstance(value, Mapping):
+        return value
+    fields = {key: _set_fields(item) for key, item in value.items()}
+    return {key: item for key, item in fields.items() if item is not None and item != {}}
 
 
 _REWARD_MODEL = (

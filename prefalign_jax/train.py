@@ -25,11 +25,11 @@ from prefalign_jax.evaluation.held_out import evaluate, summary
 from prefalign_jax.evaluation.policy_samples import draw, measure, scorer_of
 from prefalign_jax.export import export, hub_token, push
 from prefalign_jax.files import locked, write_json
-from prefalign_jax.generation.generate import stop_ids
 from prefalign_jax.generation.sample_files import write_jsonl
 from prefalign_jax.load_data import layout_of, load_pairs, load_prompts, unit_of
 from prefalign_jax.metrics import Progress, open_writer, read_metrics
 from prefalign_jax.models.decoder import cast
+from prefalign_jax.models.endings import stop_ids
 from prefalign_jax.models.hf_io import (
     load_config,
     resolve,

@@ -18,11 +18,12 @@ import jax
 from prefalign_jax import cli
 from prefalign_jax.data.chat import load_tokenizer, tokenize_prompts
 from prefalign_jax.data.records import read_prompts
-from prefalign_jax.generation.generate import stop_ids, stream
+from prefalign_jax.generation.generate import stream
 from prefalign_jax.generation.sample_files import Sample
 from prefalign_jax.generation.sampling import Sampling
 from prefalign_jax.metrics import Progress
 from prefalign_jax.models.decoder import make_decoder
+from prefalign_jax.models.endings import split_stops, stop_ids
 from prefalign_jax.models.hf_io import load_config, load_params, resolve
 from prefalign_jax.options import choose
 from prefalign_jax.sharding import make_mesh, param_shardings
@@ -117,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def decode(tokens: Any) -> str:
         return tokenizer.decode(tokens, skip_special_tokens=True)
 
+    stop_tokens, stop_strings = split_stops(values.stop, tokenizer)
     drawn = stream(
         model,
         params,
@@ -125,9 +127,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         n=values.n,
         seed=values.seed,
         max_new_tokens=values.max_new_tokens,
-        stop_tokens=stop_ids(directory, tokenizer),
+        stop_tokens=(*stop_ids(directory, tokenizer), *stop_tokens),
         sampling=sampling,
-        stop_strings=values.stop,
+        stop_strings=stop_strings,
         decode=decode,
         batch_size=values.batch_size,
     )
@@ -142,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 continue
             text = decode(found.spoken)
             if found.ended == "string":
-                text = text[: min(at for at in map(text.find, values.stop) if at >= 0)]
+                text = text[: min(at for at in map(text.find, stop_strings) if at >= 0)]
             line = Sample(one.prompt, text, id=one.id, **run)._asdict() | {"sample": j, "ended": found.ended}
             line |= {"tokens": found.tokens.tolist(), "logps": found.logps.tolist()}
             file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())

@@ -17,9 +17,7 @@ from prefalign_jax.data.chat import tokenize_records
 from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.records import Record
 from prefalign_jax.export import (
-    end_of_turn,
     export,
-    generation_config,
     how_to_score,
     model_card,
     padded_apart,
@@ -31,6 +29,7 @@ from prefalign_jax.models import hf_io
 from prefalign_jax.models.decoder import make_decoder
 from prefalign_jax.types import Pair, UserError
 from small import first, packed
+from test_endings import Template
 from test_hf_io import CONFIG, TOKENS, assert_trees_equal, logits, write_directory
 
 CARD = {
@@ -157,6 +156,59 @@ def test_torch_computes_the_same_logits_from_the_export(exported, params, config
         theirs = model(torch.from_numpy(TOKENS).long()).logits.numpy()
     assert theirs.std() > 1
     np.testing.assert_allclose(theirs, logits(config, params), rtol=0, atol=1e-4)
+
+
+SETTINGS = {"eos_token_id": [2, 7, 9], "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.05}
+
+
+@pytest.fixture
+def base(config, tmp_path):
+    """A base that says more than a decoder has an opinion on; the tokenizer has other special ids."""
+    directory = write_directory(tmp_path / "base", config)
+    fields = json.loads((directory / "config.json").read_text())
+    fields |= {"eos_token_id": 7, "bos_token_id": None, "use_cache": False, "torch_dtype": "float16"}
+    (directory / "config.json").write_text(json.dumps(fields))
+    (directory / "generation_config.json").write_text(json.dumps(SETTINGS))
+    return directory
+
+
+def test_what_training_does_not_change_is_carried_over(base, params, config, tiny_tokenizer, tmp_path):
+    export(params, config, tiny_tokenizer, tmp_path / "out", base=base, card={})
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == SETTINGS
+    before, after = (json.loads((d / "config.json").read_text()) for d in (base, tmp_path / "out"))
+    assert before.pop("torch_dtype") == "float16" and after.pop("dtype") == "float32"
+    before.pop("dtype", None)
+    assert after == before and after["eos_token_id"] == 7 != tiny_tokenizer.eos_token_id
+
+
+def test_a_grown_vocabulary_changes_its_size_alone(base, params, config, tiny_tokenizer, tmp_path):
+    grown, larger = hf_io.resize_embeddings(params, config, config.vocab_size + 3)
+    export(grown, larger, tiny_tokenizer, tmp_path / "out", base=base, card={})
+    before, after = (json.loads((d / "config.json").read_text()) for d in (base, tmp_path / "out"))
+    different = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    assert different - {"dtype"} == {"vocab_size", "torch_dtype"}
+    assert hf_io.load_config(tmp_path / "out") == larger
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_stored_type_is_known(dtype, params, config, tmp_path):
+    hf_io.save_params(params, config, tmp_path / "out", dtype=dtype)
+    assert hf_io.stored_dtype(tmp_path / "out") == dtype
+
+
+@pytest.mark.parity
+def test_untouched_weights_write_the_bases_text(base, params, config, tiny_tokenizer, tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    export(params, config, tiny_tokenizer, tmp_path / "out", base=base, card={})
+    prompts = torch.from_numpy(np.random.default_rng(0).integers(10, 300, (8, 4)))
+    texts = []
+    for directory in (base, tmp_path / "out"):
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        options = dict(do_sample=False, max_new_tokens=24, attention_mask=torch.ones_like(prompts), pad_token_id=0)
+        texts.append(model.generate(prompts, temperature=None, top_p=None, **options).tolist())
+    assert texts[0] == texts[1]
 
 
 def test_an_earlier_export_is_replaced_whole(exported, params, config, tiny_tokenizer):
@@ -393,49 +445,6 @@ def test_the_cards_code_prints_our_reward(
 # Where generation ends.
 
 
-class Template:
-    """A tokenizer as far as the end of a turn goes."""
-
-    def __init__(self, after: str, eos: int | None = 0):
-        self.chat_template, self.after = "a template", after
-        self.bos_token_id, self.eos_token_id, self.pad_token_id = None, eos, None
-        token = type("Token", (), {})
-        self.added_tokens_decoder = {}
-        for i, (text, special) in enumerate([("</s>", True), ("<|end", True), ("<|end|>", True), ("<br>", False)]):
-            self.added_tokens_decoder[i] = token()
-            self.added_tokens_decoder[i].content, self.added_tokens_decoder[i].special = text, special
-
-    def convert_ids_to_tokens(self, i):
-        return i
-
-    def apply_chat_template(self, chat, tokenize):
-        return "".join(f"[{m['role']}]{m['content']}{self.after}" for m in chat)
-
-
-@pytest.mark.parametrize(
-    ("after", "turn", "eos"),
-    [
-        ("<|end|>\n", 2, [0, 2]),  # the longest token that fits, not its prefix
-        ("\n<|end|>", 2, [0, 2]),
-        ("</s>\n", 0, 0),
-        (" </s><|end|>", 0, 0),
-        ("\n\nHuman:", None, 0),
-        ("<br>", None, 0),
-        ("", None, 0),
-    ],
-)
-def test_generation_ends_at_eos_and_at_the_end_of_a_turn(after, turn, eos):
-    assert end_of_turn(Template(after)) == turn
-    assert generation_config(Template(after)) == {"eos_token_id": eos}
-
-
-def test_no_template_and_no_eos():
-    tokenizer = Template("<|end|>", eos=None)
-    assert generation_config(tokenizer) == {"eos_token_id": 2}
-    tokenizer.chat_template = None
-    assert generation_config(tokenizer) == {}
-
-
 # The card.
 
 
@@ -473,8 +482,28 @@ def test_a_local_base_model_is_not_given_out(base, tmp_path, monkeypatch):
     assert "base" not in model_card({"base_model": base}, title="m").split("## How to load")[0]
 
 
+def test_a_local_base_speaks_by_its_own_card(tmp_path):
+    front = "base_model: someone/first\nlicense: mit"
+    (tmp_path / "README.md").write_text(f"---\n{front}\n---\n# sft\n")
+    front = yaml.safe_load(model_card({"base_model": str(tmp_path)}, title="m").split("---\n")[1])
+    assert (front["base_model"], front["license"]) == ("someone/first", "mit")
+    (tmp_path / "README.md").write_text("---\n[: not yaml\n---\n")
+    assert "base_model" not in model_card({"base_model": str(tmp_path)}, title="m")
+
+
+def test_data_sets_of_the_hub_and_set_fields_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    mix = [{"path": "someone/pairs"}, {"path": "mine/here.jsonl"}, {"path": "./mine"}]
+    config = {"data": {"path": None, "eval_path": "someone/held", "mix": mix}, "lora": {"rank": None}, "steps": 3}
+    text = model_card({"config": config, "name": "tiny"}, title="tiny")
+    assert yaml.safe_load(text.split("---\n")[1])["datasets"] == ["someone/held", "someone/pairs"]
+    shown = json.loads(text.split("```json\n")[1].split("```")[0])
+    assert shown["steps"] == 3 and "lora" not in shown and "path" not in shown["data"]
+
+
 def test_unknown_card_field_is_refused():
-    with pytest.raises(UserError, match="unknown field 'dataset'; the fields are base_model, datasets"):
+    with pytest.raises(UserError, match="unknown field 'dataset'; the fields are name, base_model, datasets"):
         model_card({"dataset": "x"}, title="m")
 
 

@@ -10,10 +10,10 @@ import pytest
 
 from prefalign_jax import cli
 from prefalign_jax.data.chat import tokenize_prompts
-from prefalign_jax.generation.generate import stop_ids
 from prefalign_jax.generation.sample_files import read_samples
 from prefalign_jax.models import hf_io
 from prefalign_jax.models.decoder import make_decoder
+from prefalign_jax.models.endings import stop_ids
 from prefalign_jax.types import UserError
 from small import CONFIG, make_params
 

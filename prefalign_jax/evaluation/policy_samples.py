@@ -73,7 +73,7 @@ def draw(
       tokenizer: Hugging Face tokenizer.
       prompts: strings or messages.
       fields: a config's `samples`.
-      stop_tokens: ids that end a response, see `generate.stop_ids`.
+      stop_tokens: ids that end a response, see `models.endings.stop_ids`.
       per_prompt: samples of each.
       seed: of the draws.
       first: number of the first prompt, where these are a part of a longer list.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prefalign_jax.generation.sampling import Parts, Sampling, adjust
-from prefalign_jax.models.hf_io import read_object
 from prefalign_jax.processes import fetch
 from prefalign_jax.sharding import ROWS, groups_of
 from prefalign_jax.types import Cached, LanguageModel, Params, UserError
@@ -195,24 +193,6 @@ def stream(
             end = cuts.get(row, ends[row])
             ended = "string" if row in cuts else "token" if tokens[row, end - 1] in draw.stop else "length"
             yield i, j, Completion(tokens[row, :end].copy(), logps[row, :end].copy(), ended)
-
-
-def stop_ids(directory: str | Path, tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that end a response: eos_token_id of generation_config.json, one or several, and the tokenizer's.
-
-    Args:
-      directory: a model's; the file may be missing.
-      tokenizer: a Hugging Face tokenizer.
-
-    Raises:
-      UserError: the file is malformed.
-    """
-    file = Path(directory) / "generation_config.json"
-    found = read_object(file, missing={}).get("eos_token_id")
-    ids = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(type(i) is int for i in ids):
-        raise UserError(f"{file}: eos_token_id: expected a token id or a list of them, found {found!r}")
-    return tuple(dict.fromkeys([*ids, tokenizer.eos_token_id]))
 
 
 def uncached(model: LanguageModel) -> Cached:

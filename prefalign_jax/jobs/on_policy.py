@@ -16,10 +16,10 @@ from prefalign_jax.data.chat import load_tokenizer
 from prefalign_jax.data.pairing import Scored, pair_up
 from prefalign_jax.evaluation.policy_samples import draw, scorer_of
 from prefalign_jax.files import locked, read_json, write_json
-from prefalign_jax.generation.generate import stop_ids
 from prefalign_jax.generation.sample_files import write_jsonl
 from prefalign_jax.load_data import load_prompts
 from prefalign_jax.metrics import Progress
+from prefalign_jax.models.endings import stop_ids
 from prefalign_jax.models.hf_io import resolve
 from prefalign_jax.processes import agreed, by_first, note
 from prefalign_jax.sharding import make_mesh

@@ -36,6 +36,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 _DOWNLOAD = ["*.json", "model*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 _IGNORE = ["*/*", "*.bin", "*.py"]
 _STORED = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+# Fields of a base's config.json that do not describe the exported model: its types, and code that nobody runs.
+_NOT_KEPT = ("dtype", "torch_dtype", "auto_map", "_name_or_path", "transformers_version")
 # Recomputed from the config; older files still hold them.
 _BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
 
@@ -115,7 +117,7 @@ def load_params(
         files, which could run any code when opened.
     """
     directory = pathlib.Path(directory)
-    hf = read_json(directory / "config.json")
+    hf = read_object(directory / "config.json")
     architecture, scored = families.family(config.family).reward_architecture, families.is_reward(hf)
     if scored and not config.reward:
         raise UserError(
@@ -169,6 +171,7 @@ def save_params(
     *,
     dtype: str = "float32",
     max_shard_bytes: float = 5e9,
+    base: str | pathlib.Path | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes config.json and safetensors under Hugging Face's names; the directory appears whole or not at all.
@@ -179,6 +182,7 @@ def save_params(
       directory: where to; a model directory that is there already is replaced.
       dtype: stored type, one of DTYPES.
       max_shard_bytes: a larger model is split into files of at most this size (a larger tensor has its own file).
+      base: directory of the model that training started from, see `config_json`.
       extra: more fields for config.json, such as bos_token_id.
 
     Raises:
@@ -191,6 +195,7 @@ def save_params(
             fresh,
             dtype=dtype,
             max_shard_bytes=max_shard_bytes,
+            base=base,
             extra=extra,
         )
 
@@ -202,6 +207,7 @@ def write_params(
     *,
     dtype: str = "float32",
     max_shard_bytes: float = 5e9,
+    base: str | pathlib.Path | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """`save_params` into a directory that exists, for a caller that has more to put there.
@@ -221,7 +227,7 @@ def write_params(
             raise UserError(f"parameter {path} has shape {leaf.shape} where the model asks for {shapes[path]}")
 
     if is_first():
-        write_json(directory / "config.json", {**families.to_hf(config), "dtype": dtype, **(extra or {})})
+        write_json(directory / "config.json", {**config_json(config, base), "dtype": dtype, **(extra or {})})
     target = jnp.dtype(dtype)
     shards, used, total = [[]], 0, 0
     for name, rows, layer in families.weights(config):
@@ -250,6 +256,39 @@ def write_params(
     if len(shards) > 1 and is_first():
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name, _, _ in shard}
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def config_json(config: DecoderConfig, base: str | pathlib.Path | None = None) -> dict[str, Any]:
+    """The fields of config.json: the base's, where they describe the same model, or else ours over them.
+
+    Args:
+      config: the decoder's shape, without padding of the vocabulary.
+      base: directory of the model that training started from. What it says and the decoder has no opinion on is kept,
+        its special ids included; None keeps nothing.
+
+    Returns:
+      The fields, without the type of the weights.
+    """
+    ours = families.to_hf(config)
+    stored = {} if base is None else read_object(pathlib.Path(base) / "config.json")
+    if stored.get("model_type") != ours["model_type"]:
+        return ours
+    kept = {name: value for name, value in stored.items() if name not in _NOT_KEPT}
+    size = families.family(config.family).fields["vocab_size"]
+    grown = {**kept, size: config.vocab_size}
+    return grown if DecoderConfig(**families.from_hf(grown)) == config else {**kept, **ours}
+
+
+def stored_dtype(directory: str | pathlib.Path) -> str:
+    """The type in which a model's weights are stored; of several the one that holds all, and float32 for float64.
+
+    Args:
+      directory: a Hugging Face model directory with safetensors files.
+
+    Returns:
+      One of DTYPES.
+    """
+    return str(jnp.result_type(*(tensor.dtype for tensor in _open(pathlib.Path(directory)).values())))
 
 
 def resize_embeddings(
@@ -424,7 +463,7 @@ def _open(directory: pathlib.Path) -> dict[str, _Tensor]:
                     "refused; convert them to safetensors first"
                 )
             raise UserError(f"{directory} has neither {SINGLE} nor {INDEX}")
-        weight_map = read_json(directory / INDEX).get("weight_map", {})
+        weight_map = read_object(directory / INDEX).get("weight_map", {})
         files = sorted(set(weight_map.values()))
     stored = {}
     for file in files:
