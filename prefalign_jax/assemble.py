@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,13 @@ from prefalign_jax.losses import BoundLoss
 from prefalign_jax.metrics import Progress
 from prefalign_jax.models.decoder import DecoderConfig, Placement, make_decoder
 from prefalign_jax.models.dropout import Dropout
-from prefalign_jax.models.hf_io import load_config, load_params, pad_vocabulary, resize_embeddings, resolve
+from prefalign_jax.models.hf_io import load_config, resolve
+from prefalign_jax.models.loading import load_decoder
 from prefalign_jax.models.lora import Lora
 from prefalign_jax.models.peft_io import load_adapters
-from prefalign_jax.models.quantize import quantize_params
 from prefalign_jax.optim import in_float32, make_optimizer
-from prefalign_jax.processes import note
 from prefalign_jax.reference import cache_key, cached, compute, mover
-from prefalign_jax.sharding import born, deal_experts, packing_of, param_shardings, spread
+from prefalign_jax.sharding import deal_experts, packing_of, param_shardings, spread
 from prefalign_jax.train_step import make_train_step
 from prefalign_jax.types import LanguageModel, PairLogps, Params, UserError
 
@@ -65,12 +65,6 @@ def decoder_of(
     return make_decoder(shape, **options, dropout=Dropout(config.model.dropout, config.model.attention_dropout))
 
 
-def drawn_params(config: ConfigDict, shape: DecoderConfig, key: jax.Array) -> Params:
-    """Parameters that no file holds, quantized if the config says so."""
-    params, kind = make_decoder(shape, param_dtype=drawn_dtype(config)).init(key), config.model.quantize
-    return quantize_params(params, kind) if kind else params
-
-
 def load_model(
     config: ConfigDict,
     path: str,
@@ -97,26 +91,17 @@ def load_model(
     Raises:
       UserError: files are missing or do not fit, or max_length exceeds what the model was made for.
     """
-    directory = resolve(path)
-    shape = dataclasses.replace(load_config(directory), reward=reward)
-    size, multiple = max(shape.vocab_size, tokens), config.model.pad_vocabulary
-    grown = dataclasses.replace(shape, vocab_size=size, vocab_padding=-size % multiple)
-    model = decoder_of(config, grown, mesh, lora)
-    if random_init:
-        return model, born(mesh, lambda: drawn_params(config, grown, jax.random.key(config.seed)))
-    blank = jax.eval_shape(lambda: drawn_params(config, shape, jax.random.key(0)))
-    options = dict(dtype="stored" if lora else config.model.param_dtype, quantize=config.model.quantize)
-    params = load_params(directory, shape, shardings=param_shardings(mesh, blank), **options)
-    if tokens > shape.vocab_size:
-        note(f"embeddings grown from {shape.vocab_size} to {tokens} rows for the tokens added to the vocabulary")
-    if grown != shape:
-        tables = {name: params[name] for name in ("embed", "head") if name in params}
-
-        def grow(tables: Params) -> Params:
-            return pad_vocabulary(*resize_embeddings(tables, shape, size), multiple)[0]
-
-        params = params | born(mesh, grow, tables)
-    return model, params
+    return load_decoder(
+        path,
+        make=functools.partial(decoder_of, config, mesh=mesh, lora=lora),
+        place=functools.partial(param_shardings, mesh),
+        reward=reward,
+        tokens=tokens,
+        multiple=config.model.pad_vocabulary,
+        dtype="stored" if lora and not random_init else config.model.param_dtype,
+        quantize=config.model.quantize,
+        drawn=jax.random.key(config.seed) if random_init else None,
+    )
 
 
 def step_of(

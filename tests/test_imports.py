@@ -13,7 +13,7 @@ FLOORS = (
     "types intervals tables",
     "files options processes",
     "data logps losses metrics models optim sharding",
-    "checkpoint config export generation pages reference train_step",
+    "checkpoint config export generation pages policy reference train_step",
     "experiment judges",
     "assemble cli load_data",
     "analysis cost evaluation inspection",

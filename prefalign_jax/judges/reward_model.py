@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from prefalign_jax.data.chat import load_tokenizer, tokenize_records
+from prefalign_jax.data.chat import tokenize_records
 from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pairs import digest_of
 from prefalign_jax.data.pipeline import eval_batches, make_pair_set
@@ -18,13 +18,11 @@ from prefalign_jax.data.records import Record, Text
 from prefalign_jax.judges.cache import Cache, open_cache
 from prefalign_jax.judges.judge import Scorer, Scores
 from prefalign_jax.logps import preference_logps
-from prefalign_jax.models.decoder import make_decoder
-from prefalign_jax.models.hf_io import load_config, load_params, resolve
-from prefalign_jax.options import choose
+from prefalign_jax.models.hf_io import load_config, resolve
+from prefalign_jax.models.loading import exported
+from prefalign_jax.policy import load
 from prefalign_jax.reference import params_digest
 from prefalign_jax.types import Pair, Place, UserError
-
-DTYPES = {"float32": "float32", "bfloat16": "bfloat16"}
 
 
 def scorer(
@@ -47,16 +45,13 @@ def scorer(
     Raises:
       UserError: this is no reward model, or an option is invalid.
     """
-    choose("dtype", dtype, DTYPES)
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} is out of range; write at least 1")
-    directory = resolve(path)
+    directory = resolve(exported(path))
     config = load_config(directory)
     if not config.reward:
         raise UserError(f"{path} is a language model, not a reward model; train one with loss.name=bradley_terry")
-    tokenizer = load_tokenizer(directory)
-    params = load_params(directory, config)
-    model = make_decoder(config, dtype=dtype)
+    model, params, tokenizer = load(directory, dtype=dtype)
     key = hashlib.sha256(f"{params_digest(params)} {model.config} {dtype}".encode()).hexdigest() if cache else ""
     layout = Layout(rejected=False, rewards=True)
 
