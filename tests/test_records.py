@@ -560,3 +560,22 @@ def test_prompts_of_any_format_come_once(tmp_path):
         read_prompts(write(tmp_path / "bad.jsonl", [{"prompt": 7}]))
     with pytest.raises(UserError, match="no prompt is left"):
         read_prompts(write(tmp_path / "none.jsonl", [{"text": "x"}]))
+
+
+def test_what_a_row_tells_the_chat_template(tmp_path):
+    """An object, its JSON, or Parquet's object with nulls; of prompts alone too."""
+    row = {"prompt": [{"role": "user", "content": "Hi"}], "chosen": [{"role": "assistant", "content": "Yes"}]}
+    row["rejected"] = [{"role": "assistant", "content": "No"}]
+    given = ({"enable_thinking": False}, '{"enable_thinking": false}', {"enable_thinking": False, "x": None}, None)
+    file = write(tmp_path / "told.jsonl", [{**row, "chat_template_kwargs": told} for told in given])
+    expected = [(("enable_thinking", False),)] * 3 + [()]
+    assert [record.chat_template_kwargs for record in read_records(file)[0]] == expected
+    prompts, dropped = read_prompts(file)
+    assert [prompt.chat_template_kwargs for prompt in prompts] == expected[2:]  # told the same, it is the same prompt
+    assert dropped == {"the prompt of an earlier row": 2}
+    for told, message in (([1], "expected an object, or its JSON"), ("{", "expected JSON")):
+        with pytest.raises(UserError, match=f"row 1: field 'chat_template_kwargs': {message}"):
+            read_records(write(tmp_path / "bad.jsonl", [{**row, "chat_template_kwargs": told}]))
+    plain = {"prompt": "a", "chosen": "b", "rejected": "c", "chat_template_kwargs": given[0]}
+    with pytest.raises(UserError, match="no chat template for plain text"):
+        read_records(write(tmp_path / "plain.jsonl", [plain]))

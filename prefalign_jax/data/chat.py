@@ -253,6 +253,7 @@ def _texts(record: Record, tokenizer: Tokenizer, responses: bool = True) -> list
         )
     continued = bool(prompt) and prompt[-1]["role"] == "assistant"
     options = dict(tokenize=False, **({"tools": list(record.tools)} if record.tools else {}))
+    options |= dict(record.chat_template_kwargs)
     conversations = [_join(prompt, response) for response in responses]
     try:
         start = tokenizer.apply_chat_template(

@@ -27,7 +27,8 @@ def exact_duplicates(records: Iterable[Record]) -> tuple[list[Record], dict[str,
     """
     seen, kept, dropped = set(), [], 0
     for record in records:
-        key = _digest([record.prompt, record.chosen, record.rejected, record.label, record.tools])
+        texts = [record.prompt, record.chosen, record.rejected]
+        key = _digest([*texts, record.label, record.tools, record.chat_template_kwargs])
         if key in seen:
             dropped += 1
         else:

@@ -47,6 +47,7 @@ class Record(NamedTuple):
     where: Place = Place()
     columns: tuple[tuple[str, Any], ...] = ()  # (name, value or None) of further fields that were asked for
     tools: tuple[dict[str, Any], ...] = ()  # what the chat template is told may be called, as JSON schemas
+    chat_template_kwargs: tuple[tuple[str, Any], ...] = ()  # what it is told besides, such as enable_thinking
     source: int = 0  # its number in a mixture
     held_out: bool = False
 
@@ -74,8 +75,9 @@ def read_records(
     called 'messages', of which the last message is the response, or have nothing but a 'text'.
     Unpaired rows hold a prompt, a 'completion', 'response' or 'messages', and a 'label', true or false (or 1 or 0). One
     with chosen and rejected, in any format of pairs, is two records: the chosen labelled true, the rejected false.
-    A field 'weight' is how much the record counts, 'tools' (a list, or its JSON) what may be called; every other field
-    that `columns` does not name is ignored. An assistant message that calls tools may have no content.
+    A field 'weight' is how much the record counts, 'tools' (a list, or its JSON) what may be called,
+    'chat_template_kwargs' (an object, or its JSON) what the chat template is told; every other field that `columns`
+    does not name is ignored. An assistant message that calls tools may have no content.
 
     Args:
       path: a file, a directory or a hub name, see `rows.read_rows`.
@@ -210,6 +212,8 @@ class Prompt(NamedTuple):
     prompt: Text
     id: str  # the row's field 'id', or ''
     where: Place
+    tools: tuple[dict[str, Any], ...] = ()  # as in a `Record`
+    chat_template_kwargs: tuple[tuple[str, Any], ...] = ()
 
 
 def read_prompts(
@@ -231,7 +235,8 @@ def read_prompts(
     for one in iter_prompts(read_rows(path, split), dropped):
         if len(known) == limit:
             break
-        if known.setdefault(json.dumps(one.prompt, sort_keys=True), one) is not one:
+        key = json.dumps([one.prompt, one.tools, one.chat_template_kwargs], sort_keys=True)
+        if known.setdefault(key, one) is not one:
             dropped["the prompt of an earlier row"] += 1
     if not known:
         counts = ", ".join(f"{reason}: {n}" for reason, n in dropped.items()) or "there was no row"
@@ -252,7 +257,8 @@ def iter_prompts(rows: Rows, dropped: collections.Counter) -> Iterator[Prompt]:
                 prompt = _record(row, ("chosen", "rejected") if pair else ("chosen",)).prompt
             else:
                 prompt = _text(row["prompt"], "prompt")
-            one = Prompt(prompt, str(_plain(given.get("id"), "id") if given.get("id") is not None else ""), where)
+            id = str(_plain(given.get("id"), "id") if given.get("id") is not None else "")
+            one = Prompt(prompt, id, where, _tools(row, prompt), _template_kwargs(row, prompt))
         except Malformed as error:
             raise UserError(f"{where}: {error}") from None
         except Dropped as reason:
@@ -373,7 +379,8 @@ def _record(row: Mapping, responses: Sequence[str], scored: bool = False) -> Rec
     if margin < 0:
         raise Dropped("rejected scores higher")
     rejected = type(sides[0])() if supervised else sides[1]
-    return Record(prompt, sides[0], rejected, 1.0 if weight is None else weight, margin, tools=_tools(row, prompt))
+    told = dict(tools=_tools(row, prompt), chat_template_kwargs=_template_kwargs(row, prompt))
+    return Record(prompt, sides[0], rejected, 1.0 if weight is None else weight, margin, **told)
 
 
 def _tools(row: Mapping, prompt: Text) -> tuple[dict[str, Any], ...]:
@@ -388,6 +395,19 @@ def _tools(row: Mapping, prompt: Text) -> tuple[dict[str, Any], ...]:
     if isinstance(prompt, str):
         raise Malformed("field 'tools': they go through the chat template; write the prompt as a list of messages")
     return tuple(tools)
+
+
+def _template_kwargs(row: Mapping, prompt: Text) -> tuple[tuple[str, Any], ...]:
+    """What the row tells the chat template: an object, or its JSON; Parquet's nulls are no value."""
+    told = row.get("chat_template_kwargs")
+    if isinstance(told, str):
+        told = _parsed(told, "chat_template_kwargs") if told.strip() else None
+    if told is not None and not isinstance(told, Mapping):
+        raise expected("an object, or its JSON", told, "chat_template_kwargs")
+    told = tuple((name, value) for name, value in (told or {}).items() if value is not None)
+    if told and isinstance(prompt, str):
+        raise Malformed("field 'chat_template_kwargs': there is no chat template for plain text; write messages")
+    return told
 
 
 def _parsed(text: str, field: str) -> Any:
