@@ -122,7 +122,7 @@ VALID: Checks = {
 
 
 def decay_mask(params: Params) -> Params:
-    """Which parameters weight decay applies to: all but norm scales, biases and other vectors.
+    """Which parameters weight decay applies to: all but norm scales, biases, DoRA's magnitudes and other vectors.
 
     Stacked layers make a norm's scale [layers, D], so its name decides and not only its number of axes.
 
@@ -138,7 +138,7 @@ def decay_mask(params: Params) -> Params:
     """
 
     def decays(path, leaf) -> bool:
-        return leaf.ndim > 1 and path[-1].key not in ("scale", "bias")
+        return leaf.ndim > 1 and path[-1].key not in ("scale", "bias", "lora_magnitude")
 
     return jax.tree_util.tree_map_with_path(decays, params)
 

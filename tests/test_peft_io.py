@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from flax import traverse_util
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from prefalign_jax.models import families
@@ -159,18 +160,54 @@ def test_fresh_adapters_of_a_shared_tensor_still_change_nothing(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, merge(base, again, lora), base)
 
 
+SCORED = dataclasses.replace(LORA, full=("score",))
+
+
 def test_the_score_of_a_reward_model_travels_with_its_adapters(tmp_path):
     config = shape_of("llama", reward=True)
-    adapters = drawn(config, LORA)
+    adapters = drawn(config, SCORED)
     assert np.any(adapters["score"]["kernel"])
-    save_adapters(adapters, config, LORA, tmp_path, base="x")
+    save_adapters(adapters, config, SCORED, tmp_path, base="x")
     settings = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
     assert (settings["task_type"], settings["modules_to_save"]) == ("SEQ_CLS", ["score"])
     again, lora = load_adapters(tmp_path, config)
     np.testing.assert_array_equal(again["score"]["kernel"], adapters["score"]["kernel"])
-    assert "score" not in lora.targets
+    assert "score" not in lora.targets and lora.full == ("score",)
     with pytest.raises(UserError, match="score.weight has no place in a llama model"):
         load_adapters(tmp_path, dataclasses.replace(config, reward=False))
+
+
+def whole_vocabulary(config) -> Lora:
+    return dataclasses.replace(LORA, full=("embed",) if config.tie_embeddings else ("embed", "head"))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_embedding_trained_in_full_survives_its_files(family, tied, tmp_path):
+    config = shape_of(family, tie_embeddings=tied, vocab_padding=3)
+    lora, plain = whole_vocabulary(config), dataclasses.replace(config, vocab_padding=0)
+    adapters = drawn(config, lora)
+    save_adapters(adapters, config, lora, tmp_path, base="x", quantized="nf4")
+    again, read = load_adapters(tmp_path, plain)
+    assert read.full == lora.full
+    for name in lora.full:
+        rows = jax.tree.map(lambda x: x[: plain.vocab_size], adapters[name])
+        jax.tree.map(np.testing.assert_array_equal, again[name], rows)
+    with safe_open(tmp_path / ADAPTER_WEIGHTS, "np") as file:
+        assert file.metadata()["base_quantization"] == "nf4"
+    with pytest.raises(UserError, match="it needs the tokenizer that the adapters were trained with"):
+        load_adapters(tmp_path, dataclasses.replace(plain, vocab_size=plain.vocab_size - 1))
+
+
+def test_a_tied_head_that_differs_is_refused(tmp_path):
+    config = shape_of("llama", tie_embeddings=True)
+    lora = whole_vocabulary(config)
+    save_adapters(drawn(config, lora), config, lora, tmp_path, base="x")
+    stored = load_file(tmp_path / ADAPTER_WEIGHTS)
+    stored["base_model.model.lm_head.weight"] += 1
+    save_file(stored, tmp_path / ADAPTER_WEIGHTS)
+    with pytest.raises(UserError, match="lm_head.weight differs from the embedding"):
+        load_adapters(tmp_path, config)
 
 
 UP = "base_model.model.model.layers.1.mlp.up_proj."
@@ -316,13 +353,33 @@ def test_peft_gives_the_same_rewards(tmp_path):
     write_theirs("llama", tmp_path / "base", kind, num_labels=1)
     config = load_config(tmp_path / "base")
     base = load_params(tmp_path / "base", config)
-    adapters = drawn(config, LORA, base)
-    save_adapters(adapters, config, LORA, tmp_path / "ours", base=str(tmp_path / "base"))
+    adapters = drawn(config, SCORED, base)
+    save_adapters(adapters, config, SCORED, tmp_path / "ours", base=str(tmp_path / "base"))
     theirs = peft.PeftModel.from_pretrained(load_theirs(tmp_path / "base", kind), tmp_path / "ours")
     wanted = peft_logits(theirs)
-    np.testing.assert_allclose(logits(config, base, adapters, LORA)[:, -1], wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(logits(config, base, adapters, SCORED)[:, -1], wanted, rtol=1e-4, atol=1e-4)
     plain = join(base, {"score": adapters["score"]})
     assert np.abs(wanted - np.asarray(logits(config, plain, {}, None))[:, -1]).max() > 1e-2
     theirs.save_pretrained(tmp_path / "theirs")
     again = logits(config, base, *load_adapters(tmp_path / "theirs", config))
     np.testing.assert_allclose(again[:, -1], wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's about tied weights
+@pytest.mark.parity
+@pytest.mark.parametrize("tied", [True, False])
+def test_peft_computes_the_same_with_an_embedding_trained_in_full(tied, tmp_path):
+    peft = pytest.importorskip("peft")
+    write_theirs("llama", tmp_path / "base", tie_word_embeddings=tied)
+    config = load_config(tmp_path / "base")
+    assert config.tie_embeddings == tied
+    base, lora = load_params(tmp_path / "base", config), whole_vocabulary(config)
+    adapters = drawn(config, lora, base)
+    save_adapters(adapters, config, lora, tmp_path / "ours", base=str(tmp_path / "base"))
+    theirs = peft.PeftModel.from_pretrained(load_theirs(tmp_path / "base"), tmp_path / "ours")
+    wanted = peft_logits(theirs)
+    np.testing.assert_allclose(logits(config, base, adapters, lora), wanted, rtol=1e-4, atol=1e-4)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again, read = load_adapters(tmp_path / "theirs", config)
+    assert read.full == lora.full
+    np.testing.assert_allclose(logits(config, base, again, read), wanted, rtol=1e-4, atol=1e-4)

@@ -276,7 +276,9 @@ def config_json(config: DecoderConfig, base: str | pathlib.Path | None = None) -
     kept = {name: value for name, value in stored.items() if name not in _NOT_KEPT}
     size = families.family(config.family).fields["vocab_size"]
     grown = {**kept, size: config.vocab_size}
-    return grown if DecoderConfig(**families.from_hf(grown)) == config else {**kept, **ours}
+    if DecoderConfig(**families.from_hf(grown)) == config:
+        return grown
+    return {**kept, **{name: value for name, value in ours.items() if value is not None or name not in kept}}
 
 
 def stored_dtype(directory: str | pathlib.Path) -> str:

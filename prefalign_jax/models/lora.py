@@ -29,6 +29,8 @@ class Lora:
       rank_stabilised: alpha / sqrt(r) instead.
       dora: train the length of every column of the kernel by itself, see `stretch`.
       dropout: share of an adapter's inputs that a training pass sets to zero; the kernel itself sees them all.
+      full: parameters that are trained in full beside the adapters, by their first name: 'score' of a reward model,
+        'embed' and 'head' where tokens were added to the vocabulary.
     """
 
     targets: str = r"layers/(attention|mlp)/\w+"
@@ -37,6 +39,7 @@ class Lora:
     rank_stabilised: bool = False
     dora: bool = False
     dropout: float = 0.0
+    full: tuple[str, ...] = ()
 
     @property
     def scale(self) -> float:
@@ -58,13 +61,12 @@ def init_adapters(key: jax.Array, params: Params, lora: Lora, dtype: str = "floa
 
     Returns:
       {... {'lora_a': [..., in, r], 'lora_b': [..., r, out]}} at the paths of the targets, and for DoRA 'lora_magnitude'
-      [..., out], the lengths of the kernel's columns. A reward model's score is trained in full, since it starts at
-      zeros: {'score': {'kernel': [1, D]}} is a copy of the model's.
+      [..., out], the lengths of the kernel's columns; and copies of what is trained in full (`full_parameters`).
 
     Raises:
       UserError: no linear layer matches.
     """
-    score = params.get("score")
+    full = full_parameters(params, lora, dtype)
     params = jax.eval_shape(dequantize_params, params) if not lora.dora else dequantize_params(params)
     kernels = {
         path[: -len("/kernel")]: leaf
@@ -82,9 +84,12 @@ def init_adapters(key: jax.Array, params: Params, lora: Lora, dtype: str = "floa
         flat[f"{path}/{B}"] = jnp.zeros((*stack, lora.rank, features_out), dtype)
         if lora.dora:
             flat[f"{path}/{MAGNITUDE}"] = lengths(leaf).astype(dtype)
-    if score:
-        flat["score/kernel"] = jnp.array(score["kernel"], dtype)
-    return traverse_util.unflatten_dict(flat, sep="/")
+    return {**traverse_util.unflatten_dict(flat, sep="/"), **full}
+
+
+def full_parameters(params: Params, lora: Lora, dtype: str = "float32") -> Params:
+    """Copies of what is trained in full beside the adapters, such as a reward model's score, which starts at zeros."""
+    return {name: jax.tree.map(lambda x: jnp.array(x, dtype), params[name]) for name in lora.full}
 
 
 def join(base: Params, adapters: Params) -> Params:

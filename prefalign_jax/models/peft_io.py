@@ -16,7 +16,7 @@ import math
 import pathlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ from prefalign_jax.types import Params, UserError, one_line
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 # Our names of an adapter's arrays -> PEFT's.
 _LEAVES = {A: "lora_A.weight", B: "lora_B.weight", MAGNITUDE: "lora_magnitude_vector"}
-_SCORE = "score/kernel"  # of a reward model it is trained in full
+FULL = ("embed", "head", "score")  # what may be trained in full, by the first name of its path
 # Field of adapter_config.json -> what it may be; under the other initialisations PEFT changes the base model's weights.
 _SUPPORTED = {
     "peft_type": ("LORA",),
@@ -44,6 +44,7 @@ _SUPPORTED = {
     "layer_replication": (None,),
     "alora_invocation_tokens": (None,),
     "use_qalora": (False,),
+    "trainable_token_indices": (None,),
 }
 
 
@@ -58,7 +59,13 @@ def _module(row: families.Weight) -> str:
 
 
 def save_adapters(
-    params: Params, config: DecoderConfig, lora: Lora, directory: str | pathlib.Path, *, base: str
+    params: Params,
+    config: DecoderConfig,
+    lora: Lora,
+    directory: str | pathlib.Path,
+    *,
+    base: str,
+    quantized: str | None = None,
 ) -> None:
     """Writes adapters as `peft` reads them; of several processes all call, and the first writes.
 
@@ -68,10 +75,12 @@ def save_adapters(
       lora: what they are.
       directory: where to; an earlier export there is replaced.
       base: the model that they belong to, a directory or a hub name.
+      quantized: how the base was stored while they were trained, None for as it is; the files and their card say so.
 
     Raises:
       UserError: with DoRA, a layer that shares its tensor has an adapter and another of that tensor has none.
     """
+    config = dataclasses.replace(config, vocab_padding=0)
     flat, shapes = traverse_util.flatten_dict(params, sep="/"), param_shapes(config)
     tensors, ranks, others, stored_as_in_out = {}, {}, set(), False
     for name, rows, layer in families.weights(config):
@@ -107,8 +116,12 @@ def save_adapters(
         for leaf, value in found.items():
             key = f"{PEFT_PREFIX}{name.removesuffix('.weight')}.{_LEAVES[leaf]}"
             tensors[key] = np.ascontiguousarray(value.T.astype(np.float32))
-    if _SCORE in flat:
-        tensors[PEFT_PREFIX + families.SCORE] = fetch(flat[_SCORE]).astype(np.float32)
+    saved = []  # modules that are trained in full
+    for name, row in _full_tensors(config):
+        if row.path in flat:
+            value = fetch(flat[row.path])[: shapes[row.path][0]].astype(np.float32)  # without rows of padding
+            saved.append(name.rpartition(".")[0].rpartition(".")[2])
+            tensors[PEFT_PREFIX + name] = np.ascontiguousarray(value.T if row.transpose else value)
 
     unusual = {module: rank for module, rank in ranks.items() if rank != lora.rank}
     taken = {module.rpartition(".")[2] for module in others}
@@ -127,7 +140,7 @@ def save_adapters(
         },
         # The last part of a name, unless that is also the name of a layer without an adapter.
         "target_modules": sorted(short - taken | {m for m in ranks if m.rpartition(".")[2] in taken}),
-        "modules_to_save": ["score"] if _SCORE in flat else None,
+        "modules_to_save": sorted(set(saved)) or None,
         "fan_in_fan_out": stored_as_in_out,
         "lora_dropout": lora.dropout,
         "bias": "none",
@@ -135,11 +148,12 @@ def save_adapters(
     }
     if not is_first():
         return
+    metadata = {"format": "pt"} | ({"base_quantization": quantized} if quantized else {})
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with whole(directory / ADAPTER_CONFIG) as described, whole(directory / ADAPTER_WEIGHTS) as weights:
         write_json(described, settings)
-        save_file(tensors, weights, metadata={"format": "pt"})
+        save_file(tensors, weights, metadata=metadata)
         shutil.copymode(described, weights)  # safetensors makes its files private
 
 
@@ -205,8 +219,7 @@ def load_adapters(directory: str | pathlib.Path, config: DecoderConfig) -> tuple
                 )
         stretched = dataclasses.replace(lora, rank=rank, alpha=alpha).scale / lora.scale
         stacks[rows][layer] = {A: found[A].T, B: found[B].T * np.float32(stretched), MAGNITUDE: found[MAGNITUDE]}
-    if config.reward and PEFT_PREFIX + families.SCORE in stored:
-        flat[_SCORE] = stored.pop(PEFT_PREFIX + families.SCORE)
+    full = _take_full(directory, stored, config, shapes)
     if stored:
         raise UserError(f"{directory}: tensor {next(iter(stored))} has no place in a {config.family} model")
 
@@ -217,8 +230,43 @@ def load_adapters(directory: str | pathlib.Path, config: DecoderConfig) -> tuple
                 "they are supported in all layers or in none"
             )
         flat |= _of_stack(rows, by_layer, [shapes[row.path] for row in rows], config, lora)
-    targets = sorted({path.rpartition("/")[0] for path in flat if path != _SCORE})
-    return traverse_util.unflatten_dict(flat, sep="/"), dataclasses.replace(lora, targets="|".join(targets))
+    targets = sorted({path.rpartition("/")[0] for path in flat})
+    names = tuple(sorted({path.partition("/")[0] for path in full}))
+    lora = dataclasses.replace(lora, targets="|".join(targets), full=names)
+    return traverse_util.unflatten_dict({**flat, **full}, sep="/"), lora
+
+
+def _full_tensors(config: DecoderConfig) -> Iterator[tuple[str, families.Weight]]:
+    """(name, row) of the tensors that may be trained in full: embedding, head, score; a tied head is the embedding."""
+    for name, rows, _ in families.weights(config):
+        if rows[0].path.partition("/")[0] in FULL:
+            yield name, rows[0]
+            if config.head_path == rows[0].path == "embed/embedding":  # PEFT wraps the embedding and its head apart
+                yield families.name_of(config, "head/kernel"), rows[0]
+
+
+def _take_full(
+    directory: pathlib.Path, stored: dict[str, np.ndarray], config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, np.ndarray]:
+    """Takes what was trained in full out of the stored tensors, by path."""
+    full: dict[str, np.ndarray] = {}
+    for name, row in _full_tensors(config):
+        value = stored.pop(PEFT_PREFIX + name, None)
+        if value is None:
+            continue
+        value = value.T if row.transpose else value
+        if value.shape != shapes[row.path]:
+            raise UserError(
+                f"{directory}: {name} has shape {value.shape} where {shapes[row.path]} is due; "
+                "it needs the tokenizer that the adapters were trained with"
+            )
+        if row.path in full and not np.array_equal(full[row.path], value):
+            raise UserError(f"{directory}: {name} differs from the embedding, which this model uses as its head")
+        full[row.path] = value
+    for top in {path.partition("/")[0] for path in full}:  # a head's bias goes with its kernel
+        if lacking := [path for path in shapes if path.partition("/")[0] == top and path not in full]:
+            raise UserError(f"{directory} has {top} without {lacking[0]}; both are trained in full or neither")
+    return full
 
 
 def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
