@@ -23,19 +23,41 @@ from prefalign_jax.models.loading import load_decoder
 from prefalign_jax.models.lora import Lora
 from prefalign_jax.models.peft_io import load_adapters
 from prefalign_jax.optim import in_float32, make_optimizer
+from prefalign_jax.processes import note
 from prefalign_jax.reference import cache_key, cached, compute, mover
 from prefalign_jax.sharding import deal_experts, packing_of, param_shardings, spread
 from prefalign_jax.train_step import make_train_step
 from prefalign_jax.types import LanguageModel, PairLogps, Params, UserError
 
 
-def adapters_of(config: ConfigDict, reward: bool) -> tuple[Params | None, Lora | None]:
-    """(adapters to go on from or None, what adapters are trained or None)."""
+def adapters_of(config: ConfigDict, reward: bool, tokens: int) -> tuple[Params | None, Lora | None]:
+    """(adapters to go on from or None, what adapters are trained or None).
+
+    Tokens that the vocabulary did not have would keep rows that nothing trains, so embedding and head are trained in
+    full then, as PEFT's modules_to_save are.
+
+    Args:
+      config: its fields `lora` and `model.path`.
+      reward: a reward model is trained, whose score is trained in full.
+      tokens: len(tokenizer).
+    """
+    if not (config.lora.path or config.lora.rank):
+        return None, None
+    shape = dataclasses.replace(load_config(resolve(config.model.path)), reward=reward)
+    full = {"score"} if reward else set()
+    if tokens > shape.vocab_size:
+        shape = dataclasses.replace(shape, vocab_size=tokens)
+        full |= {"embed", shape.head_path.partition("/")[0]}
+    adapters = None
     if config.lora.path:
-        shape = dataclasses.replace(load_config(resolve(config.model.path)), reward=reward)
         adapters, lora = load_adapters(config.lora.path, shape)
-        return adapters, dataclasses.replace(lora, dropout=config.lora.dropout or 0.0)
-    return None, Lora(**given(config.lora)) if config.lora.rank else None
+        lora = dataclasses.replace(lora, dropout=config.lora.dropout or 0.0)
+    else:
+        lora = Lora(**given(config.lora))
+    lora = dataclasses.replace(lora, full=tuple(sorted({*full, *lora.full})))
+    if "embed" in lora.full:
+        note("trained in full beside the adapters: " + ", ".join(lora.full))
+    return adapters, lora
 
 
 def drawn_dtype(config: ConfigDict) -> str:

@@ -34,7 +34,7 @@ from prefalign_jax.models.hf_io import (
     load_config,
     resolve,
 )
-from prefalign_jax.models.lora import init_adapters, join, merge
+from prefalign_jax.models.lora import full_parameters, init_adapters, join, merge
 from prefalign_jax.models.peft_io import save_adapters
 from prefalign_jax.optim import make_schedule
 from prefalign_jax.options import did_you_mean
@@ -98,7 +98,7 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
 
     # Model: the policy, sets that know how to make batches for it, and what the loss compares it with.
     reward = "reward" in loss.needs
-    adapters, lora = adapters_of(config, reward)
+    adapters, lora = adapters_of(config, reward, len(tokenizer))
     model, params = load_model(config, config.model.path, mesh, len(tokenizer), config.model.random_init, reward, lora)
     packing = dict(layout=layout_of(config, loss), row_length=config.data.row_length, attends=model.attends)
     packing |= packing_of(mesh)
@@ -138,7 +138,7 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
     elif questions and not lora and (config.reference.path or config.reference.kind != "copy"):
         started = model, jax.tree.map(jnp.copy, params)
     if adapters:
-        adapters = {**({"score": params["score"]} if reward else {}), **adapters}  # trained in full, new or not
+        adapters = {**full_parameters(params, lora, drawn_dtype(config)), **adapters}
         adapters = jax.device_put(adapters, param_shardings(mesh, adapters))
         frozen = join(frozen, adapters)
         digests["adapters in lora.path"] = params_digest(adapters)
@@ -307,7 +307,8 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
             by_first(lambda: note(f"pushed to {push(workdir / 'export', config.export.push_to)}"))
         if lora:
             try:
-                save_adapters(state.params, model.config, lora, workdir / "adapters", base=config.model.path)
+                options = dict(base=config.model.path, quantized=config.model.quantize)
+                save_adapters(state.params, model.config, lora, workdir / "adapters", **options)
                 note(f"adapters in PEFT's format in {workdir / 'adapters'}")
             except UserError as error:  # the format lacks such layers; the merged export has them
                 note(str(error))

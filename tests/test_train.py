@@ -403,6 +403,48 @@ def test_adapters_go_on_from_their_files_and_what_they_began_as_is_the_reference
 
 
 @pytest.fixture(scope="module")
+def new_tokens(tmp_path_factory):
+    """Adapters trained with a chat template whose tokens the base lacks: (workdir, Result)."""
+    workdir = tmp_path_factory.mktemp("new_tokens")
+    pairs = [json.loads(line) for line in (TRL / "pairs.jsonl").read_text().splitlines()[:8]]
+    chats = [
+        {"prompt": [{"role": "user", "content": row["prompt"]}]}
+        | {side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}
+        for row in pairs
+    ]
+    (workdir / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    fields = {"data.path": str(workdir / "chats.jsonl"), "data.chat_template": "chatml", "lora.rank": 4, "steps": 3}
+    return workdir, train(config_of(**fields), workdir / "run")
+
+
+def test_tokens_that_a_template_adds_are_trained_beside_adapters(new_tokens):
+    workdir, result = new_tokens
+    old = load_file(TRL / "model.safetensors")["model.embed_tokens.weight"]
+    stored = load_file(workdir / "run" / "adapters" / "adapter_model.safetensors")
+    embedding, head = (stored[f"base_model.model.{name}.weight"] for name in ("model.embed_tokens", "lm_head"))
+    assert len(embedding) == len(head) == len(result.tokenizer) > len(old)
+    assert np.ptp(embedding[len(old) :], axis=0).any() and np.ptp(head[len(old) :], axis=0).any()  # no longer alike
+    merged = load_file(workdir / "run" / "export" / "model.safetensors")
+    np.testing.assert_array_equal(merged["model.embed_tokens.weight"], embedding)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+def test_peft_takes_adapters_with_new_tokens(new_tokens):
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    workdir, result = new_tokens
+    base = AutoModelForCausalLM.from_pretrained(TRL, dtype=torch.float32)
+    base.resize_token_embeddings(len(result.tokenizer))
+    adapted = peft.PeftModel.from_pretrained(base, workdir / "run" / "adapters").eval()
+    merged = AutoModelForCausalLM.from_pretrained(workdir / "run" / "export", dtype=torch.float32).eval()
+    tokens = torch.arange(len(result.tokenizer) - 20, len(result.tokenizer))[None]
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(tokens).logits, merged(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
 def halves(tmp_path_factory):
     """TRL's model rounded to bfloat16, stored so and in float32: {type: directory}."""
     made = {}

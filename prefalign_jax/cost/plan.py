@@ -139,7 +139,8 @@ def plan(config: ConfigDict, shape: DecoderConfig, mesh: Mesh, *, prompt: int, r
     config.model.attention = "tiles"
     shape = dataclasses.replace(shape, vocab_padding=-shape.vocab_size % config.model.pad_vocabulary)
     loss = loss_of(config)
-    lora = Lora(**given(config.lora)) if config.lora.rank else None
+    full = ("score",) if "reward" in loss.needs else ()
+    lora = Lora(**given(config.lora), full=full) if config.lora.rank else None
     model = decoder_of(config, shape, mesh, lora)
     optimizer, train_step = step_of(config, model, loss, mesh, lambda step: jnp.float32(config.learning_rate))
     state = blank_state(config, shape, loss, optimizer, lora)
