@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from prefalign_jax.assemble import decoder_of, drawn_params, step_of
+from prefalign_jax.assemble import decoder_of, drawn_dtype, step_of
 from prefalign_jax.config import given, loss_of, validate
 from prefalign_jax.cost.collectives import KINDS, Collective, collectives
 from prefalign_jax.cost.flops import count_flops
@@ -24,6 +24,7 @@ from prefalign_jax.logps import REFERENCE_NEEDS
 from prefalign_jax.losses import BoundLoss
 from prefalign_jax.models.decoder import DecoderConfig, cast
 from prefalign_jax.models.families import from_hf
+from prefalign_jax.models.loading import drawn_params
 from prefalign_jax.models.lora import Lora, init_adapters
 from prefalign_jax.options import choose
 from prefalign_jax.sharding import packing_of, shapes_of, state_shardings
@@ -173,7 +174,8 @@ def plan(config: ConfigDict, shape: DecoderConfig, mesh: Mesh, *, prompt: int, r
 
 def blank_state(config: ConfigDict, shape: DecoderConfig, loss: BoundLoss, optimizer: Any, lora: Lora | None) -> Any:
     """Shapes and types of the state that a run of the config begins with."""
-    params = jax.eval_shape(lambda: drawn_params(config, shape, jax.random.key(0)))
+    options = dict(dtype=drawn_dtype(config), quantize=config.model.quantize)
+    params = jax.eval_shape(lambda: drawn_params(shape, jax.random.key(0), **options))
     reference = None
     if lora:
         base = params if config.model.quantize else jax.eval_shape(lambda tree: cast(tree, config.dtype), params)

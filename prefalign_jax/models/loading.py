@@ -22,6 +22,12 @@ def exported(path: str | Path) -> str:
     return str(inside if (inside / "config.json").exists() else path)
 
 
+def drawn_params(shape: DecoderConfig, key: jax.Array, *, dtype: str, quantize: str | None = None) -> Params:
+    """Parameters that no file holds, their kernels quantized if that is asked for."""
+    params = make_decoder(shape, param_dtype=dtype).init(key)
+    return quantize_params(params, quantize) if quantize else params
+
+
 def load_decoder(
     path: str | Path,
     *,
@@ -61,8 +67,7 @@ def load_decoder(
     grown = dataclasses.replace(shape, vocab_size=size, vocab_padding=-size % multiple)
 
     def draw(shape: DecoderConfig, key: jax.Array) -> Params:
-        params = make_decoder(shape, param_dtype="float32" if dtype == "stored" else dtype).init(key)
-        return quantize_params(params, quantize) if quantize else params
+        return drawn_params(shape, key, dtype="float32" if dtype == "stored" else dtype, quantize=quantize)
 
     def shardings(make_params: Callable[..., Params], *args: Any) -> Any:
         return place(jax.eval_shape(make_params, *args)) if place else None
