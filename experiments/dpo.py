@@ -19,6 +19,4 @@ def get_config(arg: str = ""):
     c.learning_rate = 1e-6  # full fine-tuning of an instruction-tuned model; 5e-7 is the papers' for 7B
     c.schedule = "linear"
     c.batch_size = 16
-    c.max_length = 1024
-    c.epochs = 1.0
     return c

@@ -19,6 +19,4 @@ def get_config(arg: str = ""):
     c.schedule = "linear"
     c.warmup_steps = 10
     c.batch_size = 16
-    c.max_length = 1024
-    c.epochs = 1.0
     return c

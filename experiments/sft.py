@@ -16,6 +16,4 @@ def get_config(arg: str = ""):
     c.learning_rate = 2e-5
     c.schedule = "cosine"
     c.batch_size = 16
-    c.max_length = 1024
-    c.epochs = 1.0
     return c

@@ -12,9 +12,8 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from prefalign_jax.config import given, resolved
 from prefalign_jax.data.pipeline import PairSet, make_pair_set
-from prefalign_jax.losses import BoundLoss
+from prefalign_jax.experiment import Experiment
 from prefalign_jax.metrics import Progress
 from prefalign_jax.models.decoder import DecoderConfig, Placement, make_decoder
 from prefalign_jax.models.dropout import Dropout
@@ -23,6 +22,7 @@ from prefalign_jax.models.loading import load_decoder
 from prefalign_jax.models.lora import Lora
 from prefalign_jax.models.peft_io import load_adapters
 from prefalign_jax.optim import in_float32, make_optimizer
+from prefalign_jax.options import given
 from prefalign_jax.processes import note
 from prefalign_jax.reference import cache_key, cached, compute, mover
 from prefalign_jax.sharding import deal_experts, packing_of, param_shardings, spread
@@ -69,8 +69,6 @@ def decoder_of(
     config: ConfigDict, shape: DecoderConfig, mesh: jax.sharding.Mesh, lora: Lora | None = None
 ) -> LanguageModel:
     """The decoder of this shape, computed on a mesh as a config says; `lora` is of the adapters that it is to take."""
-    if config.max_length > shape.max_position:
-        raise UserError(f"max_length={config.max_length} exceeds the model's {shape.max_position} positions")
     options = dict(dtype=config.dtype, param_dtype=drawn_dtype(config), remat=config.model.remat, lora=lora)
     if config.model.attention == "cudnn":
         device = jax.devices()[0].device_kind
@@ -99,7 +97,7 @@ def load_model(
     """A model and its parameters on their shardings, the embeddings grown where the tokenizer has more tokens.
 
     Args:
-      config: its model fields, dtype, max_length and seed.
+      config: its model fields, dtype and seed.
       path: Hugging Face directory or hub name.
       mesh: the mesh.
       tokens: len(tokenizer).
@@ -111,7 +109,7 @@ def load_model(
       (model, params), without adapters; the kernels quantized if the config says so.
 
     Raises:
-      UserError: files are missing or do not fit, or max_length exceeds what the model was made for.
+      UserError: files are missing or do not fit.
     """
     return load_decoder(
         path,
@@ -127,22 +125,23 @@ def load_model(
 
 
 def step_of(
-    config: ConfigDict, model: LanguageModel, loss: BoundLoss, mesh: jax.sharding.Mesh, schedule: optax.Schedule
+    experiment: Experiment, model: LanguageModel, mesh: jax.sharding.Mesh, schedule: optax.Schedule
 ) -> tuple[optax.GradientTransformation, Callable[..., Any]]:
-    """(optimizer, train step) of a config."""
-    plain = resolved(config)
-    optimizer = make_optimizer(plain["optimizer"], schedule, config.grad_clip)
+    """(optimizer, train step) of an experiment."""
+    config, moving = experiment.config, None
+    optimizer = make_optimizer(experiment.plain["optimizer"], schedule, config.grad_clip)
     if config.model.stochastic_rounding:
         optimizer = in_float32(optimizer)
-    moving = plain["reference"] if config.reference.kind == "moving" else None
+    if config.reference.kind == "moving":
+        moving = mover(config.reference.mixup, config.reference.every)
     return optimizer, make_train_step(
         model,
-        loss,
+        experiment.loss,
         optimizer,
         mesh,
         schedule=schedule,
         chunk=config.vocabulary_chunk,
-        move_reference=moving and mover(moving["mixup"], moving["every"]),
+        move_reference=moving,
         router_weight=config.model.router_weight,
         stochastic_rounding=config.model.stochastic_rounding,
         seed=config.seed,

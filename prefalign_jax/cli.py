@@ -15,7 +15,7 @@ import yaml
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from prefalign_jax.config import resolved, validate
+from prefalign_jax.experiment import read
 from prefalign_jax.files import user_cache
 from prefalign_jax.processes import HEARTBEAT, join, status_of
 from prefalign_jax.types import UserError, one_line
@@ -54,8 +54,7 @@ def launch(main: Callable[[ConfigDict, Path], int | None], argv: Sequence[str] |
             print(values)
             return 0
         if values.print_config:
-            validate(config, complete=False)
-            print(yaml.safe_dump(resolved(config), sort_keys=False), end="")
+            print(yaml.safe_dump(read(config, complete=False).plain, sort_keys=False), end="")
             return 0
         if not values.workdir:
             values.workdir = str(Path("runs") / Path(_option(argv, "config").split(":")[0]).stem)

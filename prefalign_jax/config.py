@@ -1,63 +1,16 @@
-"""The fields of an experiment, their defaults, and the checks that one place makes of all of them."""
+"""The fields of an experiment and their defaults; `experiment.read` checks them."""
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from prefalign_jax.data.cleaning import CLEANING, BoundStep, cleaning_steps
-from prefalign_jax.data.mixture import sources_of
-from prefalign_jax.data.pairing import LABELS, PAIRINGS
-from prefalign_jax.losses import LOSSES, BoundLoss, hyper_of, make_loss
-from prefalign_jax.optim import SCHEDULES, make_optimizer
-from prefalign_jax.options import choose, did_you_mean, flatten, read_as
+from prefalign_jax.data.cleaning import CLEANING
+from prefalign_jax.losses import LOSSES, hyper_of, make_loss
+from prefalign_jax.options import choose, did_you_mean, read_as
 from prefalign_jax.types import UserError
-
-LEAKS = ("drop", "report")
-UNITS = ("steps", "examples", "epochs")  # of a duration
-DTYPES = ("float32", "bfloat16")
-CHOICES = {
-    "dtype": DTYPES,
-    "export.dtype": DTYPES,
-    "too_long": ("drop", "truncate_prompt", "truncate_response"),
-    "reference.kind": ("copy", "cached", "moving", "none"),
-    "data.layout": ("tree", "ordinary"),
-    "checkpoint.best_mode": ("min", "max"),
-    "model.remat": ("none", "dots", "full"),
-    "model.attention": ("tiles", "cudnn"),
-    "schedule": tuple(SCHEDULES),
-    "model.param_dtype": (*DTYPES, "stored"),
-    "matmul_precision": ("highest", "high", "default"),
-    "job": ("train", "sft_first", "pairs", "rounds", "quickstart"),
-    "on_policy.pairing": tuple(PAIRINGS),
-    "on_policy.labels": LABELS,
-}
-POSITIVE = ("batch_size", "micro_steps", "max_length", "log_steps", "steps", "epochs", "examples")
-POSITIVE += ("eval_steps", "save_steps", "grad_clip", "checkpoint.keep", "vocabulary_chunk")
-POSITIVE += (
-    "model.pad_vocabulary",
-    "lora.rank",
-    "lora.alpha",
-    "samples.limit",
-    "samples.per_prompt",
-    "samples.max_new_tokens",
-    "on_policy.limit",
-    "on_policy.per_prompt",
-    "on_policy.rounds",
-    "on_policy.sharpness",
-    "data.limit",
-    "data.eval_limit",
-    "data.row_length",
-    "reference.mixup",
-    "reference.every",
-)
-QUANTIZED = ("int8", "nf4")
-MOVING = {"mixup": 0.6, "every": 512}  # TRL's defaults for a moving reference
 
 
 def defaults(loss: str = "dpo") -> ConfigDict:
@@ -79,7 +32,7 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     c.epochs = maybe(float)
     c.batch_size = 16  # pairs in an update
     c.micro_steps = 1  # parts that a batch is computed in; the update is the same
-    c.max_length = 1024  # tokens of prompt + longer response
+    c.max_length = maybe(int)  # tokens of prompt + longer response; None is 1024, or as many as the model has positions
     c.too_long = "drop"  # what happens to longer pairs: drop, truncate_prompt, truncate_response
 
     c.learning_rate = 1e-6
@@ -233,206 +186,3 @@ def parse_arg(arg: str, **fields: Any) -> ConfigDict:
             kind = type(fields[name]).__name__
             raise UserError(f"config argument {name}={text!r} is not of type {kind}") from None
     return ConfigDict(out)
-
-
-def given(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that are not None, without the name."""
-    return {key: value for key, value in fields.items() if value is not None and key != "name"}
-
-
-def loss_of(config: ConfigDict) -> BoundLoss:
-    """The loss that a config names, its hyper-parameters filled in and checked."""
-    return make_loss(config.loss.name, **given(config.loss))
-
-
-def kind_of(loss: BoundLoss) -> str:
-    """What a loss is trained on: pairs, unpaired or supervised data."""
-    return "unpaired" if "label" in loss.needs else "pairs" if "rejected" in loss.needs else "supervised"
-
-
-def cleaning_of(config: ConfigDict) -> list[BoundStep]:
-    """The steps of cleaning that a config names, with their options, checked against the data that its loss takes."""
-    return cleaning_steps(config.data.clean, config.data.cleaning, kind_of(loss_of(config)))
-
-
-def validate(config: ConfigDict, *, complete: bool = True) -> None:
-    """Checks what can be checked without data or devices.
-
-    Args:
-      config: with the fields of `defaults`.
-      complete: it must name a model and data too.
-
-    Raises:
-      UserError: naming the field, its value and what it takes.
-    """
-    loss = loss_of(config)
-    flat = flatten(config.to_dict())
-    for name, choices in CHOICES.items():
-        choose(name, flat[name], dict.fromkeys(choices))
-    for name in POSITIVE:
-        if flat[name] is not None and not flat[name] > 0:
-            raise UserError(f"{name}={flat[name]!r} must be positive")
-    if config.seed < 0:
-        raise UserError(f"seed={config.seed} must be at least 0")
-    make_optimizer(resolved(config)["optimizer"], 0.0, config.grad_clip)  # names what is wrong with it
-    if not 0 <= config.learning_rate < math.inf:
-        raise UserError(f"learning_rate={config.learning_rate} must be a number >= 0")
-    for unit in UNITS:
-        if (config[f"warmup_{unit}"] or 0) < 0:
-            raise UserError(f"warmup_{unit}={config[f'warmup_{unit}']} must be at least 0")
-    warmups = [f"warmup_{unit}" for unit in UNITS if config[f"warmup_{unit}"]]
-    if len(warmups) > 1:
-        raise UserError(f"{' and '.join(warmups)} are both set; set one (warmup_steps=0 unsets it)")
-    if config.batch_size % config.micro_steps:
-        raise UserError(f"batch_size={config.batch_size} is not a multiple of micro_steps={config.micro_steps}")
-    if not 0 <= config.data.eval_fraction < 1:
-        raise UserError(f"data.eval_fraction={config.data.eval_fraction} must lie in [0, 1)")
-    if config.data.balance and not config.data.shuffle:
-        raise UserError("data.balance=True deals pairs anew and data.shuffle=False keeps their order; set one of them")
-    if config.model.stochastic_rounding and (
-        config.model.param_dtype != "bfloat16" or config.lora.rank or config.lora.path
-    ):
-        raise UserError("model.stochastic_rounding is for model.param_dtype=bfloat16 of weights that are trained")
-    profiled(config)
-    uses = {source.use for source in sources_of(config.data)}
-    if config.data.leaks is not None:
-        choose("data.leaks", config.data.leaks, dict.fromkeys(LEAKS))
-        if not ({"eval", "test"} & uses or config.data.eval_fraction):
-            raise UserError(f"data.leaks={config.data.leaks!r} is set without held-out data")
-    for step in cleaning_of(config):
-        if step.options.get("held_out_too") and not ("eval" in uses or config.data.eval_fraction):
-            raise UserError(f"data.cleaning.{step.name}.held_out_too is set without held-out data")
-    if not 0 <= config.data.flip_labels < 1:
-        raise UserError(f"data.flip_labels={config.data.flip_labels} must lie in [0, 1)")
-    if config.data.flip_labels and ("rejected" not in loss.needs or {"label", "margin"} & loss.needs):
-        raise UserError(f"data.flip_labels applies to pairs without scores; loss {loss.name!r} reads others")
-    if "eval" in uses and config.data.eval_fraction:
-        one = "data.eval_path" if config.data.eval_path else "data.mix (use='eval')"
-        raise UserError(f"{one} and data.eval_fraction both name the held-out data; set one")
-    needs_reference, kind = "reference" in loss.needs, config.reference.kind
-    if config.lora.rank or config.lora.path:
-        for name, clash in (("reference.kind", kind == "moving"), ("reference.path", config.reference.path)):
-            if clash:
-                raise UserError(
-                    f"{name}={flat[name]!r} and adapters (lora.rank, lora.path) exclude each other: the reference is "
-                    "the base model, with what lora.path adds to it"
-                )
-    if config.model.quantize is not None:
-        choose("model.quantize", config.model.quantize, dict.fromkeys(QUANTIZED))
-        if not (config.lora.rank or config.lora.path):
-            raise UserError(f"model.quantize={config.model.quantize!r} is for frozen weights; set lora.rank")
-    for name in ("model.dropout", "model.attention_dropout", "lora.dropout"):
-        if not 0 <= (flat[name] or 0) < 1:
-            raise UserError(f"{name}={flat[name]} must lie in [0, 1)")
-    for name in ("rank", "alpha", "targets", "rank_stabilised", "dora", "dropout"):
-        if config.lora[name] is None or (name == "dropout" and config.lora.path):
-            continue
-        if config.lora.path:
-            raise UserError(f"lora.{name} is what the adapters in lora.path say; leave it unset")
-        if not config.lora.rank:
-            raise UserError(f"lora.{name} is set without lora.rank, and there are no adapters")
-    if needs_reference and kind == "none":
-        raise UserError(f"loss {loss.name!r} needs a reference; set reference.kind to copy, cached or moving")
-    if "token_kl" in loss.needs and kind == "cached":
-        raise UserError(f"loss {loss.name!r} compares whole distributions; set reference.kind to copy or moving")
-    if {"after", "reward"} & loss.needs and config.too_long == "truncate_response":
-        raise UserError(
-            f"loss {loss.name!r} with these options reads the end of responses; too_long=truncate_response cuts it off"
-        )
-    if "after" in loss.needs and config.data.keep_end:
-        raise UserError(
-            f"loss {loss.name!r} with these options takes a response's last token for its end; set data.keep_end=False"
-        )
-    if not needs_reference and kind != "none":
-        raise UserError(f"loss {loss.name!r} uses no reference; set reference.kind=none (it is {kind!r})")
-    if kind == "none" and config.reference.path:
-        raise UserError("reference.path is set but reference.kind=none keeps no reference; set copy or cached")
-    if kind != "cached" and config.reference.cache_dir:
-        raise UserError(f"reference.cache_dir applies to reference.kind=cached, not {kind!r}")
-    for name in MOVING:
-        if kind != "moving" and config.reference[name] is not None:
-            raise UserError(f"reference.{name} applies to reference.kind=moving, not {kind!r}")
-    if (config.reference.mixup or 0) > 1:
-        raise UserError(f"reference.mixup={config.reference.mixup} must lie in (0, 1]")
-    if (config.on_policy.prompts is not None) != (config.job in ("pairs", "rounds")):
-        raise UserError(
-            f"on_policy.prompts={config.on_policy.prompts!r} and job={config.job!r} do not fit: pairs and rounds need "
-            "a file of prompts, others take none"
-        )
-    if config.on_policy.prompts and not config.samples.reward:
-        raise UserError(f"job={config.job!r} needs samples.reward, to tell which response is better")
-    if config.job in ("pairs", "rounds") and (config.data.path or config.data.mix):
-        raise UserError(f"data.path={config.data.path!r} is not read: job={config.job!r} makes its own data")
-    if not config.export.enabled and (config.job == "sft_first" or config.on_policy.rounds > 1):
-        raise UserError(f"export.enabled=False, and job={config.job!r} goes on from the exported model; leave it on")
-    for name in ("limit", "reward", "reference"):
-        if config.samples[name] and not (config.samples.prompts or (name == "reward" and config.on_policy.prompts)):
-            raise UserError(f"samples.{name} is set without samples.prompts, and nothing is sampled")
-    for name, value in config.sft.items():
-        if (value is not None) != (config.job == "sft_first"):
-            raise UserError(f"sft.{name}={value} and job={config.job!r} do not fit: sft_first needs it, others do not")
-        if value is not None and not value > 0:
-            raise UserError(f"sft.{name}={value!r} must be positive")
-    if config.job in ("train", "sft_first") and not ("eval" in uses or config.data.eval_fraction):
-        for name in ("checkpoint.best_metric", "eval_steps", "data.eval_limit"):
-            if flat[name] and not (config.samples.prompts and name != "data.eval_limit"):
-                raise UserError(f"{name} is set without held-out data; set data.eval_path or data.eval_fraction")
-    if complete and config.job in ("pairs", "rounds") and not config.model.path:
-        raise UserError("model.path is not set; write a Hugging Face directory or a hub name: --config.model.path=...")
-    if complete and config.job in ("train", "sft_first"):
-        for name, what in (("model.path", "a Hugging Face directory"), ("data.path", "a file, a directory")):
-            if not flat[name] and not (name == "data.path" and config.data.mix):
-                raise UserError(
-                    f"{name} is not set; write {what} or a hub name: --config=FILE.py:{name.split('.')[0]}=... "
-                    f"or --config.{name}=..."
-                )
-
-
-def profiled(config: ConfigDict) -> range:
-    """The steps that are traced.
-
-    Raises:
-      UserError: profile_steps cannot be read.
-    """
-    if config.profile_steps is None:
-        return range(0)
-    match = re.fullmatch(r"(\d+):(\d+)", config.profile_steps)
-    first, last = map(int, match.groups()) if match else (0, 0)
-    if not 1 <= first <= last:
-        raise UserError(f"profile_steps={config.profile_steps!r}: write FIRST:LAST, two steps counted from 1, as 10:15")
-    return range(first, last + 1)
-
-
-def duration(config: ConfigDict, name: str, pairs: int) -> int | None:
-    """A length of time in steps, from the first of NAME_steps, NAME_examples and NAME_epochs that is set.
-
-    Args:
-      config: the experiment.
-      name: 'warmup', or '' for the run itself.
-      pairs: in an epoch.
-
-    Returns:
-      Steps, or None if no field is set.
-    """
-    prefix = f"{name}_" if name else ""
-    steps, examples, epochs = (config.get(prefix + unit) for unit in UNITS)
-    if steps or not (examples or epochs):
-        return steps
-    return max(1, (examples or round(epochs * pairs)) // config.batch_size)
-
-
-def resolved(config: ConfigDict) -> dict[str, Any]:
-    """The config as a plain dict, with the hyper-parameters that the loss, the optimizer and the reference will use."""
-    plain = config.to_dict()
-    if plain["data"]["mix"] is not None:
-        mix = json.dumps(plain["data"]["mix"], default=lambda x: dict(x) if isinstance(x, ConfigDict) else str(x))
-        plain["data"]["mix"] = json.loads(mix)  # as config.json gives it back
-    loss = loss_of(config)
-    plain["loss"] = {"name": loss.name, **loss.hyper}
-    for step in cleaning_of(config):
-        if step.options:
-            plain["data"]["cleaning"][step.name] = step.options
-    if config.reference.kind == "moving":
-        plain["reference"] |= {**MOVING, **given(config.reference)}
-    plain["optimizer"] = {"name": plain["optimizer"]["name"], **given(plain["optimizer"])}
-    return plain

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from prefalign_jax.config import cleaning_of
 from prefalign_jax.data.chat import iter_pairs
 from prefalign_jax.data.cleaning import BoundStep, Stage, benchmark_names, clean
 from prefalign_jax.data.counts import HELD_OUT, TRAINING, Counts, added, from_json, listed, new_counts
@@ -25,17 +23,15 @@ from prefalign_jax.data.mixture import (
     prompt_keys,
     read_source,
     source_digest,
-    sources_of,
 )
-from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pairs import Origin, Pairs, from_list
 from prefalign_jax.data.pipeline import mismatched
 from prefalign_jax.data.records import Record, Text, ascii_quotes, flip_labels, iter_prompts, read_prompts
 from prefalign_jax.data.records import draw as draw_number
 from prefalign_jax.data.rows import content_digest, count_rows, read_rows
 from prefalign_jax.data.token_cache import Made, cached_tokens, token_key
+from prefalign_jax.experiment import Experiment
 from prefalign_jax.files import user_cache
-from prefalign_jax.losses import BoundLoss
 from prefalign_jax.metrics import Progress
 from prefalign_jax.processes import note
 from prefalign_jax.types import UserError
@@ -66,12 +62,11 @@ class Data(NamedTuple):
     chat: bool
 
 
-def load_pairs(config: ConfigDict, loss: BoundLoss, tokenizer: Any) -> Data:
+def load_pairs(experiment: Experiment, tokenizer: Any) -> Data:
     """Reads, holds out, cleans and tokenizes; says on stderr what was dropped and why.
 
     Args:
-      config: its data fields, max_length, too_long and seed.
-      loss: whether the rejected response is wanted.
+      experiment: what is read, cleaned and tokenized, and how; it is fitted to its model.
       tokenizer: Hugging Face tokenizer.
 
     Returns:
@@ -80,13 +75,12 @@ def load_pairs(config: ConfigDict, loss: BoundLoss, tokenizer: Any) -> Data:
     Raises:
       UserError: a malformed row, or nothing left to train on.
     """
-    data, unit = config.data, unit_of(loss)
-    sources = sources_of(data)
-    training, counts = tokenized_sources([s for s in sources if s.use == "train"], tokenizer, config, loss, TRAINING)
-    others = [s for s in sources if s.use == "eval"]
+    config, data, unit = experiment.config, experiment.config.data, experiment.loss.unit
+    trained, others = experiment.sources_for("train"), experiment.sources_for("eval")
+    training, counts = tokenized_sources(trained, tokenizer, experiment, TRAINING)
     stages, read = counts.stages(TRAINING), counts.read
     if others:
-        held_out, more = tokenized_sources(others, tokenizer, config, loss, HELD_OUT)
+        held_out, more = tokenized_sources(others, tokenizer, experiment, HELD_OUT)
         counts.lost[HELD_OUT], read = more.lost[HELD_OUT], read + more.read
         stages[HELD_OUT] = more.stages(HELD_OUT)[HELD_OUT]
     else:
@@ -97,7 +91,7 @@ def load_pairs(config: ConfigDict, loss: BoundLoss, tokenizer: Any) -> Data:
         note(f"labels of {counts.flipped} of {counts.flippable} training pairs flipped")
 
     # No prompt on both sides, whatever its case and spaces, and in whatever source.
-    tests = [prompt_keys(source) for source in sources if source.use == "test"]
+    tests = [prompt_keys(source) for source in experiment.sources_for("test")]
     if tests and (mask := leaked(held_out, np.concatenate(tests))).any():
         held_out = held_out.select(~mask)
         lost[HELD_OUT].append({"prompt of a test set": int(mask.sum())})
@@ -111,7 +105,7 @@ def load_pairs(config: ConfigDict, loss: BoundLoss, tokenizer: Any) -> Data:
         stages[TRAINING].append(Stage("held-out prompts", len(mask), len(training), lost[TRAINING][-1]))
 
     if training:
-        chosen = in_proportion(training.source, [s.weight for s in sources if s.use == "train"], config.seed)
+        chosen = in_proportion(training.source, [source.weight for source in trained], config.seed)
         if len(chosen) < len(training):
             lost[TRAINING].append({"beyond its source's weight": len(training) - len(chosen)})
             stages[TRAINING].append(Stage("weights", len(training), len(chosen), lost[TRAINING][-1]))
@@ -122,15 +116,15 @@ def load_pairs(config: ConfigDict, loss: BoundLoss, tokenizer: Any) -> Data:
     changed = "" if changed == "none" else f"; changed {changed}"
     note(f"training data: {len(training)} {unit}; dropped {reasons[TRAINING]}{changed}")
     about = []
-    if data.mix is not None:
-        for number, source in enumerate(s for s in sources if s.use == "train"):
+    if experiment.mixed:
+        for number, source in enumerate(trained):
             there = int((training.source == number).sum())
             share = there / max(1, len(training))
             about.append({"source": str(source), unit: there, "share": share, "dropped": lost[TRAINING][number]})
             note(f"  {source}: {there} ({share:.1%}); dropped {listed(lost[TRAINING][number])}")
     if held_out or others:
         note(f"held out data: {len(held_out)} {unit}; dropped {reasons[HELD_OUT]}")
-    name = data.path or "data.mix"
+    name = "data.mix" if experiment.mixed else trained[0].name
     if not training:
         raise UserError(
             f"{name}: no {unit} left to train on, dropped {reasons[TRAINING]}; max_length is {config.max_length}"
@@ -138,33 +132,31 @@ def load_pairs(config: ConfigDict, loss: BoundLoss, tokenizer: Any) -> Data:
     if (others or data.eval_fraction) and not held_out:
         where = ", ".join(source.name for source in others) or name
         raise UserError(f"{where}: no held-out {unit} left; dropped {reasons[HELD_OUT]}")
-    if "mismatched" in loss.needs:
+    if "mismatched" in experiment.loss.needs:
         training, held_out = mismatched(training, config.max_length), mismatched(held_out, config.max_length)
     rows = iter(read)
-    kept = [source for use in ("train", "eval") for source in sources if source.use == use]
-    places = [read_from(source.name, source.part, ROLES[source.use], next(rows)) for source in kept]
-    places += [read_from(source.name, source.part, ROLES["test"]) for source in sources if source.use == "test"]
-    places += [read_from(name, "test", "benchmark") for name in benchmark_names(cleaning_of(config))]
+    places = [read_from(source.name, source.part, ROLES[source.use], next(rows)) for source in trained + others]
+    places += [read_from(source.name, source.part, ROLES["test"]) for source in experiment.sources_for("test")]
+    places += [read_from(name, "test", "benchmark") for name in benchmark_names(experiment.cleaning)]
     return Data(training, held_out, dropped, about, places, stages, counts.chat)
 
 
 def tokenized_sources(
-    sources: Sequence[Source], tokenizer: Any, config: ConfigDict, loss: BoundLoss, which: str
+    sources: Sequence[Source], tokenizer: Any, experiment: Experiment, which: str
 ) -> tuple[Pairs, Counts]:
     """The pairs of some sources, from the cache if they were tokenized before; many show their progress.
 
     Args:
       sources: read one after the other.
       tokenizer: Hugging Face tokenizer.
-      config: its data fields, max_length, too_long and seed.
-      loss: which records it takes.
+      experiment: as in `load_pairs`.
       which: 'training' or 'held out', for the progress.
 
     Returns:
       (the pairs, those of the held-out prompts marked; what was counted).
     """
-    data, seed, kind = config.data, config.seed, record_kind(loss)
-    steps = cleaning_of(config) if which == TRAINING else []
+    config, data, kind = experiment.config, experiment.config.data, experiment.loss.record_kind
+    steps = experiment.cleaning if which == TRAINING else ()
     options = dict(max_length=config.max_length, too_long=config.too_long, keep_end=data.keep_end)
     drawn = data.eval_fraction, data.flip_labels, data.eval_limit if data.eval_fraction else None
     path = None
@@ -174,10 +166,10 @@ def tokenized_sources(
             sources=list(map(source_digest, sources)), kind=kind, drawn=drawn, ascii=data.ascii_quotes, **options
         )
         if any(drawn) or any(source.fraction < 1 for source in sources):
-            what["seed"] = seed
+            what["seed"] = config.seed
         if steps:
-            others = [source_digest(source) for source in sources_of(data) if source.use == "eval"]
-            what["cleaning"] = steps, [content_digest(name, "test") for name in benchmark_names(steps)], others
+            others = [source_digest(source) for source in experiment.sources_for("eval")]
+            what["cleaning"] = list(steps), [content_digest(name, "test") for name in benchmark_names(steps)], others
         path = directory / f"{token_key(tokenizer, **what)}.arrow"
 
     def make() -> Made:
@@ -186,7 +178,7 @@ def tokenized_sources(
         progress = Progress(None if None in rows else sum(rows), f"{which} record")
 
         def chunks() -> Iterator[Pairs]:
-            pairs = iter_pairs(source_records(sources, config, loss, counts, steps, progress), tokenizer, **options)
+            pairs = iter_pairs(source_records(sources, experiment, counts, steps, progress), tokenizer, **options)
             while some := list(itertools.islice(pairs, CHUNK)):
                 for record, pair in some:
                     if isinstance(pair, str):
@@ -206,8 +198,7 @@ def tokenized_sources(
 
 def source_records(
     sources: Sequence[Source],
-    config: ConfigDict,
-    loss: BoundLoss,
+    experiment: Experiment,
     counts: Counts,
     steps: Sequence[BoundStep] = (),
     progress: Progress | None = None,
@@ -216,14 +207,13 @@ def source_records(
 
     Args:
       sources: read one after the other.
-      config: its data fields and seed.
-      loss: which records it takes.
+      experiment: as in `load_pairs`.
       counts: of these sources; added to as the iterator goes on.
       steps: of cleaning; with any, all records are read before the first one comes.
       progress: of the reading.
     """
-    data, seed = config.data, config.seed
-    kind = record_kind(loss)
+    data, seed = experiment.config.data, experiment.config.seed
+    kind = experiment.loss.record_kind
     scored = any(step.step.scores for step in steps) and not kind["margin"]
     if scored:
         kind["margin"] = True
@@ -252,8 +242,8 @@ def source_records(
         records = list(as_read())
         held_out = [record for record in records if record.held_out]
         prompts = [record.prompt for record in held_out]
-        for source in sources_of(data):
-            if source.use == "eval" and any(step.options.get("held_out_too") for step in steps):
+        for source in experiment.sources_for("eval"):
+            if any(step.options.get("held_out_too") for step in steps):
                 prompts += [
                     one.prompt for one in iter_prompts(read_rows(source.name, source.part), collections.Counter())
                 ]
@@ -292,28 +282,3 @@ def load_prompts(path: str, limit: int | None) -> list[Text]:
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
     note(f"{path}: {len(prompts)} prompts; dropped {reasons}")
     return [one.prompt for one in prompts]
-
-
-def record_kind(loss: BoundLoss) -> dict[str, Any]:
-    """Which records a loss takes, as options of `read_records`."""
-    return dict(
-        responses=("chosen", "rejected") if "rejected" in loss.needs else ("chosen",),
-        unpaired="label" in loss.needs,
-        margin="margin" in loss.needs,
-    )
-
-
-def layout_of(config: ConfigDict, loss: BoundLoss) -> Layout:
-    """What of a pair a loss has laid out."""
-    return Layout(
-        tree=config.data.layout == "tree",
-        rejected="rejected" in loss.needs,
-        prompt="prompt" in loss.needs,
-        after="after" in loss.needs,
-        rewards="reward" in loss.needs,
-    )
-
-
-def unit_of(loss: BoundLoss) -> str:
-    """What the loss counts: pairs, or the completions of unpaired data."""
-    return "completions" if "label" in loss.needs else "pairs"

@@ -61,7 +61,17 @@ def split_names(text: str | None) -> list[str]:
     return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that are not None, without the name.
+
+    Example:
+      >>> given({"name": "adamw", "b1": 0.9, "b2": None})
+      {'b1': 0.9}
+    """
+    return {key: value for key, value in fields.items() if value is not None and key != "name"}
+
+
+def flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested groups as dotted names.
 
     Example:
@@ -69,7 +79,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
       {'seed': 0, 'loss.name': 'dpo', 'loss.beta': 0.1}
     """
     flat = {}
-    for key, value in config.items():
+    for key, value in fields.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return flat
 

@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 
 from prefalign_jax import checkpoint
 from prefalign_jax.assemble import adapters_of, drawn_dtype, load_model, step_of, with_reference
-from prefalign_jax.config import cleaning_of, duration, kind_of, loss_of, profiled, resolved, validate
 from prefalign_jax.cost.flops import count_flops
 from prefalign_jax.cost.throughput import Meter
 from prefalign_jax.data.chat import load_tokenizer
@@ -23,10 +22,11 @@ from prefalign_jax.data.pairs import digest_of
 from prefalign_jax.data.pipeline import make_pair_set, train_batches
 from prefalign_jax.evaluation.held_out import evaluate, summary
 from prefalign_jax.evaluation.policy_samples import draw, measure, scorer_of
+from prefalign_jax.experiment import Experiment, read
 from prefalign_jax.export import export, hub_token, push
 from prefalign_jax.files import locked, write_json
 from prefalign_jax.generation.sample_files import write_jsonl
-from prefalign_jax.load_data import layout_of, load_pairs, load_prompts, unit_of
+from prefalign_jax.load_data import load_pairs, load_prompts
 from prefalign_jax.metrics import Progress, open_writer, read_metrics
 from prefalign_jax.models.decoder import cast
 from prefalign_jax.models.endings import stop_ids
@@ -72,7 +72,7 @@ def train(config: ConfigDict, workdir: str | Path) -> Result:
     Raises:
       UserError: for a mistake in the config, the data or the model, before any step is taken.
     """
-    validate(config)
+    experiment = read(config)
     if config.export.push_to:
         hub_token(config.export.push_to)  # that it is missing is said now, not after the training
     workdir = Path(workdir)
@@ -81,18 +81,18 @@ def train(config: ConfigDict, workdir: str | Path) -> Result:
         if not workdir.is_dir():
             raise UserError(f"--workdir={workdir} is not on a file system that all processes share; use one that is")
         stack.enter_context(jax.default_matmul_precision(config.matmul_precision))
-        return _train(config, workdir, stack)
+        return _train(experiment, workdir, stack)
 
 
-def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Result:
-    loss = loss_of(config)
-    mesh = make_mesh(config.mesh)
-    plain = resolved(config)
+def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -> Result:
+    mesh = make_mesh(experiment.config.mesh)
 
     # Data: records -> pairs of token ids.
-    load_config(resolve(config.model.path))  # a model that does not fit is found before a long reading of data
+    # A model that does not fit is found before a long reading of data.
+    experiment = experiment.fitted(load_config(resolve(experiment.config.model.path)).max_position)
+    config, plain, loss = experiment.config, experiment.plain, experiment.loss
     tokenizer = load_tokenizer(config.model.path, config.data.chat_template)
-    data = load_pairs(config, loss, tokenizer)
+    data = load_pairs(experiment, tokenizer)
     train_pairs, eval_pairs = data.training, data.held_out
     digests = {"training pairs": digest_of(train_pairs)}
 
@@ -100,15 +100,15 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
     reward = "reward" in loss.needs
     adapters, lora = adapters_of(config, reward, len(tokenizer))
     model, params = load_model(config, config.model.path, mesh, len(tokenizer), config.model.random_init, reward, lora)
-    packing = dict(layout=layout_of(config, loss), row_length=config.data.row_length, attends=model.attends)
+    packing = dict(layout=experiment.layout, row_length=config.data.row_length, attends=model.attends)
     packing |= packing_of(mesh)
     share = config.batch_size // config.micro_steps
     train_set = make_pair_set(train_pairs, config.batch_size, micro_steps=config.micro_steps, **packing)
     eval_set = make_pair_set(eval_pairs, share, **packing) if eval_pairs else None
     about = dict(
-        read=data.read_from, stages=data.stages, steps=cleaning_of(config), mixture=data.sources, chat=data.chat
+        read=data.read_from, stages=data.stages, steps=experiment.cleaning, mixture=data.sources, chat=data.chat
     )
-    about |= dict(kind=kind_of(loss), tokenizer=tokenizer, digest=digests["training pairs"])
+    about |= dict(kind=loss.kind, tokenizer=tokenizer, digest=digests["training pairs"])
     datasheet = make_datasheet(plain, train_set, **about)
     if config.model.router_weight and model.routed is None:
         raise UserError(
@@ -158,14 +158,14 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
         params = jax.tree.map(jnp.copy, adapters) or born(mesh, make, frozen)
 
     # Optimizer, state, steps.
-    total = duration(config, "", len(train_pairs)) or max(1, len(train_pairs) // config.batch_size)
-    profile = profiled(config)
+    total = experiment.total_steps(len(train_pairs))
+    profile = experiment.profiled
     if profile and profile[-1] > total:
         raise UserError(f"profile_steps={config.profile_steps!r} ends after the {total} steps of the run")
-    warmup = duration(config, "warmup", len(train_pairs)) or 0
+    warmup = experiment.warmup_steps(len(train_pairs))
     schedule = make_schedule(config.schedule, config.learning_rate, warmup, total)
-    optimizer, train_step = step_of(config, model, loss, mesh, schedule)
-    every = plain["reference"]["every"] if config.reference.kind == "moving" else 0
+    optimizer, train_step = step_of(experiment, model, mesh, schedule)
+    every = config.reference.every if config.reference.kind == "moving" else 0
     if every >= total:
         raise UserError(f"reference.every={every} is not reached in a run of {total} steps; write a smaller one")
     eval_step = make_eval_step(model, loss, mesh, config.vocabulary_chunk)
@@ -185,7 +185,7 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> Re
     eval_writer = open_writer(workdir, "eval", tensorboard=config.tensorboard, resume_step=kept)
     stack.callback(writer.close)
     stack.callback(eval_writer.close)
-    pairs = f"{len(train_pairs)} {unit_of(loss)}, {len(eval_pairs)} held out"
+    pairs = f"{len(train_pairs)} {loss.unit}, {len(eval_pairs)} held out"
     resumed = f", resumed at step {start}" if 0 < start < total else ", already complete" if start else ""
     note(f"{loss.name}: {pairs}, {total} steps of {config.batch_size}{resumed}")
 

@@ -30,13 +30,14 @@ from safetensors.numpy import save_file
 
 import prefalign_jax
 from prefalign_jax import cli
-from prefalign_jax.config import defaults, loss_of
+from prefalign_jax.config import defaults
 from prefalign_jax.cost.flops import count_flops
 from prefalign_jax.data.chat import load_tokenizer
 from prefalign_jax.data.packing import Layout, lengths_of
 from prefalign_jax.data.pipeline import balanced, batch_of, make_pair_set, train_batches
 from prefalign_jax.data.records import read_records
 from prefalign_jax.data.rows import content_digest
+from prefalign_jax.experiment import read
 from prefalign_jax.files import whole, write_json
 from prefalign_jax.generation.generate import sample
 from prefalign_jax.generation.sampling import Sampling
@@ -618,7 +619,7 @@ def data_step(path: str, max_length: int, made: bool, devices: int) -> dict[str,
         shutil.rmtree(directory / "cache", ignore_errors=True)
     began, busy = time.perf_counter(), time.process_time()
     tokenizer = load_tokenizer(directory / "tokenizer")
-    pairs = load_pairs(config, loss_of(config), tokenizer).training
+    pairs = load_pairs(read(config, complete=False), tokenizer).training
     loaded = time.perf_counter()
     set_ = make_pair_set(pairs, config.batch_size)
     batches = train_batches(set_, seed=0, shuffle=True, start=0, stop=max(1, len(pairs) // config.batch_size))

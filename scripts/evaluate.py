@@ -21,7 +21,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 
 from prefalign_jax.assemble import load_model
-from prefalign_jax.config import defaults, loss_of, validate
+from prefalign_jax.config import defaults
 from prefalign_jax.data.chat import load_tokenizer, tokenize_records
 from prefalign_jax.data.pipeline import PairSet, make_pair_set, mismatched
 from prefalign_jax.data.records import ascii_quotes, read_records, split_by_prompt
@@ -39,13 +39,13 @@ from prefalign_jax.evaluation.held_out import (
     set_logps,
     slice_labels,
 )
+from prefalign_jax.experiment import Experiment, read
 from prefalign_jax.files import whole
 from prefalign_jax.intervals import Interval
-from prefalign_jax.load_data import layout_of, record_kind, unit_of
-from prefalign_jax.losses import BoundLoss
+from prefalign_jax.losses import BoundLoss, make_loss
 from prefalign_jax.models.decoder import DecoderConfig
 from prefalign_jax.models.hf_io import load_config, resolve
-from prefalign_jax.options import did_you_mean, read_as
+from prefalign_jax.options import did_you_mean, given, read_as
 from prefalign_jax.pages.plots import plot_margins
 from prefalign_jax.pages.token_page import Example, Response, choose_examples, page, pieces_of
 from prefalign_jax.processes import note
@@ -100,7 +100,7 @@ class Measured(NamedTuple):
     reference: PairLogps | None
 
 
-def config_of(values: flags.FlagValues, rest: Sequence[str]) -> ConfigDict:
+def experiment_of(values: flags.FlagValues, rest: Sequence[str]) -> Experiment:
     """The experiment that the options describe; what is no option is a hyper-parameter of the loss."""
     config = defaults(values.loss)
     hyper = {name: config.loss.get_type(name) for name in config.loss if name != "name"}
@@ -120,16 +120,16 @@ def config_of(values: flags.FlagValues, rest: Sequence[str]) -> ConfigDict:
     config.model.path, config.data.path = exported(values.model), values.data
     config.update({name: values[name].value for name in FIELDS})
     config.data.update({name: values[name].value for name in DATA_FIELDS})
-    loss = loss_of(config)
+    loss = make_loss(config.loss.name, **given(config.loss))
     paths = [path for path in (config.model.path, values.reference, values.before) if path]
     shapes = {path: load_config(resolve(exported(path))) for path in paths}
     config.max_length = min(LENGTH, *(shape.max_position for shape in shapes.values()))
     if values.max_length is not None:
         config.max_length = values.max_length
     config.reference.kind = "copy" if "reference" in loss.needs else "none"
-    validate(config)
+    experiment = read(config)
     _check(values, loss, shapes)
-    return config
+    return experiment
 
 
 def _check(values: flags.FlagValues, loss: BoundLoss, shapes: Mapping[str, DecoderConfig]) -> None:
@@ -153,11 +153,11 @@ def exported(path: str) -> str:
     return str(inside) if (inside / "config.json").exists() else path
 
 
-def read(config: ConfigDict, loss: BoundLoss, tokenizer: Any, columns: Sequence[str]) -> tuple[list, list, dict]:
+def read_pairs(experiment: Experiment, tokenizer: Any, columns: Sequence[str]) -> tuple[list, list, dict]:
     """(records, pairs, dropped counts by reason)."""
-    data = config.data
+    config, data, loss = experiment.config, experiment.config.data, experiment.loss
     records, dropped = read_records(
-        data.path, split=data.split, format=data.format, limit=data.limit, columns=columns, **record_kind(loss)
+        data.path, split=data.split, format=data.format, limit=data.limit, columns=columns, **loss.record_kind
     )
     if data.eval_fraction:
         records = split_by_prompt(records, data.eval_fraction, config.seed)[1]
@@ -169,8 +169,8 @@ def read(config: ConfigDict, loss: BoundLoss, tokenizer: Any, columns: Sequence[
     dropped = {reason: dropped.get(reason, 0) + counts.get(reason, 0) for reason in {**dropped, **counts}}
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
     if not pairs:
-        raise UserError(f"{data.path}: no {unit_of(loss)} left to measure, dropped {reasons}")
-    note(f"{len(pairs)} {unit_of(loss)}; dropped {reasons}")
+        raise UserError(f"{data.path}: no {loss.unit} left to measure, dropped {reasons}")
+    note(f"{len(pairs)} {loss.unit}; dropped {reasons}")
     return records, mismatched(pairs, config.max_length) if "mismatched" in loss.needs else pairs, dropped
 
 
@@ -334,8 +334,9 @@ def write_slices(path: Path, slices: Mapping[str, Mapping[str, Slice]]) -> None:
 
 def run(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Measures, prints and writes."""
-    config = config_of(values, rest)
-    loss, mesh, out = loss_of(config), make_mesh(config.mesh), Path(values.out)
+    experiment = experiment_of(values, rest)
+    config, loss, out = experiment.config, experiment.loss, Path(values.out)
+    mesh = make_mesh(config.mesh)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -344,14 +345,14 @@ def run(values: flags.FlagValues, rest: Sequence[str]) -> None:
         note(f"{loss.name} carries {', '.join(loss.running)} through a run; measured as at its first step")
     tokenizer = load_tokenizer(config.model.path, config.data.chat_template)
     by = [name for name in (values.slice_by or "").split(",") if name]
-    records, pairs, dropped = read(config, loss, tokenizer, by)
+    records, pairs, dropped = read_pairs(experiment, tokenizer, by)
     prompts = prompt_numbers(pairs)
     with jax.default_matmul_precision(config.matmul_precision):
         policy, frozen, before = (
             load(config, loss, path, tokenizer, mesh) if path else None
             for path in (values.model, values.reference, values.before)
         )
-        packing = dict(**packing_of(mesh), layout=layout_of(config, loss), attends=policy.model.attends)
+        packing = dict(**packing_of(mesh), layout=experiment.layout, attends=policy.model.attends)
         data = make_pair_set(pairs, config.batch_size, **packing)
         if frozen:
             data = data._replace(reference=compute(frozen.model, frozen.params, data, mesh=mesh, needs=loss.needs))
@@ -371,8 +372,8 @@ def run(values: flags.FlagValues, rest: Sequence[str]) -> None:
     against = f" against {values.reference}" if values.reference else ""
     options = ", ".join(f"{key}={value}" for key, value in loss.hyper.items())
     count = int(prompts.max()) + 1
-    about = f"{values.model}{against} on {values.data}: {len(pairs)} {unit_of(loss)} of {count} prompts"
-    print(f"{loss.name}({options}) of {about}\n\n{tables(metrics, old, change, slices, moved, unit_of(loss))}\n")
+    about = f"{values.model}{against} on {values.data}: {len(pairs)} {loss.unit} of {count} prompts"
+    print(f"{loss.name}({options}) of {about}\n\n{tables(metrics, old, change, slices, moved, loss.unit)}\n")
     result = {
         "model": values.model,
         "reference": values.reference,
@@ -380,7 +381,7 @@ def run(values: flags.FlagValues, rest: Sequence[str]) -> None:
         "data": values.data,
         "loss": {"name": loss.name, **loss.hyper},
         "max_length": config.max_length,
-        unit_of(loss): len(pairs),
+        loss.unit: len(pairs),
         "prompts": count,
         "dropped": dropped,
         "metrics": metrics,

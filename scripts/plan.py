@@ -33,9 +33,7 @@ def main() -> int:
     jax.config.update("jax_num_cpu_devices", options.devices)
     shape = shape_of(options.model) if options.model else load_config(resolve(config.model.path or "."))
     mesh = make_mesh(config.mesh, jax.devices()[: options.devices])
-    prompt = options.prompt or config.max_length // 2
-    response = options.response or config.max_length // 2
-    found = plan(config, shape, mesh, prompt=prompt, response=response)
+    found = plan(config, shape, mesh, prompt=options.prompt, response=options.response)
     print(report(found, config, options.device))
     return 0
 

@@ -4,11 +4,11 @@ import json
 import numpy as np
 import pytest
 
-from prefalign_jax.config import cleaning_of, defaults, kind_of, loss_of, resolved
+from prefalign_jax.config import defaults
 from prefalign_jax.data.cleaning import Stage
 from prefalign_jax.data.datasheet import ReadFrom, as_markdown, make_datasheet, read_from, write_datasheet
-from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pipeline import make_pair_set
+from prefalign_jax.experiment import read
 from prefalign_jax.types import Pair
 
 
@@ -27,17 +27,16 @@ def sheet_of(loss="dpo", lengths=((2, 3, 4), (2, 9, 5), (5, 3, 3)), chat=True, *
     config = defaults(loss)
     config.model.path, config.data.path = "somewhere/model", "pairs.jsonl"
     config.update_from_flattened_dict(fields)
-    bound = loss_of(config)
-    layout = Layout(rejected="rejected" in bound.needs)
-    data = make_pair_set(pairs_of(lengths), 2, layout=layout)
+    experiment = read(config).fitted(4096)
+    data = make_pair_set(pairs_of(lengths), 2, layout=experiment.layout)
     stages = {
         "training": [Stage("read", 5, 3, {"empty response": 2}), Stage("encoding", 3, 3, {}, {"wrong encoding": 1})]
     }
-    read = [ReadFrom("/home/someone/pairs.jsonl", "training", 3, "ab" * 32, "file", 17)]
-    about = dict(stages={**stages, "held out": []}, steps=cleaning_of(config), kind=kind_of(bound), chat=chat)
+    sources = [ReadFrom("/home/someone/pairs.jsonl", "training", 3, "ab" * 32, "file", 17)]
+    about = dict(stages={**stages, "held out": []}, steps=experiment.cleaning, kind=experiment.loss.kind, chat=chat)
     mixture = [{"source": "pairs.jsonl", "pairs": 3, "share": 1.0, "dropped": {"too long": 4}}]
-    about |= dict(read=read, mixture=mixture, tokenizer=Tokenizer(), digest="cd" * 32)
-    return make_datasheet(resolved(config), data, **about)
+    about |= dict(read=sources, mixture=mixture, tokenizer=Tokenizer(), digest="cd" * 32)
+    return make_datasheet(experiment.plain, data, **about)
 
 
 def test_a_file_is_named_with_the_hash_of_its_bytes(tmp_path):

@@ -6,11 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prefalign_jax.config import CHOICES
 from prefalign_jax.data.packing import Layout
 from prefalign_jax.logps import preference_logps
 from prefalign_jax.losses.reward import bradley_terry
-from prefalign_jax.models.decoder import ATTENTION, REMAT, cast, make_decoder
+from prefalign_jax.models.decoder import REMAT, cast, make_decoder
 from prefalign_jax.models.dropout import Dropout
 from prefalign_jax.models.rope import RopeScaling
 from prefalign_jax.types import Pair, UserError
@@ -148,10 +147,6 @@ def test_compiling_takes_no_longer_for_more_layers():
         return len(jax.jit(model.hidden).lower(params, TOKENS, POSITIONS, ONES, ZEROS).as_text())
 
     assert size(12) < 1.1 * size(2)
-
-
-def test_a_config_may_name_every_remat_and_attention():
-    assert CHOICES["model.remat"] == tuple(REMAT) and CHOICES["model.attention"] == tuple(ATTENTION)
 
 
 def test_cudnns_attention_gives_the_log_probabilities_of_tiles(monkeypatch):

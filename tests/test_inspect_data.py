@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from prefalign_jax import cli
-from prefalign_jax.config import cleaning_of, defaults, loss_of
+from prefalign_jax.config import defaults
 from prefalign_jax.data.chat import load_tokenizer
 from prefalign_jax.data.counts import new_counts
-from prefalign_jax.data.mixture import sources_of
 from prefalign_jax.data.records import read_records, split_by_prompt
+from prefalign_jax.experiment import read
 from prefalign_jax.inspection import inspect_data
 from prefalign_jax.jobs import JOBS
 from prefalign_jax.load_data import load_pairs, source_records
@@ -59,14 +59,15 @@ def config_of(data, loss="dpo", **fields):
 
 
 def loaded(config):
-    return load_pairs(config, loss_of(config), load_tokenizer(config.model.path))
+    return load_pairs(read(config), load_tokenizer(config.model.path))
 
 
 def records_of(config):
     """(training records, held-out records, cleaning stages by name)"""
-    sources = [source for source in sources_of(config.data) if source.use == "train"]
+    experiment = read(config)
+    sources = experiment.sources_for("train")
     counts = new_counts(len(sources))
-    records = list(source_records(sources, config, loss_of(config), counts, cleaning_of(config)))
+    records = list(source_records(sources, experiment, counts, experiment.cleaning))
     parts = [[record for record in records if record.held_out == held_out] for held_out in (False, True)]
     return *parts, {stage.name: stage.dropped for stage in counts.cleaning}
 

@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from prefalign_jax import jobs, processes
-from prefalign_jax.config import validate
+from prefalign_jax.experiment import read
 from prefalign_jax.jobs import JOBS
 from prefalign_jax.train import train
 from prefalign_jax.types import UserError
@@ -50,4 +50,4 @@ def test_a_stopped_first_stage_stops_the_job(tmp_path, monkeypatch):
 )
 def test_the_first_stages_fields_are_for_that_job_alone(fields, says):
     with pytest.raises(UserError, match=says):
-        validate(config_of(**fields))
+        read(config_of(**fields))

@@ -9,8 +9,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from prefalign_jax import load_data
-from prefalign_jax.config import defaults, loss_of, resolved, validate
+from prefalign_jax.config import defaults
 from prefalign_jax.data.mixture import Source, in_proportion, normalised, prompt_key, read_source, source_digest
+from prefalign_jax.experiment import read as read_experiment
 from prefalign_jax.types import UserError
 
 
@@ -42,7 +43,7 @@ def config_of(tmp_path, mix=None, loss="dpo", **data):
     c.model.path, c.max_length, c.data.cache_dir = "MODEL", 256, str(tmp_path / "cache")
     c.data.mix = mix
     c.data.update(data)
-    validate(c)
+    read_experiment(c)
     return c
 
 
@@ -53,7 +54,7 @@ def test_a_command_line_can_name_sources(tmp_path, monkeypatch):
     (tmp_path / "e.py").write_text("from prefalign_jax import config\nget_config = lambda: config.defaults('dpo')\n")
     mix = '({"path": "a", "weight": 0.7}, {"path": "b", "weight": 0.3})'
     config = read_config([f"--config={tmp_path}/e.py", f"--config.data.mix={mix}", "--config.model.path=m"])
-    validate(config)
+    read_experiment(config)
     assert [source["weight"] for source in config.data.mix] == [0.7, 0.3]
 
 
@@ -64,7 +65,7 @@ def load(tmp_path, tiny_tokenizer):
     def run(mix=None, seed=0, loss="dpo", **data):
         c = config_of(tmp_path, mix, loss, **data)
         c.seed = seed
-        found = load_data.load_pairs(c, loss_of(c), tiny_tokenizer)
+        found = load_data.load_pairs(read_experiment(c), tiny_tokenizer)
         sides = [[tiny_tokenizer.decode(one.prompt) for one in part] for part in (found.training, found.held_out)]
         return *sides, found
 
@@ -332,6 +333,6 @@ def test_a_mistake_is_named(tmp_path, mix, fields, message):
 def test_a_mixture_survives_json(tmp_path):
     """A run that goes on compares its config with the one on disk."""
     for source in ({"path": "a", "filter": {"x": ("y",)}}, ConfigDict({"path": "a", "filter": {"x": ("y",)}})):
-        plain = resolved(config_of(tmp_path, (source,)))
+        plain = read_experiment(config_of(tmp_path, (source,))).plain
         assert json.loads(json.dumps(plain)) == plain
         assert plain["data"]["mix"] == [{"path": "a", "filter": {"x": ["y"]}}]

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from prefalign_jax import processes
-from prefalign_jax.config import defaults, validate
+from prefalign_jax.config import defaults
 from prefalign_jax.data.chat import load_tokenizer
 from prefalign_jax.evaluation.policy_samples import draw, measure, scorer_of
+from prefalign_jax.experiment import read
 from prefalign_jax.intervals import bootstrap_mean
 from prefalign_jax.jobs import JOBS
 from prefalign_jax.jobs.on_policy import make_pairs
@@ -148,4 +149,4 @@ def test_a_stopped_stage_stops_the_job(prompts, tmp_path, monkeypatch):
 )
 def test_options_that_do_not_fit(fields, says):
     with pytest.raises(UserError, match=says):
-        validate(config_of("p", "pairs", **fields))
+        read(config_of("p", "pairs", **fields))

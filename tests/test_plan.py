@@ -10,11 +10,11 @@ import optax
 import pytest
 
 from prefalign_jax.assemble import decoder_of, step_of
-from prefalign_jax.config import defaults, loss_of
+from prefalign_jax.config import defaults
 from prefalign_jax.cost import plan as module
 from prefalign_jax.cost.plan import CHIPS, SHAPES, advice, blank_state, plan, report, seconds, shape_of
 from prefalign_jax.data.pipeline import batch_of, make_pair_set
-from prefalign_jax.load_data import layout_of
+from prefalign_jax.experiment import read
 from prefalign_jax.models.decoder import make_decoder
 from prefalign_jax.models.lora import Lora
 from prefalign_jax.processes import status_of
@@ -41,14 +41,15 @@ def found(config):
 
 def test_the_memory_is_what_the_step_then_takes(config, found):
     """Of ragged pairs, of these lengths on average."""
-    loss, model = loss_of(config), decoder_of(config, CONFIG, MESH)
-    optimizer, step = step_of(config, model, loss, MESH, lambda step: 1e-3)
+    experiment = read(config, complete=False)
+    model = decoder_of(config, CONFIG, MESH)
+    optimizer, step = step_of(experiment, model, MESH, lambda step: 1e-3)
     params, reference = (born(MESH, model.init, jax.random.key(seed)) for seed in (0, 1))
-    state = init_state(params, optimizer, MESH, reference, loss.running)
+    state = init_state(params, optimizer, MESH, reference, experiment.loss.running)
     rng = np.random.default_rng(0)
     ids = lambda mean: np.ones(rng.integers(mean - 20, mean + 21), np.int32)  # noqa: E731
     pairs = [Pair(ids(80), ids(60), ids(60)) for _ in range(config.batch_size)]
-    data = make_pair_set(pairs, config.batch_size, layout=layout_of(config, loss), **packing_of(MESH))
+    data = make_pair_set(pairs, config.batch_size, layout=experiment.layout, **packing_of(MESH))
     batch = place_batch(MESH, batch_of(data, np.arange(config.batch_size)))
 
     held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves((state, batch)))
@@ -101,7 +102,7 @@ def test_what_does_not_fit_says_what_to_change_and_the_report_says_all(found, co
 def test_adapters_are_planned_with_their_base_as_the_reference(config):
     adapted = config.copy_and_resolve_references()
     adapted.lora.rank, adapted.dtype = 4, "bfloat16"
-    state = blank_state(adapted, CONFIG, loss_of(adapted), optax.adamw(1e-3), Lora(rank=4))
+    state = blank_state(read(adapted, complete=False), CONFIG, optax.adamw(1e-3), Lora(rank=4))
     assert {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(state.params)} == {"lora_a", "lora_b"}
     kernel = state.reference["layers"]["attention"]["q"]["kernel"]
     assert (kernel.shape, kernel.dtype) == ((2, 16, 32), "bfloat16")

@@ -12,14 +12,14 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh
 
-from prefalign_jax.config import given, loss_of, resolved, validate
 from prefalign_jax.data.records import read_records
+from prefalign_jax.experiment import read
 from prefalign_jax.models import families
 from prefalign_jax.models.decoder import DecoderConfig, make_decoder
 from prefalign_jax.models.lora import Lora, init_adapters
 from prefalign_jax.models.quantize import quantize_params
 from prefalign_jax.optim import OPTIMIZERS, make_optimizer
-from prefalign_jax.options import hyper_parameters
+from prefalign_jax.options import given, hyper_parameters
 from prefalign_jax.sharding import AXES, param_shardings, state_shardings
 from prefalign_jax.train import train
 from prefalign_jax.types import TrainState, UserError
@@ -230,9 +230,9 @@ def recipe(name: str):
 @variants
 def test_a_recipe_has_the_published_numbers(name):
     c, wanted = recipe(name), PUBLISHED[name]
-    validate(c)
+    loss = read(c).loss
     assert c.is_locked
-    assert resolved(c)["loss"] == wanted.loss
+    assert {"name": loss.name, **loss.hyper} == wanted.loss
     assert (c.learning_rate, c.schedule, c.grad_clip) == (wanted.rate, wanted.schedule, wanted.clip)
     if isinstance(wanted.warmup, float):
         assert (c.warmup_epochs, c.warmup_steps) == (pytest.approx(wanted.warmup * c.epochs), 0)
@@ -268,8 +268,7 @@ def test_the_scan_is_three_losses_times_ten_betas():
     for overrides in module.sweep():
         c = module.get_config()
         c.update_from_flattened_dict(overrides)
-        validate(c)
-        hyper = loss_of(c).hyper
+        hyper = read(c).loss.hyper
         assert hyper.get("per_token", True)
         found.add((c.loss.name, hyper["tau" if c.loss.name == "ipo" else "beta"]))
     assert found == {(loss, beta) for loss in ("dpo", "kto_pair", "ipo") for beta in grid}
@@ -311,7 +310,7 @@ def abstract(c, shape: str) -> tuple[optax.GradientTransformation, TrainState]:
         reference = jax.eval_shape(lambda tree: quantize_params(tree, c.model.quantize), params)
         lora = Lora(**given(c.lora))
         params = jax.eval_shape(lambda tree: init_adapters(jax.random.key(0), tree, lora), reference)
-    optimizer = make_optimizer(resolved(c)["optimizer"], lambda step: c.learning_rate, c.grad_clip)
+    optimizer = make_optimizer(read(c).plain["optimizer"], lambda step: c.learning_rate, c.grad_clip)
     state = TrainState(0, params, jax.eval_shape(optimizer.init, params), reference)
     return optimizer, state
 
@@ -459,7 +458,7 @@ def test_a_recipe_steps_at_reduced_width(name, overrides, tiny_tokenizer, tmp_pa
 
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2] and not result.stopped
-    loss = loss_of(c)
+    loss = read(c).loss
     first = FIRST[loss.name](loss.hyper, len(result.tokenizer))
     # The policy and its equal, the reference, round bfloat16 where XLA fuses them differently.
     exact = 1e-5 if c.dtype == "float32" else 1e-3
@@ -480,7 +479,7 @@ def number(value: float) -> str:
 def line(name: str) -> str:
     """A recipe's line on the page."""
     c, (*_, devices) = recipe(name), PUBLISHED[name].batch
-    loss = loss_of(c)
+    loss = read(c).loss
     key = next((key for key in ("beta", "lam", "tau") if key in loss.hyper), None)
     named = f"{loss.name}, {key} {number(loss.hyper[key])}" if key else loss.name
     split = "" if c.data.split == "train" else f", {c.data.split}"

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from prefalign_jax.config import defaults, loss_of
+from prefalign_jax.config import defaults
 from prefalign_jax.data.pipeline import make_pair_set, train_batches
+from prefalign_jax.experiment import read
 from prefalign_jax.load_data import load_pairs
 from prefalign_jax.types import CHOSEN, REJECTED, SIDES, Place
 
@@ -99,7 +100,7 @@ def test_any_rows(tiny_tokenizer, directory, given_rows, size, groups, seed, shu
     file.write_text("".join(json.dumps(row) + "\n" for row, _ in rows), encoding="utf-8")
     config = defaults("dpo")
     config.data.path, config.data.cache_dir = str(file), str(directory / "cache") if cached else ""
-    found = [load_pairs(config, loss_of(config), tiny_tokenizer) for _ in range(1 + cached)][-1]
+    found = [load_pairs(read(config, complete=False).fitted(4096), tiny_tokenizer) for _ in range(1 + cached)][-1]
 
     # Every row is a pair or counted, in order, with the place that it came from.
     reasons = [reason(*one[2:]) for one in given_rows]

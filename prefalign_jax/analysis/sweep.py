@@ -23,9 +23,8 @@ from typing import Any, NamedTuple, TextIO
 
 from prefalign_jax import cli, processes
 from prefalign_jax.analysis.runs import MARK, last_row, latest_stage, read_run
-from prefalign_jax.config import resolved, validate
+from prefalign_jax.experiment import read
 from prefalign_jax.files import locked, read_json, whole, write_json
-from prefalign_jax.options import flatten
 from prefalign_jax.processes import note, stop_signal
 from prefalign_jax.tables import aligned
 from prefalign_jax.types import UserError
@@ -89,11 +88,10 @@ def read_points(config: str, common: Sequence[str] = ()) -> list[Point]:
         arguments = [f"--config={file}:{joined}" if joined else f"--config={file}", *common]
         arguments += [f"--config.{key}={_text(value)}" for key, value in overrides.items() if key != "config"]
         try:
-            read = cli.read_config(arguments)
-            validate(read)
+            experiment = read(cli.read_config(arguments))
         except UserError as error:
             raise UserError(f"{file}: sweep(), point {number} ({name}): {error}") from None
-        plain = json.loads(json.dumps(flatten(resolved(read))))
+        plain = json.loads(json.dumps(experiment.fields))
         points.append(Point(name, overrides, arguments, plain))
     return points
 

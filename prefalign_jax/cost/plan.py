@@ -15,18 +15,16 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from prefalign_jax.assemble import decoder_of, drawn_dtype, step_of
-from prefalign_jax.config import given, loss_of, validate
 from prefalign_jax.cost.collectives import KINDS, Collective, collectives
 from prefalign_jax.cost.flops import count_flops
 from prefalign_jax.data.pipeline import batch_of, make_pair_set
-from prefalign_jax.load_data import layout_of
+from prefalign_jax.experiment import Experiment, read
 from prefalign_jax.logps import REFERENCE_NEEDS
-from prefalign_jax.losses import BoundLoss
 from prefalign_jax.models.decoder import DecoderConfig, cast
 from prefalign_jax.models.families import from_hf
 from prefalign_jax.models.loading import drawn_params
 from prefalign_jax.models.lora import Lora, init_adapters
-from prefalign_jax.options import choose
+from prefalign_jax.options import choose, given
 from prefalign_jax.sharding import packing_of, shapes_of, state_shardings
 from prefalign_jax.tables import aligned
 from prefalign_jax.types import Pair, PairLogps, Params, PreferenceBatch, Sides, TrainState, UserError
@@ -113,7 +111,9 @@ def shape_of(name: str) -> DecoderConfig:
     return DecoderConfig(**from_hf(SHAPES[name]))
 
 
-def plan(config: ConfigDict, shape: DecoderConfig, mesh: Mesh, *, prompt: int, response: int) -> Plan:
+def plan(
+    config: ConfigDict, shape: DecoderConfig, mesh: Mesh, *, prompt: int | None = None, response: int | None = None
+) -> Plan:
     """Compiles the step of a config for a mesh, of devices that may be simulated, without weights or data.
 
     Attention is compiled tile by tile. The host's compiler holds in float32 what is bfloat16: activations and what is
@@ -123,7 +123,7 @@ def plan(config: ConfigDict, shape: DecoderConfig, mesh: Mesh, *, prompt: int, r
       config: an experiment.
       shape: of the model.
       mesh: of simulated devices.
-      prompt, response: tokens of every pair's prompt and of each of its responses.
+      prompt, response: tokens of every pair's prompt and of each of its responses; None is half of max_length.
 
     Returns:
       The `Plan`.
@@ -131,21 +131,22 @@ def plan(config: ConfigDict, shape: DecoderConfig, mesh: Mesh, *, prompt: int, r
     Raises:
       UserError: a mistake in the config, or adapters that only a file describes.
     """
-    validate(config, complete=False)
+    config = config.copy_and_resolve_references()
+    config.model.attention = "tiles"
+    experiment = read(config, complete=False).fitted(shape.max_position)
+    config, half = experiment.config, experiment.config.max_length // 2
+    prompt, response = prompt or half, response or half
     if config.lora.path:
         raise UserError(
             f"lora.path={config.lora.path!r} is not read; set lora.rank and lora.targets as those adapters have"
         )
-    config = config.copy_and_resolve_references()
-    config.model.attention = "tiles"
     shape = dataclasses.replace(shape, vocab_padding=-shape.vocab_size % config.model.pad_vocabulary)
-    loss = loss_of(config)
-    full = ("score",) if "reward" in loss.needs else ()
+    full = ("score",) if "reward" in experiment.loss.needs else ()
     lora = Lora(**given(config.lora), full=full) if config.lora.rank else None
     model = decoder_of(config, shape, mesh, lora)
-    optimizer, train_step = step_of(config, model, loss, mesh, lambda step: jnp.float32(config.learning_rate))
-    state = blank_state(config, shape, loss, optimizer, lora)
-    batch = blank_batch(config, loss, mesh, prompt, response)
+    optimizer, train_step = step_of(experiment, model, mesh, lambda step: jnp.float32(config.learning_rate))
+    state = blank_state(experiment, shape, optimizer, lora)
+    batch = blank_batch(experiment, mesh, prompt, response)
     compiled = train_step.lower(state, batch).compile()
 
     shardings = state_shardings(mesh, state, optimizer, model.rules)
@@ -172,8 +173,9 @@ def plan(config: ConfigDict, shape: DecoderConfig, mesh: Mesh, *, prompt: int, r
     return Plan(dict(mesh.shape), held | working, flops, traffic, tokens)
 
 
-def blank_state(config: ConfigDict, shape: DecoderConfig, loss: BoundLoss, optimizer: Any, lora: Lora | None) -> Any:
-    """Shapes and types of the state that a run of the config begins with."""
+def blank_state(experiment: Experiment, shape: DecoderConfig, optimizer: Any, lora: Lora | None) -> TrainState:
+    """Shapes and types of the state that a run of the experiment begins with."""
+    config, running = experiment.config, experiment.loss.running
     options = dict(dtype=drawn_dtype(config), quantize=config.model.quantize)
     params = jax.eval_shape(lambda: drawn_params(shape, jax.random.key(0), **options))
     reference = None
@@ -185,21 +187,22 @@ def blank_state(config: ConfigDict, shape: DecoderConfig, loss: BoundLoss, optim
         reference = params
         if config.reference.kind == "copy":
             reference = jax.eval_shape(lambda tree: cast(tree, config.dtype), params)
-    running = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in loss.running} if loss.running else None
+    carried = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in running} or None
     step = jax.ShapeDtypeStruct((), jnp.int32)
-    return TrainState(step, params, jax.eval_shape(optimizer.init, params), reference, running)
+    return TrainState(step, params, jax.eval_shape(optimizer.init, params), reference, carried)
 
 
-def blank_batch(config: ConfigDict, loss: BoundLoss, mesh: Mesh, prompt: int, response: int) -> PreferenceBatch:
+def blank_batch(experiment: Experiment, mesh: Mesh, prompt: int, response: int) -> PreferenceBatch:
     """Shapes and types of a batch of pairs that all have these lengths."""
+    config = experiment.config
     ids = np.zeros(max(prompt, response), np.int32)
     pairs = [Pair(ids[:prompt], ids[:response], ids[:response])] * config.batch_size
-    options = dict(micro_steps=config.micro_steps, layout=layout_of(config, loss), **packing_of(mesh))
+    options = dict(micro_steps=config.micro_steps, layout=experiment.layout, **packing_of(mesh))
     data = make_pair_set(pairs, config.batch_size, row_length=config.data.row_length, **options)
     batch = shapes_of(batch_of(data, np.arange(config.batch_size)))
     if config.reference.kind == "cached":
         pair = jax.ShapeDtypeStruct(batch.weight.shape, jnp.float32)
-        sides = {name: Sides(pair, pair) for name in loss.needs & REFERENCE_NEEDS}
+        sides = {name: Sides(pair, pair) for name in experiment.loss.needs & REFERENCE_NEEDS}
         batch = batch._replace(reference=PairLogps(pair, pair, pair, pair, **sides))
     return batch
 

@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from prefalign_jax.config import cleaning_of, kind_of, loss_of, validate
 from prefalign_jax.data.chat import iter_pairs, load_tokenizer
 from prefalign_jax.data.counts import new_counts
-from prefalign_jax.data.mixture import Source, read_source, sources_of
+from prefalign_jax.data.mixture import Source, read_source
 from prefalign_jax.data.pipeline import PairSet, batch_of, make_pair_set, train_batches
 from prefalign_jax.data.statistics import token_lengths
+from prefalign_jax.experiment import read
 from prefalign_jax.files import whole, write_json
 from prefalign_jax.inspection.data_page import page, pictures, shown_pairs, written_pair
 from prefalign_jax.inspection.data_report import as_text, make_report, tables_of
-from prefalign_jax.load_data import layout_of, load_pairs, source_records, watched
+from prefalign_jax.load_data import load_pairs, source_records, watched
+from prefalign_jax.models.hf_io import load_config, resolve
 from prefalign_jax.processes import note
 from prefalign_jax.types import UserError
 
@@ -39,7 +40,7 @@ def inspect(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Reads, cleans, tokenizes and packs as a run with this config would, and shows it.
 
     Args:
-      config: with the fields of config.defaults; of the model only the tokenizer is read.
+      config: with the fields of config.defaults; of the model only config.json and the tokenizer are read.
       workdir: gets data.json and data.html.
 
     Returns:
@@ -48,15 +49,15 @@ def inspect(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     Raises:
       UserError: for a mistake in the config or the data.
     """
-    validate(config)
-    sources = [source for source in sources_of(config.data) if source.use == "train"]
+    experiment = read(config)
+    sources = experiment.sources_for("train")
     if not sources or not config.model.path:
         raise UserError(f"set data.path or data.mix, and model.path; job={config.job!r} has no data before it runs")
-    loss = loss_of(config)
-    kind, layout = kind_of(loss), layout_of(config, loss)
+    experiment = experiment.fitted(load_config(resolve(config.model.path)).max_position)
+    config, kind, layout = experiment.config, experiment.loss.kind, experiment.layout
     tokenizer = load_tokenizer(config.model.path, config.data.chat_template)
-    data = load_pairs(config, loss, tokenizer)
-    records = list(source_records(sources, config, loss, new_counts(len(sources)), cleaning_of(config)))
+    data = load_pairs(experiment, tokenizer)
+    records = list(source_records(sources, experiment, new_counts(len(sources)), experiment.cleaning))
     records = [record for record in records if not record.held_out]
     how = dict(max_length=config.max_length, too_long=config.too_long, keep_end=config.data.keep_end)
     if {stage.name for stage in data.stages["training"]} & set(LATER):
@@ -82,7 +83,8 @@ def inspect(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         for name, group in groups_of_pairs(config, pairs, layout, tokenizer.eos_token_id)
     ]
     tables = tables_of(report)
-    about = f"{len(data.training)} {kind} for {loss.name}; max_length {config.max_length}, too_long {config.too_long}"
+    about = f"{len(data.training)} {kind} for {experiment.loss.name}; max_length {config.max_length}, "
+    about += f"too_long {config.too_long}"
     text = page(f"Data of {', '.join(map(str, sources))}", about, tables, pictures(drawn, config.max_length), shown)
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "data.json", report)

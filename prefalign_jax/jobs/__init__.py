@@ -9,7 +9,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from prefalign_jax import processes
-from prefalign_jax.config import cleaning_of, defaults
+from prefalign_jax.config import defaults
+from prefalign_jax.experiment import read
 from prefalign_jax.jobs import quickstart
 from prefalign_jax.jobs.on_policy import run_pairs, run_rounds
 from prefalign_jax.processes import note
@@ -31,6 +32,7 @@ def run_sft_first(config: ConfigDict, workdir: Path) -> int:
     Returns:
       The exit status: 0, or processes.STOPPED if a stage was told to stop.
     """
+    steps = read(config).cleaning
     first = copy.deepcopy(config)
     with first.unlocked():
         plain = defaults("sft")
@@ -38,7 +40,6 @@ def run_sft_first(config: ConfigDict, workdir: Path) -> int:
         first.steps, first.examples, first.epochs, first.profile_steps = None, None, config.sft.epochs, None
         first.learning_rate = config.sft.learning_rate
         first.data.flip_labels = 0.0
-        steps = cleaning_of(config)
         supervised = [step.name for step in steps if "supervised" in step.step.kinds]
         first.data.clean = ",".join(supervised) or None
         for step in steps:

@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 
 from prefalign_jax import processes
 from prefalign_jax.assemble import load_model
-from prefalign_jax.config import validate
 from prefalign_jax.data.chat import load_tokenizer
 from prefalign_jax.data.pairing import Scored, pair_up
 from prefalign_jax.evaluation.policy_samples import draw, scorer_of
+from prefalign_jax.experiment import read
 from prefalign_jax.files import locked, read_json, write_json
 from prefalign_jax.generation.sample_files import write_jsonl
 from prefalign_jax.load_data import load_prompts
@@ -111,7 +111,7 @@ def make_pairs(config: ConfigDict, model_path: str, directory: Path, seed: int) 
 
 def run_pairs(config: ConfigDict, workdir: Path) -> int:
     """WORKDIR/pairs.jsonl from the model of the config; the exit status."""
-    validate(config)
+    read(config)
     with contextlib.ExitStack() as stack:
         by_first(lambda: stack.enter_context(locked(workdir)))
         note(f"pairs in {make_pairs(config, config.model.path, workdir, config.seed)}")
@@ -132,7 +132,7 @@ def run_rounds(config: ConfigDict, workdir: Path) -> int:
 
     Source: iterative DPO as in Xu et al., arXiv 2312.16682; Guo et al., arXiv 2402.04792, do so at every step.
     """
-    validate(config)
+    read(config)
     path = config.model.path
     for number in range(1, config.on_policy.rounds + 1):
         directory = workdir / f"round-{number}"

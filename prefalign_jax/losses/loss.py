@@ -93,6 +93,25 @@ class BoundLoss(NamedTuple):
     function: Callable[[PairLogps, PairLogps | None], Any]
     advance: Callable[[PairLogps, PairLogps | None], Mapping[str, Array]]
 
+    @property
+    def kind(self) -> str:
+        """What it is trained on: pairs, unpaired or supervised data."""
+        return "unpaired" if "label" in self.needs else "pairs" if "rejected" in self.needs else "supervised"
+
+    @property
+    def unit(self) -> str:
+        """What it counts: pairs, or the completions of unpaired data."""
+        return "completions" if "label" in self.needs else "pairs"
+
+    @property
+    def record_kind(self) -> dict[str, Any]:
+        """Which records it takes, as options of `data.records.read_records`."""
+        return {
+            "responses": ("chosen", "rejected") if "rejected" in self.needs else ("chosen",),
+            "unpaired": "label" in self.needs,
+            "margin": "margin" in self.needs,
+        }
+
     def __call__(self, policy: PairLogps, reference: PairLogps | None = None) -> tuple[Array, dict[str, Array]]:
         """(loss [B], metrics {name: [B]}) of policy and reference log-probabilities."""
         return self.function(policy, reference)

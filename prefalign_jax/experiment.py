@@ -1,0 +1,399 @@
+"""A config, read once: what it says, what follows from it alone, and the checks that one place makes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from prefalign_jax.data.chat import TOO_LONG
+from prefalign_jax.data.cleaning import BoundStep, cleaning_steps
+from prefalign_jax.data.mixture import Source, sources_of
+from prefalign_jax.data.packing import Layout
+from prefalign_jax.data.pairing import LABELS, PAIRINGS
+from prefalign_jax.losses import BoundLoss, make_loss
+from prefalign_jax.models import quantize
+from prefalign_jax.models.decoder import ATTENTION, REMAT
+from prefalign_jax.models.hf_io import DTYPES as STORED
+from prefalign_jax.optim import SCHEDULES, make_optimizer
+from prefalign_jax.options import choose, flatten, given
+from prefalign_jax.types import UserError
+
+LENGTH = 1024  # tokens of a pair, where the config leaves max_length unset and the model has as many positions
+UNITS = ("steps", "examples", "epochs")  # of a duration
+MOVING = {"mixup": 0.6, "every": 512}  # TRL's defaults for a moving reference
+# What each job reads: data to train on, or prompts to sample from. The quickstart makes its own.
+JOBS = {"train": "data", "sft_first": "data", "pairs": "prompts", "rounds": "prompts", "quickstart": "nothing"}
+DTYPES = ("float32", "bfloat16")
+LEAKS = ("drop", "report")
+# What a field may be, beside None where that is its default.
+CHOICES: dict[str, Sequence[str] | Mapping[str, Any]] = {
+    "dtype": DTYPES,
+    "export.dtype": STORED,
+    "too_long": TOO_LONG,
+    "reference.kind": ("copy", "cached", "moving", "none"),
+    "data.layout": ("tree", "ordinary"),
+    "data.leaks": LEAKS,
+    "checkpoint.best_mode": ("min", "max"),
+    "model.remat": REMAT,
+    "model.attention": ATTENTION,
+    "model.param_dtype": (*DTYPES, "stored"),
+    "model.quantize": quantize.KINDS,
+    "schedule": SCHEDULES,
+    "matmul_precision": ("highest", "high", "default"),
+    "job": JOBS,
+    "on_policy.pairing": PAIRINGS,
+    "on_policy.labels": LABELS,
+}
+POSITIVE = (
+    *("batch_size", "micro_steps", "max_length", "log_steps", "eval_steps", "save_steps", "grad_clip"),
+    *("checkpoint.keep", "vocabulary_chunk", "model.pad_vocabulary", "lora.rank", "lora.alpha"),
+    *("samples.limit", "samples.per_prompt", "samples.max_new_tokens"),
+    *("on_policy.limit", "on_policy.per_prompt", "on_policy.rounds", "on_policy.sharpness"),
+    *("data.limit", "data.eval_limit", "data.row_length", "reference.mixup", "reference.every"),
+    *("sft.epochs", "sft.learning_rate"),
+)
+BELOW_1 = ("data.eval_fraction", "data.flip_labels", "model.dropout", "model.attention_dropout", "lora.dropout")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A checked config and what follows from it alone; `read` makes it, once a run.
+
+    Attributes:
+      config: the fields as they are used, hyper-parameters filled in.
+      plain: the same as JSON values, for config.json and checkpoints. Lists of dicts (data.mix) and names with dots
+        (hyper-parameters of a mixture of losses) are in it alone.
+      loss: with its hyper-parameters.
+      sources: what is read: to train on, held out, and test sets.
+      cleaning: steps of the training data's cleaning.
+      profiled: the steps that are traced.
+    """
+
+    config: FrozenConfigDict
+    plain: dict[str, Any]
+    loss: BoundLoss
+    sources: tuple[Source, ...]
+    cleaning: tuple[BoundStep, ...]
+    profiled: range
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Dotted name -> value."""
+        return flatten(self.plain)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether adapters are trained, and not the model's own weights."""
+        return bool(self.config.lora.rank or self.config.lora.path)
+
+    @property
+    def held_out(self) -> bool:
+        """Whether it has held-out data."""
+        return bool(self.sources_for("eval") or self.config.data.eval_fraction)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether its sources are those of data.mix."""
+        return self.plain["data"]["mix"] is not None
+
+    @property
+    def layout(self) -> Layout:
+        """What of a pair the loss has laid out."""
+        parts = {name: name in self.loss.needs for name in ("rejected", "prompt", "after")}
+        return Layout(tree=self.config.data.layout == "tree", rewards="reward" in self.loss.needs, **parts)
+
+    def sources_for(self, use: str) -> list[Source]:
+        """The sources of one use: train, eval or test."""
+        return [source for source in self.sources if source.use == use]
+
+    def total_steps(self, pairs: int) -> int:
+        """Steps of the run.
+
+        Args:
+          pairs: in an epoch.
+        """
+        return self._duration("", pairs)
+
+    def warmup_steps(self, pairs: int) -> int:
+        """Steps over which the learning rate rises.
+
+        Args:
+          pairs: in an epoch.
+        """
+        return self._duration("warmup_", pairs)
+
+    def _duration(self, prefix: str, pairs: int) -> int:
+        steps, examples, epochs = (self.config[prefix + unit] for unit in UNITS)
+        if steps or not (examples or epochs):
+            return steps or 0
+        return max(1, (examples or round(epochs * pairs)) // self.config.batch_size)
+
+    def fitted(self, positions: int) -> Experiment:
+        """The experiment with a max_length, for a model of so many positions.
+
+        Raises:
+          UserError: max_length is above them.
+        """
+        length = self.config.max_length
+        if length is None:
+            length = min(LENGTH, positions)
+        if length > positions:
+            raise UserError(f"max_length={length} exceeds the model's {positions} positions")
+        plain = {**self.plain, "max_length": length}
+        return dataclasses.replace(self, plain=plain, config=_frozen(plain))
+
+
+def read(config: ConfigDict, *, complete: bool = True) -> Experiment:
+    """Reads a config: checks what can be checked without data or devices, and binds what it names.
+
+    Args:
+      config: with the fields of `config.defaults`; it stays as it is.
+      complete: it must name a model and data too.
+
+    Returns:
+      The `Experiment`.
+
+    Raises:
+      UserError: naming the field, its value and what it takes.
+    """
+    loss = make_loss(config.loss.name, **given(config.loss))
+    cleaning = cleaning_steps(config.data.clean, config.data.cleaning, loss.kind)
+    plain = _plain(config, loss, cleaning)
+    profiled = _profiled(config.profile_steps)
+    experiment = Experiment(_frozen(plain), plain, loss, tuple(sources_of(config.data)), tuple(cleaning), profiled)
+    for check in CHECKS:
+        check(experiment)
+    if complete:
+        _check_inputs(experiment)
+    return experiment
+
+
+def _plain(config: ConfigDict, loss: BoundLoss, cleaning: Sequence[BoundStep]) -> dict[str, Any]:
+    """The config as JSON values, with what the loss, the cleaning, the optimizer and the reference will use."""
+    plain = config.to_dict()
+    if all(plain[unit] is None for unit in UNITS):
+        plain["epochs"] = 1.0
+    if plain["data"]["mix"] is not None:
+        mix = json.dumps(plain["data"]["mix"], default=lambda x: dict(x) if isinstance(x, ConfigDict) else str(x))
+        plain["data"]["mix"] = json.loads(mix)  # as config.json gives it back
+    plain["loss"] = {"name": loss.name, **loss.hyper}
+    plain["data"]["cleaning"] |= {step.name: step.options for step in cleaning if step.options}
+    if config.reference.kind == "moving":
+        plain["reference"] |= {**MOVING, **given(config.reference)}
+    plain["optimizer"] = {"name": plain["optimizer"]["name"], **given(plain["optimizer"])}
+    return plain
+
+
+def _frozen(plain: Mapping[str, Any]) -> FrozenConfigDict:
+    def without_the_rest(group: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            key: without_the_rest(value) if isinstance(value, Mapping) else value
+            for key, value in group.items()
+            if "." not in key
+            and not (isinstance(value, list | tuple) and any(isinstance(one, Mapping) for one in value))
+        }
+
+    return FrozenConfigDict(without_the_rest(plain))
+
+
+def _profiled(text: str | None) -> range:
+    """The steps that 'FIRST:LAST' names."""
+    if text is None:
+        return range(0)
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    first, last = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= first <= last:
+        raise UserError(f"profile_steps={text!r}: write FIRST:LAST, two steps counted from 1, as 10:15")
+    return range(first, last + 1)
+
+
+# Checks, each of one subject; the first that fails is the one the user reads.
+
+
+def _check_choices(experiment: Experiment) -> None:
+    fields, unset = experiment.fields, ("data.leaks", "model.quantize")
+    for name, choices in CHOICES.items():
+        if not (fields[name] is None and name in unset):
+            choose(name, fields[name], dict.fromkeys(choices))
+
+
+def _check_ranges(experiment: Experiment) -> None:
+    fields = experiment.fields
+    for name in POSITIVE:
+        if fields[name] is not None and not fields[name] > 0:
+            raise UserError(f"{name}={fields[name]!r} must be positive")
+    for name in BELOW_1:
+        if not 0 <= (fields[name] or 0) < 1:
+            raise UserError(f"{name}={fields[name]} must lie in [0, 1)")
+    if fields["seed"] < 0:
+        raise UserError(f"seed={fields['seed']} must be at least 0")
+    if (fields["reference.mixup"] or 0) > 1:
+        raise UserError(f"reference.mixup={fields['reference.mixup']} must lie in (0, 1]")
+
+
+def _check_durations(experiment: Experiment) -> None:
+    config = experiment.config
+    lengths = {unit: config[unit] for unit in UNITS if config[unit] is not None}
+    for unit, value in lengths.items():
+        if not value >= 0 or not any(lengths.values()):  # 0 unsets one where another is set
+            raise UserError(f"{unit}={value!r} must be positive")
+    _only_one("", experiment)
+    for unit in UNITS:
+        if (config[f"warmup_{unit}"] or 0) < 0:
+            raise UserError(f"warmup_{unit}={config[f'warmup_{unit}']} must be at least 0")
+    _only_one("warmup_", experiment)
+
+
+def _only_one(prefix: str, experiment: Experiment) -> None:
+    names = [prefix + unit for unit in UNITS if experiment.config[prefix + unit]]
+    if len(names) > 1:
+        listed = " and ".join(f"{name}={experiment.config[name]}" for name in names)
+        raise UserError(f"{listed} are set together; set one (--config.{names[-1]}=0 unsets it)")
+
+
+def _check_optimization(experiment: Experiment) -> None:
+    config = experiment.config
+    make_optimizer(experiment.plain["optimizer"], 0.0, config.grad_clip)  # names what is wrong with it
+    if not 0 <= config.learning_rate < math.inf:
+        raise UserError(f"learning_rate={config.learning_rate} must be a number >= 0")
+    if config.batch_size % config.micro_steps:
+        raise UserError(f"batch_size={config.batch_size} is not a multiple of micro_steps={config.micro_steps}")
+    if config.model.stochastic_rounding and (config.model.param_dtype != "bfloat16" or experiment.adapted):
+        raise UserError("model.stochastic_rounding is for model.param_dtype=bfloat16 of weights that are trained")
+
+
+def _check_data(experiment: Experiment) -> None:
+    data, loss = experiment.config.data, experiment.loss
+    if data.balance and not data.shuffle:
+        raise UserError("data.balance=True deals pairs anew and data.shuffle=False keeps their order; set one of them")
+    if data.leaks is not None and not (experiment.held_out or experiment.sources_for("test")):
+        raise UserError(f"data.leaks={data.leaks!r} is set without held-out data")
+    for step in experiment.cleaning:
+        if step.options.get("held_out_too") and not experiment.held_out:
+            raise UserError(f"data.cleaning.{step.name}.held_out_too is set without held-out data")
+    if data.flip_labels and ("rejected" not in loss.needs or {"label", "margin"} & loss.needs):
+        raise UserError(f"data.flip_labels applies to pairs without scores; loss {loss.name!r} reads others")
+    if experiment.sources_for("eval") and data.eval_fraction:
+        one = "data.eval_path" if data.eval_path else "data.mix (use='eval')"
+        raise UserError(f"{one} and data.eval_fraction both name the held-out data; set one")
+
+
+def _check_adapters(experiment: Experiment) -> None:
+    config, fields = experiment.config, experiment.fields
+    if experiment.adapted:
+        for name, clash in (
+            ("reference.kind", config.reference.kind == "moving"),
+            ("reference.path", config.reference.path),
+        ):
+            if clash:
+                raise UserError(
+                    f"{name}={fields[name]!r} and adapters (lora.rank, lora.path) exclude each other: the reference is "
+                    "the base model, with what lora.path adds to it"
+                )
+    elif config.model.quantize is not None:
+        raise UserError(f"model.quantize={config.model.quantize!r} is for frozen weights; set lora.rank")
+    for name in ("rank", "alpha", "targets", "rank_stabilised", "dora", "dropout"):
+        if config.lora[name] is None or (name == "dropout" and config.lora.path):
+            continue
+        if config.lora.path:
+            raise UserError(f"lora.{name} is what the adapters in lora.path say; leave it unset")
+        if not config.lora.rank:
+            raise UserError(f"lora.{name} is set without lora.rank, and there are no adapters")
+
+
+def _check_reference(experiment: Experiment) -> None:
+    loss, reference = experiment.loss, experiment.config.reference
+    needed, kind = "reference" in loss.needs, reference.kind
+    if needed and kind == "none":
+        raise UserError(f"loss {loss.name!r} needs a reference; set reference.kind to copy, cached or moving")
+    if not needed and kind != "none":
+        raise UserError(f"loss {loss.name!r} uses no reference; set reference.kind=none (it is {kind!r})")
+    if "token_kl" in loss.needs and kind == "cached":
+        raise UserError(f"loss {loss.name!r} compares whole distributions; set reference.kind to copy or moving")
+    if kind == "none" and reference.path:
+        raise UserError("reference.path is set but reference.kind=none keeps no reference; set copy or cached")
+    if kind != "cached" and reference.cache_dir:
+        raise UserError(f"reference.cache_dir applies to reference.kind=cached, not {kind!r}")
+    for name in MOVING:
+        if kind != "moving" and reference[name] is not None:
+            raise UserError(f"reference.{name} applies to reference.kind=moving, not {kind!r}")
+
+
+def _check_ends_of_responses(experiment: Experiment) -> None:
+    loss, config = experiment.loss, experiment.config
+    if {"after", "reward"} & loss.needs and config.too_long == "truncate_response":
+        raise UserError(
+            f"loss {loss.name!r} with these options reads the end of responses; too_long=truncate_response cuts it off"
+        )
+    if "after" in loss.needs and config.data.keep_end:
+        raise UserError(
+            f"loss {loss.name!r} with these options takes a response's last token for its end; set data.keep_end=False"
+        )
+
+
+def _check_job(experiment: Experiment) -> None:
+    config = experiment.config
+    samples_prompts = JOBS[config.job] == "prompts"
+    if (config.on_policy.prompts is not None) != samples_prompts:
+        raise UserError(
+            f"on_policy.prompts={config.on_policy.prompts!r} and job={config.job!r} do not fit: pairs and rounds need "
+            "a file of prompts, others take none"
+        )
+    if samples_prompts and not config.samples.reward:
+        raise UserError(f"job={config.job!r} needs samples.reward, to tell which response is better")
+    if samples_prompts and experiment.sources_for("train"):
+        raise UserError(f"data.path={config.data.path!r} is not read: job={config.job!r} makes its own data")
+    if not config.export.enabled and (config.job == "sft_first" or config.on_policy.rounds > 1):
+        raise UserError(f"export.enabled=False, and job={config.job!r} goes on from the exported model; leave it on")
+    for name, value in config.sft.items():
+        if (value is not None) != (config.job == "sft_first"):
+            raise UserError(f"sft.{name}={value} and job={config.job!r} do not fit: sft_first needs it, others do not")
+
+
+def _check_evaluation(experiment: Experiment) -> None:
+    config, fields = experiment.config, experiment.fields
+    for name in ("limit", "reward", "reference"):
+        if config.samples[name] and not (config.samples.prompts or (name == "reward" and config.on_policy.prompts)):
+            raise UserError(f"samples.{name} is set without samples.prompts, and nothing is sampled")
+    if JOBS[config.job] == "data" and not experiment.held_out:
+        for name in ("checkpoint.best_metric", "eval_steps", "data.eval_limit"):
+            if fields[name] and not (config.samples.prompts and name != "data.eval_limit"):
+                raise UserError(f"{name} is set without held-out data; set data.eval_path or data.eval_fraction")
+
+
+CHECKS: tuple[Callable[[Experiment], None], ...] = (
+    _check_choices,
+    _check_ranges,
+    _check_durations,
+    _check_optimization,
+    _check_data,
+    _check_adapters,
+    _check_reference,
+    _check_ends_of_responses,
+    _check_job,
+    _check_evaluation,
+)
+
+
+def _check_inputs(experiment: Experiment) -> None:
+    """That the model and the data are named that the job reads."""
+    config = experiment.config
+    reads = JOBS[config.job]
+    if reads == "prompts" and not config.model.path:
+        raise UserError("model.path is not set; write a Hugging Face directory or a hub name: --config.model.path=...")
+    missing = {
+        "model.path": not config.model.path and "a Hugging Face directory",
+        "data.path": not experiment.sources_for("train") and "a file, a directory",
+    }
+    for name, what in missing.items():
+        if reads == "data" and what:
+            raise UserError(
+                f"{name} is not set; write {what} or a hub name: --config=FILE.py:{name.split('.')[0]}=... "
+                f"or --config.{name}=..."
+            )
