@@ -448,7 +448,8 @@ def test_a_recipe_steps_at_reduced_width(name, overrides, tiny_tokenizer, tmp_pa
     c.data.eval_path = c.data.eval_path and c.data.path
     c.data.eval_fraction = 0.5 if c.data.eval_fraction else 0.0  # 2% of 16 prompts are none
     c.model.random_init = True
-    c.update_from_flattened_dict({"max_length": 96, "batch_size": 8, "steps": 2, "log_steps": 1, **overrides})
+    c.update_from_flattened_dict({"max_length": 96, "batch_size": 8, "log_steps": 1, **overrides})
+    c.steps, c.epochs = 2, None
     c.micro_steps = min(c.micro_steps, 2)
     c.warmup_steps = min(c.warmup_steps, 1)
     if c.lora.rank:
