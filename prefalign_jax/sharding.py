@@ -85,6 +85,13 @@ def groups_of(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
+def mesh_of(params: Params) -> Mesh | None:
+    """The mesh that parameters lie on, if it has axes to deal rows over."""
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    mesh = getattr(sharding, "mesh", None)
+    return mesh if mesh is not None and set(ROWS) <= set(mesh.axis_names) else None
+
+
 def param_shardings(mesh: Mesh, params: Params, rules: Sequence[tuple[str, P]] | None = None) -> Any:
     """The sharding of every parameter by the first rule whose regex matches its whole path.
 

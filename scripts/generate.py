@@ -18,7 +18,7 @@ import jax
 from prefalign_jax import cli
 from prefalign_jax.data.chat import load_tokenizer, tokenize_prompts
 from prefalign_jax.data.records import read_prompts
-from prefalign_jax.generation.generate import stream
+from prefalign_jax.generation.generate import stream, text_of
 from prefalign_jax.generation.sample_files import Sample
 from prefalign_jax.generation.sampling import Sampling
 from prefalign_jax.metrics import Progress
@@ -142,9 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             progress.update(count, {"tokens": tokens})
             if (_key(one.prompt), j) in done:
                 continue
-            text = decode(found.spoken)
-            if found.ended == "string":
-                text = text[: min(at for at in map(text.find, stop_strings) if at >= 0)]
+            text = text_of(found, decode, stop_strings)
             line = Sample(one.prompt, text, id=one.id, **run)._asdict() | {"sample": j, "ended": found.ended}
             line |= {"tokens": found.tokens.tolist(), "logps": found.logps.tolist()}
             file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())

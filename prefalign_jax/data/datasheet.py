@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from prefalign_jax.data.cleaning import BoundStep, Stage
+from prefalign_jax.data.memory import MemoryRows
 from prefalign_jax.data.pipeline import PairSet
 from prefalign_jax.data.rows import content_digest
 from prefalign_jax.data.statistics import length_bias, quantiles
@@ -40,16 +41,16 @@ class ReadFrom(NamedTuple):
     bytes: int | None
 
 
-def read_from(name: str, split: str, role: str, records: int | None = None) -> ReadFrom:
+def read_from(name: str | MemoryRows, split: str, role: str, records: int | None = None) -> ReadFrom:
     """Says what something that was read is; a file is read once more for its hash.
 
     Args:
       name, split: as `read_rows` takes them.
       role, records: see `ReadFrom`.
     """
-    path = Path(name).expanduser()
-    if not path.is_file():
-        return ReadFrom(name, role, records, content_digest(name, split), "content", None)
+    path = None if isinstance(name, MemoryRows) else Path(name).expanduser()
+    if path is None or not path.is_file():
+        return ReadFrom(str(name), role, records, content_digest(name, split), "content", None)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return ReadFrom(name, role, records, digest, "file", path.stat().st_size)

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from prefalign_jax.data.formats import FORMATS
+from prefalign_jax.data.memory import MemoryRows
 from prefalign_jax.data.pairs import Pairs
 from prefalign_jax.data.records import Record, Rows, Text, draw, iter_prompts, iter_records
 from prefalign_jax.data.rows import content_digest, read_rows
@@ -41,7 +42,7 @@ class Source(NamedTuple):
     """Where some of the data come from, and what is taken of them.
 
     Attributes:
-      path: a file, a directory or a hub name, see `rows.read_rows`.
+      path: a file, a directory, a hub name or rows in memory, see `rows.read_rows`.
       use: train; eval, held out; test, only its prompts are read, to keep them out of training and evaluation.
       split: of a directory or hub data set; 'train' for use=train, 'test' for others, unless it is set.
       subset: of a hub data set.
@@ -54,7 +55,7 @@ class Source(NamedTuple):
       weight: the source's share of the training pairs, relative to the other sources'.
     """
 
-    path: str
+    path: str | MemoryRows
     use: str = "train"
     split: str | None = None
     subset: str | None = None
@@ -67,7 +68,7 @@ class Source(NamedTuple):
     weight: float | None = None
 
     @property
-    def name(self) -> str:
+    def name(self) -> str | MemoryRows:
         """As `read_rows` takes it."""
         return f"{self.path}:{self.subset}" if self.subset else self.path
 
@@ -77,8 +78,8 @@ class Source(NamedTuple):
         return self.split or ("train" if self.use == "train" else "test")
 
     def __str__(self) -> str:
-        local = Path(self.path).expanduser().is_file()
-        return self.name if local else f"{self.name} ({self.part})"
+        whole = isinstance(self.path, MemoryRows) or Path(self.path).expanduser().is_file()
+        return str(self.name) if whole else f"{self.name} ({self.part})"
 
 
 def sources_of(data: Mapping[str, Any]) -> list[Source]:

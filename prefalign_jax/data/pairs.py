@@ -7,13 +7,17 @@ and the tokens may stay on disk. Choosing some of the pairs, or giving each the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, overload
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import numpy as np
 
 from prefalign_jax.types import Pair, Place
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 PARTS = ("prompt", "chosen", "rejected")
 
@@ -28,7 +32,15 @@ class Origin(NamedTuple):
     prompt: int = 0  # 64 bits: prompts that are the same but for case and spaces have the same
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+class Texts(NamedTuple):
+    """A pair as text; `rejected` is '' where there is none."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Pairs(Sequence[Pair]):
     """P pairs.
 
@@ -43,6 +55,8 @@ class Pairs(Sequence[Pair]):
       source, held_out: [P], see `Origin`.
       prompt_key: [P] uint64, see `Origin`.
       digest: [P, 2] uint64, see `digest_of_pair`.
+      dropped: how many rows of the data gave no pair, by reason, where somebody counted them.
+      needs: keys of losses.NEEDS, what the loss that they were made for reads; None where it is not known.
     """
 
     buffers: tuple[np.ndarray, ...]
@@ -59,9 +73,14 @@ class Pairs(Sequence[Pair]):
     held_out: np.ndarray
     prompt_key: np.ndarray
     digest: np.ndarray
+    dropped: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    needs: Set[str] | None = None
 
     def __len__(self) -> int:
         return len(self.weight)
+
+    def __repr__(self) -> str:
+        return f"Pairs({len(self)} pairs, {self.length.sum()} tokens)"
 
     @overload
     def __getitem__(self, index: int) -> Pair: ...
@@ -89,6 +108,15 @@ class Pairs(Sequence[Pair]):
             ids = [self.buffers[b[side]][i[side] : j[side]] for side in range(3)]
             out.append(Pair(*ids, weight, margin, label, Place(self.places[place], row)))
         return out
+
+    def texts(self, tokenizer: Tokenizer) -> list[Texts]:
+        """What each pair says, decoded with special tokens: what a model is shown, to the letter.
+
+        Args:
+          tokenizer: the Hugging Face tokenizer that made the pairs.
+        """
+        decode = functools.partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return [Texts(*(decode(ids) for ids in (pair.prompt, pair.chosen, pair.rejected))) for pair in self]
 
     def select(self, index: np.ndarray) -> Pairs:
         """Those with these numbers, in this order."""

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from prefalign_jax.data.memory import MemoryRows
 from prefalign_jax.types import Place, UserError, one_line
 
 LARGEST_ROW = 16 * 2**20  # bytes of JSON; a longer row is no pair but a file without line ends
@@ -33,13 +34,13 @@ _NUMBER = "0123456789.eE+-"
 _SPACE = re.compile(r"\s*")
 
 
-def read_rows(path: str | Path, split: str = "train") -> Iterator[tuple[Place, Any]]:
+def read_rows(path: str | Path | MemoryRows, split: str = "train") -> Iterator[tuple[Place, Any]]:
     """(its place, row) of every row.
 
     Args:
       path: a .jsonl, .json or .parquet file (JSON gzipped or not); a directory of such files, of which those are read
         whose name, or folder, begins with the split; a directory written by `datasets.save_to_disk`; or a hub name,
-        'owner/name' or 'owner/name:subset'.
+        'owner/name' or 'owner/name:subset'; or rows in memory.
       split: which part of a directory or hub data set; a single file is read whole.
 
     Returns:
@@ -48,6 +49,8 @@ def read_rows(path: str | Path, split: str = "train") -> Iterator[tuple[Place, A
     Raises:
       UserError: there is no such data, or a row is malformed; from the iterator, where it comes to it.
     """
+    if isinstance(path, MemoryRows):
+        return iter(path)
     path = str(path)
     local = Path(path).expanduser()
     if local.is_dir() and any((local / name).exists() for name in _SAVED):
@@ -59,7 +62,7 @@ def read_rows(path: str | Path, split: str = "train") -> Iterator[tuple[Place, A
     return _dataset_rows(path, _hub_dataset(path, split))
 
 
-def content_digest(path: str | Path, split: str = "train") -> str:
+def content_digest(path: str | Path | MemoryRows, split: str = "train") -> str:
     """SHA-256 of what `read_rows` reads: the bytes of its files with their names, or a hub data set's fingerprint.
 
     Args:
@@ -68,6 +71,8 @@ def content_digest(path: str | Path, split: str = "train") -> str:
     Returns:
       64 hexadecimal digits; they change with any byte, and hold on another machine and in another directory.
     """
+    if isinstance(path, MemoryRows):
+        return path.digest
     path = str(path)
     local = Path(path).expanduser()
     digest = hashlib.sha256()
@@ -87,11 +92,13 @@ def content_digest(path: str | Path, split: str = "train") -> str:
     return digest.hexdigest()
 
 
-def count_rows(path: str | Path, split: str = "train") -> int | None:
+def count_rows(path: str | Path | MemoryRows, split: str = "train") -> int | None:
     """How many rows `read_rows` will come to, where it can be told at once: not of gzipped files and arrays of JSON.
 
     Empty lines are counted too, so it is for showing progress only.
     """
+    if isinstance(path, MemoryRows):
+        return len(path)
     path = str(path)
     local = Path(path).expanduser()
     if local.is_dir() and any((local / name).exists() for name in _SAVED):

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prefalign_jax.generation.sampling import Parts, Sampling, adjust
 from prefalign_jax.processes import fetch
-from prefalign_jax.sharding import ROWS, groups_of
+from prefalign_jax.sharding import ROWS, groups_of, mesh_of
 from prefalign_jax.types import Cached, LanguageModel, Params, UserError
 
 CHUNK = 256  # slots of a prompt that are computed at once
@@ -38,6 +38,18 @@ class Completion(NamedTuple):
     def spoken(self) -> np.ndarray:
         """The tokens of the text: a stop token that ended it is no part of it, and not every tokenizer skips it."""
         return self.tokens[:-1] if self.ended == "token" else self.tokens
+
+
+def text_of(one: Completion, decode: Callable[[np.ndarray], str], stop_strings: Sequence[str] = ()) -> str:
+    """The text of a completion, up to the stop string that ended it.
+
+    Args:
+      one: the completion.
+      decode: tokens -> text.
+      stop_strings: those it was drawn with.
+    """
+    text = decode(one.spoken)
+    return text[: min(at for at in map(text.find, stop_strings) if at >= 0)] if one.ended == "string" else text
 
 
 class _Rows(NamedTuple):
@@ -163,7 +175,7 @@ def stream(
         )
     if not len(prompts):
         return
-    mesh = _mesh_of(params)
+    mesh = mesh_of(params)
     groups = groups_of(mesh) if mesh else 1
     size = -(-min(batch_size, len(prompts) * n) // groups) * groups
     task = _Task(model, sampling.parts, max_new_tokens, NamedSharding(mesh, P(ROWS)) if mesh else None)
@@ -320,13 +332,6 @@ def _first_stop(tokens: np.ndarray, strings: Sequence[str], decode: Callable[[np
         return any(string in text for string in strings)
 
     return next(filter(stopped, range(1, len(tokens) + 1))) if stopped(len(tokens)) else None
-
-
-def _mesh_of(params: Params) -> Mesh | None:
-    """The mesh that the parameters lie on, if it has axes to deal rows over."""
-    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
-    mesh = getattr(sharding, "mesh", None)
-    return mesh if mesh is not None and set(ROWS) <= set(mesh.axis_names) else None
 
 
 def _by_rows(rows: NamedSharding, axes: int) -> NamedSharding:

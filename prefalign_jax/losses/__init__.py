@@ -17,13 +17,14 @@ import types
 from collections.abc import Callable, Mapping, Set
 from typing import Any
 
+from prefalign_jax.callable_module import make_callable
 from prefalign_jax.losses import absolute, dpo, margin, orpo, reward, sft, simpo, transport, unpaired
 from prefalign_jax.losses.absolute import SHIFTS
 from prefalign_jax.losses.loss import NEEDS, WEIGHTINGS, BoundLoss, Loss, bind, known_hyper
 from prefalign_jax.losses.margin import SURROGATES
 from prefalign_jax.losses.mixture import Term, mix, terms
 from prefalign_jax.losses.modifiers import DIVERGENCES, MODIFIERS
-from prefalign_jax.losses.named import Call, LossModule, named
+from prefalign_jax.losses.named import Call, named
 from prefalign_jax.losses.orpo import RATIOS
 from prefalign_jax.losses.sft import MEAN, OVER
 from prefalign_jax.losses.simpo import CPO_SURROGATES
@@ -248,4 +249,4 @@ def __dir__() -> list[str]:
 
 for _name in LOSSES:
     if isinstance(_module := globals().get(_name), types.ModuleType):
-        _module.__class__, _module.calls = LossModule, _named(_name, LOSSES[_name].function)
+        make_callable(_module, functools.partial(__getattr__, _name))

@@ -1,14 +1,13 @@
 """What `losses.NAME` is: the loss of that name, called with log-probabilities and hyper-parameters.
 
 A few losses share their name with the module that they stand in: dpo, orpo, sft, simpo. Such a module stays a module,
-so that `import prefalign_jax.losses.dpo as m` gives the file, and `losses.dpo(policy, reference)` calls it as the loss.
+so that `import prefalign_jax.losses.dpo as m` gives the file, and `losses.dpo(policy, reference)` calls the loss.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,24 +45,6 @@ def named(name: str, function: Callable[..., Any], make: Callable[..., BoundLoss
     ]
     call.__signature__ = inspect.Signature([*positional, *hyper])
     return call
-
-
-class LossModule(types.ModuleType):
-    """A module that can be called as the loss of its name, `calls`."""
-
-    calls: Call
-
-    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Array, dict[str, Array]]:
-        """`calls` it."""
-        return self.calls(*args, **kwargs)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.calls)
-
-    @property
-    def __wrapped__(self) -> Call:
-        return self.calls
 
 
 def _readable(loss: BoundLoss, policy: PairLogps, reference: PairLogps | None) -> PairLogps:
