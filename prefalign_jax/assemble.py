@@ -12,6 +12,7 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
+from prefalign_jax.data.chat import load_tokenizer
 from prefalign_jax.data.pipeline import PairSet, make_pair_set
 from prefalign_jax.experiment import Experiment
 from prefalign_jax.metrics import Progress
@@ -45,8 +46,11 @@ def adapters_of(config: ConfigDict, reward: bool, tokens: int) -> tuple[Params |
         return None, None
     shape = dataclasses.replace(load_config(resolve(config.model.path)), reward=reward)
     full = {"score"} if reward else set()
-    if tokens > shape.vocab_size:
-        shape = dataclasses.replace(shape, vocab_size=tokens)
+    known = shape.vocab_size
+    if config.data.chat_template:  # a base may have spare rows, which a template's new tokens take without growing it
+        known = min(known, len(load_tokenizer(config.model.path)))
+    if tokens > known:
+        shape = dataclasses.replace(shape, vocab_size=max(tokens, shape.vocab_size))
         full |= {"embed", shape.head_path.partition("/")[0]}
     adapters = None
     if config.lora.path:

@@ -1,8 +1,12 @@
-"""Checkpoints of a run, by Orbax: save without waiting, restore onto any mesh, refuse another run's."""
+"""Checkpoints of a run, by Orbax: save without waiting, find damage, restore onto any mesh, refuse another run's."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +14,11 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from prefalign_jax.files import checksum, read_json, write_json, writing
 from prefalign_jax.options import flatten
+from prefalign_jax.processes import agreed, by_first, gathered, is_first, lost_peer, note
 from prefalign_jax.sharding import shapes_of
-from prefalign_jax.types import TrainState, UserError
+from prefalign_jax.types import TrainState, UserError, WriteError, one_line
 
 # Fields that make a run what it is. The rest, such as its length or how often it logs, may change when it is resumed.
 IDENTITY = (
@@ -31,10 +37,101 @@ IDENTITY = (
 FREE = ("data.eval_path", "data.eval_split", "data.eval_limit", "data.cache_dir", "reference.cache_dir")
 
 
+MANIFEST = "manifest.json"  # in each checkpoint: its files with their checksums, and its evaluation metrics
+
+
+class Checkpoints:
+    """A directory of checkpoints, each in a directory named after its step; see `open_checkpoints`."""
+
+    def __init__(self, directory: Path, keep: int, best_metric: str | None, best_mode: str):
+        self.directory, self.keep, self.best_metric, self.best_mode = directory, keep, best_metric, best_mode
+        self.pool = ThreadPoolExecutor(1, "checkpoint")
+        self.saving: Future[None] | None = None
+        self.latest = max(self.steps(), default=-1)  # saved or being saved, the same in all processes
+
+    def steps(self) -> list[int]:
+        """What is on disk, in order."""
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """Of the evaluation at a step, {} if there was none or nobody can tell."""
+        try:
+            return read_json(self.directory / str(step) / MANIFEST, {"metrics": {"*": "a number"}})["metrics"]
+        except UserError:
+            return {}
+
+    def best(self) -> int | None:
+        """The step that is best by `best_metric`, the first of several; None if none was evaluated."""
+        values = {step: self.metrics(step).get(self.best_metric) for step in self.steps()}
+        measured = {step: value for step, value in values.items() if value is not None}
+        choose = max if self.best_mode == "max" else min
+        return choose(measured, key=measured.__getitem__, default=None)
+
+    def save(self, step: int, tree: Any, about: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Starts writing a checkpoint, after the one before it is written."""
+        self.wait()
+        self.latest, part = step, self.directory / f".{step}.unfinished"
+        with self.told(step):
+            written = ocp.save_checkpointables_async(part, {"state": tree}, custom_metadata=about, overwrite=True)
+        self.saving = self.pool.submit(self.finish, step, part, written, dict(metrics))
+
+    def finish(self, step: int, part: Path, written: ocp.AsyncResponse[None], metrics: dict[str, float]) -> None:
+        """Waits until the arrays are on disk, adds the manifest, puts the checkpoint in its place, drops older ones."""
+        with self.told(step), contextlib.ExitStack() as stack:
+            if is_first():
+                stack.callback(shutil.rmtree, part, ignore_errors=True)
+            written.result()
+            if is_first():
+                write_json(part / MANIFEST, {"metrics": metrics, "files": _checksums(part, _files(part))})
+                part.rename(self.directory / str(step))
+                kept = {*self.steps()[-self.keep :], self.best() if self.best_metric else None}
+                for old in set(self.steps()) - kept:
+                    shutil.rmtree(self.directory / str(old))
+
+    @contextlib.contextmanager
+    def told(self, step: int) -> Iterator[None]:
+        """Whatever Orbax raises, of many kinds and over many lines, in one line."""
+        try:
+            with writing(f"checkpoint {self.directory / str(step)}"):
+                yield
+        except UserError:
+            raise
+        except Exception as error:
+            if lost_peer(error):
+                raise
+            raise WriteError(f"checkpoint {self.directory / str(step)} cannot be written: {one_line(error)}") from error
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk.
+
+        Raises:
+          WriteError: it could not be written.
+        """
+        saving, self.saving = self.saving, None
+        if saving is not None:
+            saving.result()
+
+    def close(self) -> None:
+        """Waits until what was saved is on disk, and says if it could not be written."""
+        try:
+            self.wait()
+        except Exception as error:  # on the way out after another failure, which is the one to tell
+            note(one_line(error))
+        self.pool.shutdown()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is None:
+            self.wait()
+        self.close()
+
+
 def open_checkpoints(
     directory: Path, *, keep: int = 2, best_metric: str | None = None, best_mode: str = "min"
-) -> ocp.training.Checkpointer:
-    """Opens a directory of checkpoints, made if missing.
+) -> Checkpoints:
+    """Opens a directory of checkpoints, made if missing; what a killed run left unfinished there is removed.
 
     Args:
       directory: of the run.
@@ -43,28 +140,26 @@ def open_checkpoints(
       best_mode: 'min' or 'max'.
 
     Returns:
-      Orbax's checkpointer; close it, which waits for what is being written.
+      The checkpoints; close them, which waits for what is being written.
 
     Raises:
-      UserError: the directory cannot be made.
+      WriteError: the directory cannot be made.
     """
-    policies = ocp.training.preservation_policies
-    policy: Any = policies.LatestN(keep)
-    if best_metric:
-        sign = 1.0 if best_mode == "max" else -1.0
-        best = policies.BestN(
-            get_metric_fn=lambda metrics: sign * metrics[best_metric], n=1, keep_checkpoints_without_metrics=False
-        )
-        policy = policies.AnyPreservationPolicy([policy, best])
-    try:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{directory} cannot be written: {error.strerror}") from None
-    return ocp.training.Checkpointer(Path(directory).absolute(), preservation_policy=policy)
+    directory = Path(directory).absolute()
+
+    def prepare() -> None:
+        with writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            for path in directory.iterdir():
+                if path.name.endswith(".unfinished") or ".orbax-checkpoint-tmp" in path.name:
+                    shutil.rmtree(path)
+
+    by_first(prepare)
+    return Checkpoints(directory, keep, best_metric, best_mode)
 
 
 def save(
-    checkpoints: ocp.training.Checkpointer,
+    checkpoints: Checkpoints,
     state: TrainState,
     config: Mapping[str, Any],
     digests: Mapping[str, str],
@@ -78,21 +173,47 @@ def save(
       config: plain dict, stored inside.
       digests: of what the run reads besides its config, by what it is; stored inside.
       metrics: evaluation metrics at this step.
+
+    Raises:
+      WriteError: this checkpoint, or the one before it, cannot be written.
     """
     step = int(state.step)
-    if checkpoints.latest is not None and checkpoints.latest.step >= step:
+    if checkpoints.latest >= step:
         return
     tree = _tree(state, config)
     if jax.default_backend() == "cpu":
         # On the host the writer may see the very buffers that the next step's donation overwrites.
         tree = jax.tree.map(jnp.copy, tree)
-    checkpoints.save_checkpointables_async(
-        step,
-        {"state": tree},
-        force=True,
-        metrics=dict(metrics) if metrics else None,
-        custom_metadata={"config": dict(config), "digests": dict(digests)},
-    )
+    checkpoints.save(step, tree, {"config": dict(config), "digests": dict(digests)}, metrics or {})
+
+
+def _files(directory: Path) -> list[str]:
+    """Names of the files of a checkpoint that its manifest lists."""
+    files = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    return sorted(name for name in files if name != MANIFEST)
+
+
+def _checksums(directory: Path, names: Sequence[str]) -> dict[str, str]:
+    return {name: checksum(directory / name) for name in names}
+
+
+def _damage(directory: Path) -> str:
+    """What is wrong with a checkpoint, '' if nothing: several processes read a part of its files each, and all know."""
+    try:
+        names, manifest = _files(directory), directory / MANIFEST
+        if manifest.exists():
+            wanted = read_json(manifest, {"metrics": "an object", "files": {"*": "a string"}})["files"]
+            share = names[jax.process_index() :: jax.process_count()]
+            found = _checksums(directory, share)
+            bad = {name for name in share if found[name] != wanted.get(name)} | (wanted.keys() - set(names))
+            damage = f"{min(bad)} is not what was written" if bad else ""
+        else:  # of a version that wrote no manifest
+            read_json(directory / "_CHECKPOINT_METADATA", "an object")
+            ocp.checkpointables_metadata(directory)
+            damage = ""
+    except Exception as error:  # what cannot be read fails in whatever way
+        damage = one_line(error)
+    return next(filter(None, gathered(damage)), "")
 
 
 def _tree(state: TrainState, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,10 +225,35 @@ def _tree(state: TrainState, config: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def newest(checkpoints: Checkpoints) -> int | None:
+    """The latest step whose checkpoint is to the bit what was written; damaged ones after it are set aside.
+
+    Args:
+      checkpoints: from `open_checkpoints`.
+
+    Returns:
+      The step, None where there is none.
+    """
+    for step in reversed(agreed(checkpoints.steps())):
+        path = checkpoints.directory / str(step)
+        if not (damage := _damage(path)):
+            return step
+        aside = path.with_name(f"{step}.damaged-{secrets.token_hex(4)}")
+        note(f"the checkpoint of step {step} is damaged ({damage}); set aside as {aside}")
+
+        def move(path: Path = path, aside: Path = aside) -> None:
+            with writing(aside):
+                path.rename(aside)
+
+        by_first(move)
+        checkpoints.latest = -1
+    return None
+
+
 def restore(
-    checkpoints: ocp.training.Checkpointer, state: TrainState, config: Mapping[str, Any], digests: Mapping[str, str]
+    checkpoints: Checkpoints, state: TrainState, config: Mapping[str, Any], digests: Mapping[str, str]
 ) -> TrainState:
-    """The latest saved state, or `state` itself where none is saved.
+    """The latest undamaged state, or `state` itself where none is saved.
 
     Args:
       checkpoints: from `open_checkpoints`.
@@ -122,11 +268,13 @@ def restore(
     Raises:
       UserError: the checkpoint is of a run with another model, loss, data or seed, or its shapes differ.
     """
-    latest = checkpoints.latest
-    if latest is None:
+    step = newest(checkpoints)
+    checkpoints.latest = -1 if step is None else step
+    if step is None:
         return state
-    where = f"{checkpoints.directory} (step {latest.step})"
-    metadata = checkpoints.checkpointables_metadata(latest)
+    path = checkpoints.directory / str(step)
+    where = f"{checkpoints.directory} (step {step})"
+    metadata = ocp.checkpointables_metadata(path)
     stored = metadata.custom_metadata or {}
     if "config" not in stored:
         raise UserError(f"cannot resume {where}: it is no checkpoint of this program; use another --workdir")
@@ -152,7 +300,7 @@ def restore(
     abstract = shapes_of(fresh)
     jax.tree.map(lambda x: x.delete(), fresh)
     try:
-        tree = checkpoints.load_checkpointables(latest, {"state": abstract})["state"]
+        tree = ocp.load_checkpointables(path, {"state": abstract})["state"]
     except Exception as error:  # Orbax raises many kinds, each over many lines
         raise UserError(
             f"cannot resume {where}: its arrays cannot be read; use an earlier copy or another --workdir"

@@ -17,11 +17,12 @@ from typing import Any, NamedTuple, TextIO
 import jax
 import jax.numpy as jnp
 
-from prefalign_jax.files import whole
+from prefalign_jax.files import parse_json, read_json_lines, write_text, writing
 from prefalign_jax.processes import is_first
 from prefalign_jax.types import UserError
 
 GIB = 2**30
+ROW = {"step": "an integer", "*": "a number or null"}  # of a metrics file
 
 
 def weighted_sum(values: jax.Array, weight: jax.Array) -> jax.Array:
@@ -75,7 +76,8 @@ class Writer(NamedTuple):
         numbers = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
         if self.jsonl is not None:
             finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-            self.jsonl.write(json.dumps({"step": int(step), **finite}, allow_nan=False) + "\n")
+            with writing(self.jsonl.name):
+                self.jsonl.write(json.dumps({"step": int(step), **finite}, allow_nan=False) + "\n")
         if self.board is not None:
             for name, value in numbers.items():
                 self.board.add_scalar(name, value, int(step))
@@ -130,13 +132,12 @@ def _keep_up_to(path: Path, last: int) -> None:
 
     def stays(line: str) -> bool:
         try:
-            return json.loads(line)["step"] <= last
-        except (ValueError, KeyError, TypeError):
+            return parse_json(line, ROW, where=path)["step"] <= last
+        except UserError:
             return False
 
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if last else []
-    with whole(path) as part:
-        part.write_text("".join(line + "\n" for line in lines if stays(line)), encoding="utf-8")
+    write_text(path, "".join(line + "\n" for line in lines if stays(line)))
 
 
 class Progress:
@@ -216,15 +217,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics file, [] if there is none. A last line without its end is still being written: no row.
 
     Raises:
-      UserError: another line is broken.
+      UserError: another line is broken, or is no row of numbers.
     """
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    rows = []
-    for number, line in enumerate(text.split("\n")[:-1], 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise UserError(f"{path}, row {number}: expected one JSON object, found {error}") from None
-    return rows
+    return read_json_lines(path, ROW)

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from prefalign_jax.types import UserError, one_line
+from prefalign_jax.types import UserError, WriteError, one_line, printable
 
 STOPPED = 143  # what a shell reports of a process that SIGTERM ended: launchers restart it
 HEARTBEAT = 60  # seconds without a sign of life after which a process counts as dead
@@ -118,7 +118,7 @@ def is_first() -> bool:
 def note(text: str) -> None:
     """One line for the person watching."""
     if is_first():
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def agreed(value: Any) -> Any:
@@ -136,6 +136,41 @@ def agreed(value: Any) -> Any:
     return json.loads(bytes(multihost_utils.broadcast_one_to_all(room))[:size])
 
 
+def gathered(value: Any) -> list[Any]:
+    """The values of all processes in their order, in all of them.
+
+    Args:
+      value: of this process; what JSON can say.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    text = json.dumps(value).encode()
+    sizes = multihost_utils.process_allgather(np.int32(len(text)))
+    room = np.zeros(-(-max(sizes) // 4096) * 4096, np.uint8)
+    room[: len(text)] = np.frombuffer(text, np.uint8)
+    texts = multihost_utils.process_allgather(room)
+    return [json.loads(bytes(text)[:size]) for text, size in zip(texts, sizes, strict=True)]
+
+
+def check_alike(values: Mapping[str, Any]) -> None:
+    """Stops all processes where they are not about to do the same: each would go its own way, or wait for ever.
+
+    Args:
+      values: what must be the same everywhere, by name; what JSON can say.
+
+    Raises:
+      UserError: a value differs; the line names the first that does, and is the same in all processes.
+    """
+    first, *others = gathered(dict(values))
+    for number, other in enumerate(others, 1):
+        for name in [*first, *(other.keys() - first.keys())]:
+            if first.get(name) != other.get(name):
+                raise UserError(
+                    f"the processes of this run differ in {name}: {first.get(name)!r} in process 0, "
+                    f"{other.get(name)!r} in process {number}; start all with the same options, files and code"
+                )
+
+
 def by_first(action: Callable[[], Any]) -> None:
     """Lets the first process do something while the others wait; a mistake that it finds is everyone's.
 
@@ -148,13 +183,13 @@ def by_first(action: Callable[[], Any]) -> None:
             action()
         except UserError as error:
             mistake = error
-    if (said := agreed(mistake and str(mistake))) is not None:
-        raise mistake or UserError(said)
+    if (said := agreed(mistake and [mistake.status, str(mistake)])) is not None:
+        raise mistake or (WriteError if said[0] == WriteError.status else UserError)(said[1])
 
 
 def all_have(value: bool) -> bool:
     """Whether something is true in every process."""
-    return bool(np.all(multihost_utils.process_allgather(np.bool_(value)))) if jax.process_count() > 1 else value
+    return all(gathered(value))
 
 
 def fetch(tree: Any) -> Any:
@@ -209,25 +244,34 @@ def stop_signal() -> Iterator[threading.Event]:
 
 
 def status_of(run: Callable[[], int | None]) -> int:
-    """The exit status of what `run` does: its own, or 2 after a mistake of the user's, which is printed as one line.
+    """The exit status of what `run` does: its own, or that of a UserError, which is printed as one line.
 
     One of several processes does not come back from a failure: it would wait for the others, which wait for it.
     """
     try:
         return run() or 0
     except UserError as error:
-        status, text = 2, f"error: {error}"
+        status, text = error.status, f"error: {printable(str(error))}"
     except KeyboardInterrupt:
         status, text = 130, "interrupted"
     except Exception as error:
-        if not jax.distributed.is_initialized():
+        if jax.distributed.is_initialized() and lost_peer(error):
+            status, text = STOPPED, f"error: {LOST}"
+        elif isinstance(error, OSError):  # of the disk, in a place where nobody thought of it
+            status, text = WriteError.status, f"error: {printable(one_line(error))}"
+        elif not jax.distributed.is_initialized():
             raise
-        lost = _OF_A_PEER.search(str(error)) is not None
-        status, text = (STOPPED, f"error: {LOST}") if lost else (1, traceback.format_exc())
+        else:
+            status, text = 1, traceback.format_exc()
     print(text, file=sys.stderr, flush=True)
     if jax.distributed.is_initialized():
         _leave(status)
     return status
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error says that another process is gone."""
+    return _OF_A_PEER.search(str(error)) is not None
 
 
 def _leave(status: int) -> NoReturn:

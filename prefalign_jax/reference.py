@@ -16,9 +16,9 @@ from jax.sharding import PartitionSpec as P
 
 from prefalign_jax.data.pairs import digest_of
 from prefalign_jax.data.pipeline import PairSet, eval_batches
-from prefalign_jax.files import whole
+from prefalign_jax.files import intact, remove_parts, sealed, writing
 from prefalign_jax.logps import REFERENCE_NEEDS, VOCABULARY_CHUNK, preference_logps
-from prefalign_jax.processes import all_have, is_first
+from prefalign_jax.processes import all_have, by_first, note
 from prefalign_jax.sharding import place_batch
 from prefalign_jax.types import LanguageModel, Pair, PairLogps, Params, Sides
 
@@ -117,8 +117,8 @@ def _bit_sums(x: jax.Array) -> jax.Array:
 def cached(path: Path, make: Callable[[], PairLogps]) -> PairLogps:
     """Reads log-probabilities from a file named after their key, or makes and writes them.
 
-    The file appears whole or not at all: it is written beside its place and renamed. One that cannot be read is made
-    anew. Of several processes each reads it, and the first writes it.
+    The file appears whole or not at all, and its checksum beside it. One that is not to the bit what was written is
+    made anew. Of several processes each reads it, and the first writes it.
 
     Args:
       path: .npz file, named by `cache_key`.
@@ -131,8 +131,7 @@ def cached(path: Path, make: Callable[[], PairLogps]) -> PairLogps:
     if all_have(found is not None):
         return found
     logps = make()
-    if is_first():
-        _write(path, logps)
+    by_first(lambda: _write(path, logps))
     return logps
 
 
@@ -140,7 +139,11 @@ _SUMS = ("chosen", "rejected", "chosen_tokens", "rejected_tokens")
 
 
 def _read(path: Path) -> PairLogps | None:
+    if not path.exists():
+        return None
     try:
+        if not intact(path):
+            raise ValueError
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             sides = {
                 name: Sides(*(stored[f"{name}.{side}"] for side in Sides._fields))
@@ -149,18 +152,21 @@ def _read(path: Path) -> PairLogps | None:
             }
             return PairLogps(*(stored[name] for name in _SUMS), **sides)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        note(f"{path} is damaged; the reference's log-probabilities are computed anew")
         return None
 
 
 def _write(path: Path, logps: PairLogps) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    remove_parts(path.parent)
     sides = {
         f"{name}.{side}": value
         for name in REFERENCE_NEEDS
         if getattr(logps, name) is not None
         for side, value in getattr(logps, name)._asdict().items()
     }
-    with whole(path) as part, part.open("wb") as file:
+    with sealed(path) as part, part.open("wb") as file:
         np.savez(file, **{name: getattr(logps, name) for name in _SUMS}, **sides)
 
 

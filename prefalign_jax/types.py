@@ -32,8 +32,16 @@ TILE = 64  # tokens along each side of a tile of attention; rows are multiples o
 class UserError(ValueError):
     """A mistake of the user's: one line that says what is wrong, where, and what to write instead.
 
-    The command-line scripts print it without a traceback and exit with status 2.
+    The command-line scripts print it without a traceback and exit with `status`.
     """
+
+    status = 2
+
+
+class WriteError(UserError):
+    """A file could not be written, by no mistake in what was asked for: one line with its path and what to do."""
+
+    status = 1
 
 
 class Place(NamedTuple):
@@ -64,6 +72,16 @@ def one_line(error: BaseException) -> str:
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(line.strip() for line in lines[: 2 if lines[0].rstrip().endswith(":") else 1])
+
+
+def printable(text: str) -> str:
+    """A text in one line, without what would steer a terminal: control characters and the like become '?'.
+
+    Example:
+      >>> printable("naïve \\x1b[2J and\\nmore")
+      'naïve ?[2J and more'
+    """
+    return "".join(x if x.isprintable() else " " if x.isspace() else "?" for x in text)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,3 +1,7 @@
+import errno
+import os
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +11,7 @@ import pytest
 from prefalign_jax import checkpoint
 from prefalign_jax.sharding import make_mesh, param_shardings
 from prefalign_jax.train_step import init_state
-from prefalign_jax.types import UserError
+from prefalign_jax.types import UserError, WriteError
 from small import make_params
 
 OPTIMIZER = optax.adamw(1e-3)
@@ -97,3 +101,133 @@ def test_only_the_latest_stay(tmp_path):
         for step in (1, 2, 3, 4):
             checkpoint.save(checkpoints, state_of()._replace(step=jnp.int32(step)), CONFIG, DIGESTS)
     assert sorted(int(p.name) for p in tmp_path.iterdir() if p.name.isdigit()) == [3, 4]
+
+
+def saved(directory, *steps, metrics=None, **options):
+    with checkpoint.open_checkpoints(directory, **options) as checkpoints:
+        for step in steps:
+            state = state_of(seed=step)._replace(step=jnp.int32(step))
+            checkpoint.save(checkpoints, state, CONFIG, DIGESTS, metrics and {"eval/loss": metrics[step]})
+
+
+def on_disk(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+@pytest.mark.parametrize(("mode", "best"), [("min", 2), ("max", 3)])
+def test_the_best_stays_beside_the_latest(tmp_path, mode, best):
+    losses = {1: 0.5, 2: 0.1, 3: 0.9, 4: 0.4, 5: 0.3, 6: 0.3}
+    saved(tmp_path, *losses, metrics=losses, keep=1, best_metric="eval/loss", best_mode=mode)
+    assert on_disk(tmp_path) == [str(best), "6"]
+    with checkpoint.open_checkpoints(tmp_path, best_metric="eval/loss", best_mode=mode) as checkpoints:
+        assert (checkpoints.steps(), checkpoints.best(), checkpoints.latest) == ([best, 6], best, 6)
+        assert checkpoints.metrics(6) == {"eval/loss": 0.3}
+
+
+# Damage
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("two_steps")
+    saved(directory, 1, 2)
+    return directory
+
+
+@pytest.fixture
+def damaged(two_steps, tmp_path):
+    """damaged(change) -> a copy whose step 2 has been changed."""
+
+    def copy(change):
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        shutil.copytree(two_steps, tmp_path / "copy")
+        change(tmp_path / "copy" / "2")
+        return tmp_path / "copy"
+
+    return copy
+
+
+def newest(directory):
+    with checkpoint.open_checkpoints(directory) as checkpoints:
+        return checkpoint.newest(checkpoints)
+
+
+def flip(file, bit):
+    data = bytearray(file.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(data)
+
+
+def test_one_flipped_bit_in_any_file_is_found_and_the_checkpoint_before_is_used(two_steps, damaged, capsys):
+    files = [path.relative_to(two_steps / "2") for path in (two_steps / "2").rglob("*")
+             if path.is_file() and path.stat().st_size]  # fmt: skip
+    assert len(files) > 5 and newest(two_steps) == 2
+    rng = np.random.default_rng(0)
+    for file in files:
+        for bit in {0, *rng.integers(8 * (two_steps / "2" / file).stat().st_size, size=3).tolist()}:
+            directory = damaged(lambda path, file=file, bit=bit: flip(path / file, bit))
+            capsys.readouterr()
+            assert newest(directory) == 1, (file, bit)
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith("the checkpoint of step 2 is damaged (") and line.endswith(on_disk(directory)[-1])
+            assert [name.split("-")[0] for name in on_disk(directory)] == ["1", "2.damaged"]
+
+
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", checkpoint.MANIFEST, "state/_METADATA", None])
+@pytest.mark.parametrize("change", ["cut", "removed", "more"])
+def test_a_file_cut_short_missing_or_added_is_found(damaged, name, change):
+    def apply(path):
+        file = path / name if name else max(path.rglob("*"), key=lambda file: file.stat().st_size)
+        if change == "more":
+            file.with_name("new").write_text("")
+        elif change == "cut":
+            os.truncate(file, file.stat().st_size // 2)
+        else:
+            file.unlink()
+
+    believed = name == checkpoint.MANIFEST and change == "removed"  # as an earlier version left it
+    assert newest(damaged(apply)) == (2 if believed else 1)
+
+
+def test_without_a_manifest_what_orbax_cannot_read_is_damaged_too(damaged):
+    def apply(path):
+        (path / checkpoint.MANIFEST).unlink()
+        os.truncate(path / "_CHECKPOINT_METADATA", 40)
+
+    assert newest(damaged(apply)) == 1
+
+
+def test_a_run_whose_every_checkpoint_is_damaged_begins_anew(damaged, capsys):
+    directory = damaged(lambda path: [flip(at / checkpoint.MANIFEST, 9) for at in (path, path.with_name("1"))])
+    state = state_of()
+    with checkpoint.open_checkpoints(directory) as checkpoints:
+        assert checkpoint.restore(checkpoints, state, CONFIG, DIGESTS) is state
+        assert len(capsys.readouterr().err.splitlines()) == 2
+        checkpoint.save(checkpoints, state._replace(step=jnp.int32(1)), CONFIG, DIGESTS)
+    assert newest(directory) == 1
+
+
+def test_what_a_killed_run_left_unfinished_goes(two_steps, damaged):
+    directory = damaged(lambda path: [shutil.copytree(path, path.with_name(name)) for name in
+                                      (".3.unfinished", "3.orbax-checkpoint-tmp")])  # fmt: skip
+    assert newest(directory) == 2 and on_disk(directory) == ["1", "2"]
+
+
+@pytest.mark.parametrize("where", ["arrays", "manifest"])
+def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_one_before_stays(tmp_path, monkeypatch, where):
+    saved(tmp_path, 1)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    class Written:
+        result = full
+
+    if where == "arrays":
+        monkeypatch.setattr(checkpoint.ocp, "save_checkpointables_async", lambda *_, **__: Written())
+    else:
+        monkeypatch.setattr(checkpoint, "write_json", full)
+    with pytest.raises(WriteError, match=r"checkpoint .*/2 cannot be written: No space left on device; make") as error:
+        saved(tmp_path, 2)
+    assert "\n" not in str(error.value)
+    assert on_disk(tmp_path) == ["1"] and newest(tmp_path) == 1

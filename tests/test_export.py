@@ -27,7 +27,7 @@ from prefalign_jax.export import (
 from prefalign_jax.logps import preference_logps
 from prefalign_jax.models import hf_io
 from prefalign_jax.models.decoder import make_decoder
-from prefalign_jax.types import Pair, UserError
+from prefalign_jax.types import Pair, UserError, WriteError
 from small import first, packed
 from test_endings import Template
 from test_hf_io import CONFIG, TOKENS, assert_trees_equal, logits, write_directory
@@ -225,7 +225,7 @@ def test_a_failed_export_leaves_the_earlier_one(exported, params, config, tiny_t
         raise OSError("disk full")
 
     monkeypatch.setattr(tiny_tokenizer, "save_pretrained", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(WriteError, match="export cannot be written: disk full"):
         export(params, config, tiny_tokenizer, exported, card={})
     assert {path.name: path.read_bytes() for path in exported.iterdir()} == before
     assert sorted(path.name for path in exported.parent.iterdir()) == ["export", "model"]

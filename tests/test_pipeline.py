@@ -124,6 +124,33 @@ def test_more_pairs_in_a_batch_than_in_the_set_are_repeated():
     assert [sorted(found[i : i + 3]) for i in range(0, 12, 3)] == [[0, 1, 2]] * 4
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("count", [64, 61])
+def test_micro_steps_change_no_batch_and_a_run_may_go_on_with_others(shuffle, count):
+    pairs, options = make_pairs(count, longest=40), dict(seed=3, shuffle=shuffle)
+
+    def batches(micro_steps, start, stop):
+        data = make_pair_set(pairs, 8, micro_steps=micro_steps)
+        return [
+            np.sort(batch.index, axis=None).tolist() for batch in train_batches(data, **options, start=start, stop=stop)
+        ]
+
+    whole = batches(1, 0, 16)
+    for micro_steps in (2, 4, 8):
+        assert batches(micro_steps, 0, 16) == whole
+    assert batches(1, 0, 4) + batches(8, 4, 16) == whole
+    if count == 64:
+        assert sorted(sum(whole[:8], [])) == list(range(64))  # each pair once an epoch
+
+
+def test_micro_steps_hold_about_as_many_tokens_each():
+    pairs = make_pairs(64, longest=60)
+    data = make_pair_set(pairs, 16, micro_steps=4)
+    for batch in train_batches(data, seed=0, shuffle=True, start=0, stop=4):
+        tokens = (batch.segments > 0).sum((1, 2))
+        assert tokens.max() - tokens.min() <= data.lengths.pieces.sum(1).max()
+
+
 @pytest.mark.parametrize(("micro_steps", "groups"), [(1, 1), (2, 1), (2, 2)])
 def test_a_batch_holds_the_tokens_of_the_pairs_it_names(micro_steps, groups):
     data = make_pair_set(PAIRS, 4, micro_steps=micro_steps, groups=groups)

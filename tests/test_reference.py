@@ -9,6 +9,7 @@ import pytest
 
 from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pipeline import make_pair_set
+from prefalign_jax.files import sealed
 from prefalign_jax.logps import preference_logps
 from prefalign_jax.models.decoder import make_decoder
 from prefalign_jax.reference import cache_key, cached, compute, params_digest
@@ -137,7 +138,7 @@ def test_a_cache_is_read_back_bit_for_bit_without_computing(path):
     assert same(found, LOGPS)
     assert {getattr(found, n).dtype for n in NAMES} == {np.dtype(np.float32)}
     assert found.prompt is None
-    assert [file.name for file in path.parent.iterdir()] == ["key.npz"]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["key.npz", "key.npz.sum"]
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.03, 0.5, 0.99])
@@ -149,22 +150,32 @@ def test_a_truncated_file_is_made_anew(path, share):
     assert same(cached(path, never), other)
 
 
-def test_a_damaged_file_is_made_anew(path):
-    whole = bytearray(path.read_bytes())
-    whole[whole.index(LOGPS.rejected.tobytes()) + 2] ^= 0xFF
-    path.write_bytes(whole)
+@pytest.mark.parametrize("name", ["key.npz", "key.npz.sum"])
+def test_one_flipped_bit_anywhere_is_found_and_the_file_made_anew_with_one_line(path, name, capsys):
+    file = path.with_name(name)
+    whole = file.read_bytes()
+    for bit in np.random.default_rng(0).integers(8 * len(whole), size=20):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(data)
+        with pytest.raises(AssertionError, match="computed though cached"):
+            cached(path, never)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == f"{path} is damaged; the reference's log-probabilities are computed anew"
     assert same(cached(path, lambda: LOGPS), LOGPS)
     assert same(cached(path, never), LOGPS)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a cache at all", b"PK\x03\x04"])
 def test_a_file_of_another_kind_is_made_anew(path, content):
-    path.write_bytes(content)
+    with sealed(path) as part:
+        part.write_bytes(content)
     assert same(cached(path, lambda: LOGPS), LOGPS)
 
 
 def test_a_file_that_lacks_a_column_is_made_anew(path):
-    np.savez(path, chosen=LOGPS.chosen, rejected=LOGPS.rejected)
+    with sealed(path) as part, part.open("wb") as file:
+        np.savez(file, chosen=LOGPS.chosen, rejected=LOGPS.rejected)
     assert same(cached(path, lambda: LOGPS), LOGPS)
     assert same(cached(path, never), LOGPS)
 
@@ -184,12 +195,13 @@ def test_no_pickle_is_loaded(path, kind, tmp_path):
     mark = tmp_path / "executed"
     buffer = io.BytesIO()
     np.save(buffer, np.array([Trap(mark)], dtype=object), allow_pickle=True)
-    if kind == "array in a zip":
-        with zipfile.ZipFile(path, "w") as file:
-            for name in NAMES:
-                file.writestr(f"{name}.npy", buffer.getvalue())
-    else:
-        path.write_bytes(buffer.getvalue()[buffer.getvalue().index(b"\x80") :])
+    with sealed(path) as part:
+        if kind == "array in a zip":
+            with zipfile.ZipFile(part, "w") as file:
+                for name in NAMES:
+                    file.writestr(f"{name}.npy", buffer.getvalue())
+        else:
+            part.write_bytes(buffer.getvalue()[buffer.getvalue().index(b"\x80") :])
     assert same(cached(path, lambda: LOGPS), LOGPS)
     assert not mark.exists()
     np.load(io.BytesIO(buffer.getvalue()), allow_pickle=True)

@@ -19,7 +19,7 @@ from prefalign_jax.types import UserError
 
 
 def test_rows_are_read_as_written_and_a_missing_file_is_empty(tmp_path):
-    rows = [{"step": 1, "text": "a\u2028b é"}, {"step": 2, "loss": None}]
+    rows = [{"step": 1, "é": 0.5}, {"step": 2, "loss": None}]
     file = tmp_path / "metrics.jsonl"
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     assert read_metrics(file) == rows
@@ -32,13 +32,35 @@ def test_a_line_that_is_being_written_is_no_row_yet_and_a_broken_one_is_an_error
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
     assert read_metrics(file) == [{"step": 1}, {"step": 2}] and last_row(file) == {"step": 2}
     file.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl, row 2: expected one JSON object"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl, row 2: expected JSON"):
         read_metrics(file)
+
+
+ROWS = ["[1]", "3", "{}", '{"step": "1"}', '{"step": 1.5}', '{"step": 1, "loss": "0.5"}', f'{{"step": 1{"0" * 4000}}}']
+ROWS += ['{"step": 1, "x": ' + "[" * 5000 + "]" * 5000 + "}"]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[:25])
+def test_valid_json_of_another_shape_is_named(tmp_path, row):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(f'{{"step": 0}}\n{row}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, row 2(, field '\w+')?: (expected|it has no)") as error:
+        read_metrics(file)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+    assert last_row(file) == {}
+
+
+@pytest.mark.parametrize("mark", ["[]", "{}", '{"done": 5}', '{"done": {}}', '{"done": null, "overrides": []}', "{"])
+def test_a_mark_of_another_shape_is_named(tmp_path, mark):
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "point.json").write_text(mark)
+    with pytest.raises(UserError, match=r"point\.json(, field '\w+')*: (expected|it has no)"):
+        find_runs([tmp_path])
 
 
 def test_the_last_row_of_a_long_file_is_found_at_its_end(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    file.write_text("".join(json.dumps({"step": n, "x": "y" * 100}) + "\n" for n in range(5000)))
+    file.write_text("".join(json.dumps({"step": n, "y" * 100: 0.5}) + "\n" for n in range(5000)))
     assert last_row(file)["step"] == 4999
 
 

@@ -54,7 +54,7 @@ def test_pairs_come_back_as_they_were_made_and_are_made_once(tmp_path, size):
         assert found.prompt_key.tolist() == [o.prompt for o in ORIGINS]
         assert digest_of(found) == digest_of(PAIRS) and found[0].prompt.dtype == np.int32
         assert type(found[0].label) is bool and type(found[0].weight) is float
-    assert calls == [1] and [file.name for file in path.parent.iterdir()] == [path.name]
+    assert calls == [1] and sorted(file.name for file in path.parent.iterdir()) == [path.name, f"{path.name}.sum"]
     in_memory, about = cached_tokens(None, lambda: made(size))
     assert all(map(equal, in_memory, PAIRS)) and about == ABOUT
 
@@ -83,6 +83,23 @@ def test_a_damaged_file_is_made_anew(tmp_path):
         path.write_bytes(damage)
         found, about = cached_tokens(path, made)
         assert all(map(equal, found, PAIRS)) and about == ABOUT
+        assert path.read_bytes() == whole
+
+
+def test_one_flipped_bit_anywhere_is_found_and_the_file_made_anew_with_one_line(tmp_path, capsys):
+    path = tmp_path / "x.arrow"
+    cached_tokens(path, made)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    places = [(path, int(bit)) for bit in rng.integers(8 * len(whole), size=40)]
+    for file, bit in [*places, (tmp_path / "x.arrow.sum", 3), (tmp_path / "x.arrow.sum", 130)]:
+        data, calls = bytearray(file.read_bytes()), []
+        data[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(data)
+        capsys.readouterr()
+        found, about = cached_tokens(path, lambda calls=calls: calls.append(1) or made())
+        assert calls and digest_of(found) == digest_of(PAIRS) and about == ABOUT
+        assert capsys.readouterr().err == f"{path} is damaged; its pairs are tokenized anew\n"
         assert path.read_bytes() == whole
 
 
@@ -120,6 +137,7 @@ def test_a_kill_in_the_middle_leaves_nothing_that_is_believed(tmp_path):
     calls = []
     found, _ = cached_tokens(path, lambda: calls.append(1) or made())
     assert calls and digest_of(found) == digest_of(PAIRS)
+    assert not left.exists()
 
 
 def test_two_runs_at_once_each_write_their_own(tmp_path):
@@ -137,7 +155,7 @@ def test_two_runs_at_once_each_write_their_own(tmp_path):
         runs = [pool.submit(cached_tokens, path, lambda: (waits(), lambda: ABOUT)) for _ in range(2)]
         found = [run.result() for run in runs]
     assert [(digest_of(pairs), about) for pairs, about in found] == [(digest_of(PAIRS), ABOUT)] * 2
-    assert [file.name for file in tmp_path.iterdir()] == ["x.arrow"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["x.arrow", "x.arrow.sum"]
     pairs, _ = cached_tokens(path, lambda: pytest.fail("made again"))
     assert digest_of(pairs) == digest_of(PAIRS)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import matplotlib.figure
 import numpy as np
 
 from prefalign_jax.analysis.runs import Run
+from prefalign_jax.files import read_json_lines
 from prefalign_jax.generation.best_of_n import best_of_n, kl_bound
 from prefalign_jax.intervals import Interval, t_interval
 from prefalign_jax.types import UserError
@@ -64,10 +64,13 @@ def best_of_points(pairs: Path) -> list[tuple[int, float, float]]:
       pairs: pairs.jsonl of the job `pairs`, with on_policy.pairing=all.
     """
     scores: dict[int, dict[str, float]] = defaultdict(dict)
-    for line in pairs.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    shape = {"prompt_number": "an integer", "chosen": "a string", "rejected": "a string"}
+    shape |= {"score_chosen": "a number", "score_rejected": "a number"}
+    for row in read_json_lines(pairs, shape):
         for side in ("chosen", "rejected"):
             scores[row["prompt_number"]][row[side]] = row[f"score_{side}"]
+    if not scores:
+        raise UserError(f"{pairs}: there is no pair; name the file that the job `pairs` wrote")
     most = max(len(known) for known in scores.values())
     whole = [list(known.values()) for known in scores.values() if len(known) == most]
     return [(n, kl_bound(n), float(np.mean([best_of_n(known, n) for known in whole]))) for n in range(1, most + 1)]

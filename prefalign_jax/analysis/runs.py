@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from prefalign_jax.files import read_json
-from prefalign_jax.metrics import read_metrics
+from prefalign_jax.files import parse_json, read_json
+from prefalign_jax.metrics import ROW, read_metrics
 from prefalign_jax.options import flatten
 from prefalign_jax.types import UserError
 
@@ -60,8 +59,8 @@ def last_row(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
             lines = file.read().split(b"\n")[:-1]
-        return json.loads(lines[-1]) if lines else {}
-    except (OSError, ValueError):
+        return parse_json(lines[-1], ROW, where=path) if lines else {}
+    except (OSError, UserError):
         return {}
 
 
@@ -69,6 +68,19 @@ def latest_stage(directory: Path) -> Path:
     """Where the run writes: the directory itself, or of a job of several stages the one that was written to last."""
     files = [*directory.glob("metrics.jsonl"), *directory.glob("*/metrics.jsonl")]
     return max(files, key=lambda file: file.stat().st_mtime_ns).parent if files else directory
+
+
+def read_mark(point: Path) -> dict[str, Any]:
+    """What a sweep keeps of a point: its overrides, its config with dotted names, and in 'done' the 'run' or None."""
+    done = ("null", {"run": "a string"})
+    mark = read_json(point / MARK, {"overrides?": "an object", "config?": "an object", "done": done})
+    return {"overrides": {}, "config": {}, **mark}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config.json of a run, {} where an earlier version wrote none."""
+    shape = {"steps?": "an integer or null", "batch_size?": "an integer"}
+    return read_json(path / "config.json", shape, missing={})
 
 
 def read_run(path: Path, name: str, point: Path | None = None) -> Run:
@@ -82,10 +94,10 @@ def read_run(path: Path, name: str, point: Path | None = None) -> Run:
     Raises:
       UserError: a file is broken.
     """
-    config = flatten(read_json(path / "config.json")) if (path / "config.json").exists() else {}
+    config = flatten(read_config(path))
     overrides, earlier = {}, {}
     if point is not None:
-        overrides = read_json(point / MARK).get("overrides", {})
+        overrides = read_mark(point)["overrides"]
         for file in point.rglob("metrics.jsonl"):
             if file.parent != path:
                 for total, values in totals(read_metrics(file)).items():
@@ -113,7 +125,7 @@ def find_runs(directories: Sequence[Path]) -> list[Run]:
         if not directory.is_dir():
             raise UserError(f"{directory}: no such directory; name the --workdir of a run or of a sweep")
         points = [mark.parent for mark in directory.rglob(MARK)]
-        marks = {point: read_json(point / MARK)["done"] for point in points}
+        marks = {point: read_mark(point)["done"] for point in points}
         found = [point / done["run"] if done else latest_stage(point) for point, done in marks.items()]
         found += [
             file.parent

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import datetime
-import fcntl
 import hashlib
 import io
 import json
+import os
 import re
 import runpy
 import shlex
@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from prefalign_jax import cli, processes
-from prefalign_jax.analysis.runs import MARK, last_row, latest_stage, read_run
+from prefalign_jax.analysis.runs import MARK, last_row, latest_stage, read_config, read_mark, read_run
 from prefalign_jax.experiment import read
-from prefalign_jax.files import locked, read_json, whole, write_json
+from prefalign_jax.files import hold, locked, write_json, write_text, writing
 from prefalign_jax.processes import note, stop_signal
 from prefalign_jax.tables import aligned
 from prefalign_jax.types import UserError
@@ -161,23 +161,25 @@ class _Job:
     def start(self, command: Sequence[str]) -> None:
         """Starts the run, unless one that a killed sweep left behind holds the point: `poll` then tries again."""
         self.state = RUNNING
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with (self.directory / LOCK).open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                return
+        with writing(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+        lock = hold(self.directory / LOCK)
+        if lock is None:
+            return
+        try:
             write_json(self.directory / MARK, _mark(self.point, None))
-            with (self.directory / LOG).open("ab") as log:
+            with writing(self.directory / LOG), (self.directory / LOG).open("ab") as log:
                 self.log_start = log.tell()
                 self.process = subprocess.Popen(
                     [*command, *self.point.arguments, f"--workdir={self.directory}"],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    pass_fds=[lock.fileno()],  # the run inherits the lock, so it is let go of when the run ends
+                    pass_fds=[lock],  # the run inherits the lock, so it is let go of when the run ends
                     start_new_session=True,  # Ctrl-C reaches the sweep alone, which tells the runs once
                 )
+        finally:
+            os.close(lock)
 
     def poll(self, command: Sequence[str], stopping: bool) -> None:
         """Looks whether the run has ended, and how."""
@@ -297,10 +299,9 @@ def _done(point: Point, workdir: Path) -> dict[str, Any] | None:
     Raises:
       UserError: the mark is of another point with the same name.
     """
-    path = workdir / point.name / MARK
-    if not path.exists():
+    if not (workdir / point.name / MARK).exists():
         return None
-    mark = read_json(path)
+    mark = read_mark(workdir / point.name)
     for ours, theirs in ((point.config, mark["config"]), (point.overrides, mark["overrides"])):
         for name in sorted(ours.keys() | theirs.keys()):
             if ours.get(name) != theirs.get(name):
@@ -346,7 +347,7 @@ def progress_of(directory: Path, name: str, state: str) -> tuple[str, ...]:
     row = last_row(stage / "metrics.jsonl")
     if state == WAITING and not row:
         return name, state, "", "", ""
-    total = read_json(stage / "config.json").get("steps") if (stage / "config.json").exists() else None
+    total = read_config(stage).get("steps")
     step, loss = row.get("step", 0), row.get("loss")
     left = ""
     if state == RUNNING and total and row.get("step_time"):
@@ -406,8 +407,7 @@ def write_results(points: Sequence[Point], workdir: Path) -> None:
     writer = csv.DictWriter(text, columns, restval="")
     writer.writeheader()
     writer.writerows(rows)
-    with whole(workdir / "results.csv") as part:
-        part.write_text(text.getvalue(), encoding="utf-8", newline="")
+    write_text(workdir / "results.csv", text.getvalue())
     write_json(workdir / "results.json", rows)
 
 

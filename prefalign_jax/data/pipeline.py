@@ -94,7 +94,8 @@ def make_pair_set(
     rng = np.random.default_rng(0)
     some = rng.permutation(len(pairs))[:STRETCH]
     random = [rng.choice(len(pairs), share, replace=len(pairs) < share) for _ in range(TRIALS)]
-    dealt = [some[batch] for batch in balanced(lengths.of(some), share)[:TRIALS]]
+    batches = balanced(lengths.of(some), batch_size, micro_steps)
+    dealt = [some[part] for batch in batches for part in np.split(batch, micro_steps)][:TRIALS]
     trials = [dealt, random] if dealt else [random]
     packing = dict(groups=groups, row_length=row_length, sequences=attends == "sequences")
     shapes = choose_shapes(lengths, share, trials, **packing)
@@ -102,11 +103,26 @@ def make_pair_set(
     return PairSet(pairs, batch_size, micro_steps, groups, layout, lengths, shapes, row_length, own=own)
 
 
-def balanced(lengths: Lengths, size: int) -> list[np.ndarray]:
-    """Deals pairs to batches of exactly `size` that hold about as many tokens each; what is left over is left out."""
+def balanced(lengths: Lengths, size: int, micro_steps: int = 1) -> list[np.ndarray]:
+    """Deals pairs to batches of exactly `size` that hold about as many tokens each; what is left over is left out.
+
+    Which pairs share a batch does not depend on `micro_steps`: a batch is dealt first, and then to its micro-steps.
+
+    Args:
+      lengths: of the pairs.
+      size: pairs in a batch.
+      micro_steps: parts of a batch, which hold about as many tokens each too.
+
+    Returns:
+      [size] numbers of pairs for each batch, one micro-step after the other.
+    """
     tokens = lengths.pieces.sum(1)
     count = len(tokens) // size
-    return [np.array(batch) for batch in deal(tokens[: count * size].tolist(), count, size)] if count else []
+    batches = [np.array(batch) for batch in deal(tokens[: count * size].tolist(), count, size)] if count else []
+    if micro_steps == 1:
+        return batches
+    parts = (deal(tokens[batch].tolist(), micro_steps, size // micro_steps) for batch in batches)
+    return [batch[np.concatenate(part)] for batch, part in zip(batches, parts, strict=True)]
 
 
 def batch_of(data: PairSet, index: np.ndarray, means: np.ndarray | None = None) -> PreferenceBatch:
@@ -222,16 +238,15 @@ def train_batches(
     if shuffle:
         order = order.shuffle()
     order = order.repeat(1 + stop * data.batch_size // pairs)  # endless would overflow Grain's lengths
-    size, micro_steps = data.batch_size, data.micro_steps
+    size = data.batch_size
 
     @functools.lru_cache(maxsize=2)
     def stretch(begin: int, end: int) -> list[np.ndarray]:
         """Batches begin ... end - 1, dealt."""
         numbers = np.array([order[slot] for slot in range(begin * size, end * size)])
-        micro = balanced(data.lengths.of(numbers), size // micro_steps)
+        batches = balanced(data.lengths.of(numbers), size, data.micro_steps)
         # The heaviest pairs went to the first ones: those come in any order.
-        micro = [numbers[micro[i]] for i in np.random.default_rng((seed, begin)).permutation(len(micro))]
-        return [np.concatenate(micro[i : i + micro_steps]) for i in range(0, len(micro), micro_steps)]
+        return [numbers[batches[i]] for i in np.random.default_rng((seed, begin)).permutation(len(batches))]
 
     def numbers_of(step: int) -> np.ndarray:
         epoch = step * size // pairs

@@ -1,8 +1,9 @@
 """Tokenized pairs kept on disk under a key of everything that they are made of, and mapped from there.
 
-A file is written a chunk at a time and put in its place when it is whole: one that is there can be believed, and data
-larger than memory can be tokenized. It is an Arrow file, which any reader of Arrow opens: a row a pair, and in the last
-batch's metadata what its maker says about them. Two runs that make the same file each write their own; the last stays.
+A file is written a chunk at a time and put in its place when it is whole, with its checksum beside it: one that agrees
+with that can be believed, and data larger than memory can be tokenized. It is an Arrow file, which any reader of Arrow
+opens: a row a pair, and in the last batch's metadata what its maker says about them. Two runs that make the same file
+each write their own; the last stays.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prefalign_jax.data.pairs import PARTS, Pairs, join
-from prefalign_jax.files import whole
+from prefalign_jax.files import intact, remove_parts, sealed, writing
+from prefalign_jax.processes import note
+from prefalign_jax.types import WriteError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-FORMAT = 2  # raise it whenever an old file would no longer be right
+FORMAT = 3  # raise it whenever an old file would no longer be right
 
 Made = tuple[Iterable[Pairs], Callable[[], Mapping[str, Any]]]
 
@@ -69,7 +72,7 @@ def _code() -> str:
 def cached_tokens(path: Path | None, make: Callable[[], Made]) -> tuple[Pairs, dict[str, Any]]:
     """Maps pairs from a file named after their key, or makes and writes them.
 
-    One that cannot be read is made anew. Where nothing can be written the pairs are made in memory.
+    One that is not to the bit what was written is made anew. Where nothing can be written the pairs are made in memory.
 
     Args:
       path: .arrow file, named by `token_key`; None keeps no file.
@@ -79,13 +82,20 @@ def cached_tokens(path: Path | None, make: Callable[[], Made]) -> tuple[Pairs, d
       (the pairs, what is said about them).
     """
     if path is not None:
-        with contextlib.suppress(*_UNREADABLE):
-            return _read(path)
-        with contextlib.suppress(OSError):  # a full disk, a directory that is not ours
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with whole(path) as part:
+        if path.exists():
+            with contextlib.suppress(*_UNREADABLE):
+                if intact(path):
+                    return _read(path)
+            note(f"{path} is damaged; its pairs are tokenized anew")
+        try:
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            remove_parts(path.parent)
+            with sealed(path) as part:
                 _write(part, *make())
             return _read(path)
+        except WriteError as error:  # a full disk, a directory that is not ours
+            note(f"tokens are kept in memory: {error}")
     chunks, about = make()
     return join(list(chunks)), dict(about())
 

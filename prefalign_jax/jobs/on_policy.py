@@ -52,7 +52,7 @@ def make_pairs(config: ConfigDict, model_path: str, directory: Path, seed: int) 
     made = {"model": model_path, "seed": seed, "chat_template": config.data.chat_template}
     made |= {name: how[name] for name in PAIRING} | {name: fields[name] for name in DRAWING}
     if agreed((directory / MADE).exists()):
-        known = read_json(directory / MADE)["made"]
+        known = read_json(directory / MADE, {"made": "an object"})["made"]
         if known != made:
             name = next(name for name in made if known.get(name) != made[name])
             raise UserError(

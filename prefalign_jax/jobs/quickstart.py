@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerFast
 from prefalign_jax import processes, tables
 from prefalign_jax.config import defaults
 from prefalign_jax.evaluation.held_out import sequence_log_ratios
+from prefalign_jax.files import read_json_lines, write_json, write_text
 from prefalign_jax.generation.generate import sample
-from prefalign_jax.metrics import read_metrics
 from prefalign_jax.models.decoder import DecoderConfig
 from prefalign_jax.models.families import to_hf
 from prefalign_jax.pages import plots
@@ -103,7 +103,7 @@ def write_world(directory: Path, seed: int, *, texts: int, demonstrations: int, 
     }
     directory.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
-        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_text(directory / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_base(directory: Path, texts: list[str], shape: ConfigDict) -> None:
@@ -131,7 +131,7 @@ def write_base(directory: Path, texts: list[str], shape: ConfigDict) -> None:
         tie_embeddings=True,
         max_position=256,
     )
-    (directory / "config.json").write_text(json.dumps(to_hf(config), indent=2))
+    write_json(directory / "config.json", to_hf(config))
 
 
 def stage(config: ConfigDict, loss: str, model: Path, data: Path, **fields) -> ConfigDict:
@@ -177,9 +177,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
     shape = config.quickstart
     note("1/4 generating a corpus with a known reward, and a tokenizer")
     write_world(data, config.seed, texts=shape.texts, demonstrations=shape.demonstrations, pairs=shape.pairs)
-    texts = [
-        " ".join(map(str, row.values())) for name in ("pretrain", "sft") for row in read_metrics(data / f"{name}.jsonl")
-    ]
+    rows = [row for name in ("pretrain", "sft") for row in read_json_lines(data / f"{name}.jsonl")]
+    texts = [" ".join(map(str, row.values())) for row in rows]
     write_base(base, texts, shape)
 
     note("2/4 pretraining on plain text")
@@ -207,7 +206,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
     if after.stopped:
         return processes.STOPPED
 
-    questions = read_metrics(data / "held_out.jsonl")
+    questions = read_json_lines(data / "held_out.jsonl")
     old_rewards, _, old_texts = measure(before, questions, config.seed)
     new_rewards, samples, new_texts = measure(after, questions, config.seed)
     kl = sequence_log_ratios((after.model, after.params), (before.model, before.params), samples)
@@ -220,7 +219,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
         ("KL to the reference, nats per answer", "0", interval(kl)),
     ]
     table = tables.aligned(rows[0], rows[1:])
-    (workdir / f"table_{name}.txt").write_text(table + "\n")
+    write_text(workdir / f"table_{name}.txt", table + "\n")
     plot_rewards(workdir / f"rewards_{name}.png", old_rewards, new_rewards)
     print(f"\n{table}\n\n{questions[0]['prompt']}\n  before:{old_texts[0]}\n  after: {new_texts[0]}\n")
     aligned = workdir / name

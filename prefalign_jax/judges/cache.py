@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import threading
@@ -11,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prefalign_jax.types import UserError, one_line
+from prefalign_jax.files import Shape, append, hold, parse_json, writing
+from prefalign_jax.types import UserError
 
 
 class Cache:
@@ -21,8 +21,8 @@ class Cache:
     begins on a line of its own.
     """
 
-    def __init__(self, descriptor: int, values: dict[str, Any]):
-        self.descriptor, self.values, self.lock = descriptor, values, threading.Lock()
+    def __init__(self, path: Path, descriptor: int, values: dict[str, Any]):
+        self.path, self.descriptor, self.values, self.lock = path, descriptor, values, threading.Lock()
 
     def get(self, key: str) -> Any:
         """The value, None if there is none."""
@@ -33,39 +33,36 @@ class Cache:
         line = (json.dumps({"key": key, "value": value}) + "\n").encode()
         with self.lock:
             self.values[key] = value
-            while line:  # a write may be cut short
-                line = line[os.write(self.descriptor, line) :]
+            append(self.path, self.descriptor, line)
 
 
 @contextlib.contextmanager
-def open_cache(path: str | Path) -> Iterator[Cache]:
+def open_cache(path: str | Path, shape: Shape = "anything") -> Iterator[Cache]:
     """Opens, or begins, the cache in a file, and holds it: two processes would pay twice.
 
     Args:
       path: of the JSONL file.
+      shape: of a value; a line that is none is passed over.
 
     Raises:
-      UserError: it cannot be written, or another process holds it.
+      WriteError: it cannot be written.
+      UserError: another process holds it.
     """
-    path = Path(path)
-    try:
+    path = Path(path).resolve()
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {one_line(error)}") from None
+    descriptor = hold(path)
+    if descriptor is None:
+        raise UserError(f"{path}: another process is writing there; wait for it, or use another place")
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{path}: another process is writing there; wait for it, or use another place") from None
         text = path.read_bytes()
         values = {}
         for line in text.splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                row = json.loads(line)
+            with contextlib.suppress(UserError):
+                row = parse_json(line, {"key": "a string", "value": shape}, where=path)
                 values[row["key"]] = row["value"]
         if text and not text.endswith(b"\n"):
-            os.write(descriptor, b"\n")
-        yield Cache(descriptor, values)
+            append(path, descriptor, b"\n")
+        yield Cache(path, descriptor, values)
     finally:
         os.close(descriptor)

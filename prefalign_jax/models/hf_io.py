@@ -10,8 +10,8 @@ import json
 import math
 import pathlib
 import re
+import secrets
 import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from prefalign_jax.files import read_json, write_json
+from prefalign_jax.files import marked, read_json, write_json, writing
 from prefalign_jax.models import families
 from prefalign_jax.models.decoder import DecoderConfig, make_decoder
 from prefalign_jax.models.quantize import quantize, quantize_params, quantized_paths
@@ -366,6 +366,7 @@ def replacing(directory: str | pathlib.Path) -> Iterator[pathlib.Path]:
 
     Raises:
       UserError: there is something other than a model directory under that name.
+      WriteError: the disk is full, and the like; what was there before stays.
     """
     directory = pathlib.Path(directory).expanduser().resolve()
     if directory.exists() and not _replaceable(directory):
@@ -373,13 +374,15 @@ def replacing(directory: str | pathlib.Path) -> Iterator[pathlib.Path]:
     if not is_first():
         yield directory
         return
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    tag = uuid.uuid4().hex[:8]
+    tag = secrets.token_hex(4)
     fresh, old = (directory.with_name(f".{directory.name}.{tag}.{suffix}") for suffix in ("new", "old"))
-    fresh.mkdir()
-    try:
+    with writing(directory), contextlib.ExitStack() as stack:
+        fresh.mkdir(parents=True)
+        stack.callback(shutil.rmtree, fresh, ignore_errors=True)
+        stack.enter_context(marked(fresh))
         yield fresh
         if directory.exists():
+            stack.enter_context(marked(directory))
             directory.rename(old)  # a rename onto a directory that is not empty fails
         try:
             fresh.rename(directory)
@@ -387,9 +390,7 @@ def replacing(directory: str | pathlib.Path) -> Iterator[pathlib.Path]:
             if old.exists():
                 old.rename(directory)
             raise
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _replaceable(directory: pathlib.Path) -> bool:
@@ -406,10 +407,7 @@ def read_object(path: pathlib.Path, missing: dict[str, Any] | None = None) -> di
     """Reads a JSON object of a model's; `missing` is what a file that is not there stands for, None for an error."""
     if missing is None and not path.is_file():
         raise UserError(f"{path.parent} is not a Hugging Face model directory: it has no {path.name}")
-    value = read_json(path, missing)
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected an object, found {type(value).__name__}")
-    return value
+    return read_json(path, "an object", missing=missing)
 
 
 def param_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -465,8 +463,11 @@ def _open(directory: pathlib.Path) -> dict[str, _Tensor]:
                     "refused; convert them to safetensors first"
                 )
             raise UserError(f"{directory} has neither {SINGLE} nor {INDEX}")
-        weight_map = read_object(directory / INDEX).get("weight_map", {})
+        weight_map = read_json(directory / INDEX, {"weight_map": {"*": "a string"}})["weight_map"]
         files = sorted(set(weight_map.values()))
+        for file in files:
+            if pathlib.PurePath(file).name != file:
+                raise UserError(f"{directory / INDEX} names {file!r}; a model's files lie beside it")
     stored = {}
     for file in files:
         try:
