@@ -20,6 +20,7 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from prefalign_jax import quiet
 from prefalign_jax.callable_module import make_callable
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from prefalign_jax.types import PairLogps as PairLogps
     from prefalign_jax.types import UserError as UserError
 
+quiet.silence()  # before any library is imported
 __version__ = "0.1.0"
 
 # What is offered, and the module that has it; type checkers read the imports above.

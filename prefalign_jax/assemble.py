@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 from prefalign_jax.data.chat import load_tokenizer
 from prefalign_jax.data.pipeline import PairSet, make_pair_set
 from prefalign_jax.experiment import Experiment
-from prefalign_jax.metrics import Progress
 from prefalign_jax.models.decoder import DecoderConfig, Placement, make_decoder
 from prefalign_jax.models.dropout import Dropout
 from prefalign_jax.models.hf_io import load_config, resolve
@@ -25,6 +24,7 @@ from prefalign_jax.models.peft_io import load_adapters
 from prefalign_jax.optim import in_float32, make_optimizer
 from prefalign_jax.options import given
 from prefalign_jax.processes import note
+from prefalign_jax.progress import Progress
 from prefalign_jax.reference import cache_key, cached, compute, mover
 from prefalign_jax.sharding import deal_experts, packing_of, param_shardings, spread
 from prefalign_jax.train_step import make_train_step
@@ -167,14 +167,12 @@ def with_reference(
     path = directory / f"{cache_key(model, weights, data.pairs, numbers, needs)}.npz"
 
     def make() -> PairLogps:
-        progress = Progress(len(data.pairs), "reference pair")
         share = data.batch_size // data.micro_steps
         layout = data.layout._replace(prompt=False, after=False)
         packing = packing_of(mesh) | dict(row_length=config.data.row_length, attends=model.attends)
         plain = make_pair_set(data.pairs, share, layout=layout, **packing)
-        options = dict(mesh=mesh, chunk=config.vocabulary_chunk, progress=progress.update, needs=needs)
-        logps = compute(model, params, plain, **options)
-        progress.close()
-        return logps
+        with Progress(len(data.pairs), "reference pair") as progress:
+            options = dict(mesh=mesh, chunk=config.vocabulary_chunk, progress=progress.update, needs=needs)
+            return compute(model, params, plain, **options)
 
     return data._replace(reference=cached(path, make))

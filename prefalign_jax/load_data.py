@@ -32,8 +32,8 @@ from prefalign_jax.data.rows import content_digest, count_rows, read_rows
 from prefalign_jax.data.token_cache import Made, cached_tokens, token_key
 from prefalign_jax.experiment import Experiment
 from prefalign_jax.files import user_cache
-from prefalign_jax.metrics import Progress
 from prefalign_jax.processes import note
+from prefalign_jax.progress import Progress
 from prefalign_jax.types import UserError
 
 SHOWN = 10_000  # records that are cleaned and tokenized too quickly to show
@@ -175,20 +175,19 @@ def tokenized_sources(
     def make() -> Made:
         counts = new_counts(len(sources))
         rows = [count_rows(source.name, source.part) for source in sources]
-        progress = Progress(None if None in rows else sum(rows), f"{which} record")
 
         def chunks() -> Iterator[Pairs]:
-            pairs = iter_pairs(source_records(sources, experiment, counts, steps, progress), tokenizer, **options)
-            while some := list(itertools.islice(pairs, CHUNK)):
-                for record, pair in some:
-                    if isinstance(pair, str):
-                        part = HELD_OUT if record.held_out else TRAINING
-                        counts.lost[part][record.source][pair] += 1
-                        counts.tokenizing[part][pair] += 1
-                kept = [(record, pair) for record, pair in some if not isinstance(pair, str)]
-                origins = [Origin(r.source, r.held_out, prompt_key(r.prompt)) for r, _ in kept]
-                yield from_list([pair for _, pair in kept], origins)
-            progress.close()
+            with Progress(None if None in rows else sum(rows), f"{which} record") as progress:
+                pairs = iter_pairs(source_records(sources, experiment, counts, steps, progress), tokenizer, **options)
+                while some := list(itertools.islice(pairs, CHUNK)):
+                    for record, pair in some:
+                        if isinstance(pair, str):
+                            part = HELD_OUT if record.held_out else TRAINING
+                            counts.lost[part][record.source][pair] += 1
+                            counts.tokenizing[part][pair] += 1
+                    kept = [(record, pair) for record, pair in some if not isinstance(pair, str)]
+                    origins = [Origin(r.source, r.held_out, prompt_key(r.prompt)) for r, _ in kept]
+                    yield from_list([pair for _, pair in kept], origins)
 
         return chunks(), counts.as_json
 
@@ -267,11 +266,10 @@ def watched(records: list[Record], what: str) -> Iterable[Record]:
         return records
 
     def shown() -> Iterator[Record]:
-        progress = Progress(len(records), f"{what}: record")
-        for number, record in enumerate(records, 1):
-            yield record
-            progress.update(number)
-        progress.close()
+        with Progress(len(records), f"{what}: record") as progress:
+            for number, record in enumerate(records, 1):
+                yield record
+                progress.update(number)
 
     return shown()
 

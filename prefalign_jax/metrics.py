@@ -1,15 +1,12 @@
-"""What a run says of itself: weighted means, JSONL and TensorBoard files, the progress line, memory in use."""
+"""What a run says of itself: weighted means, JSONL and TensorBoard files, memory in use."""
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
 import os
 import resource
-import shutil
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -138,61 +135,6 @@ def _keep_up_to(path: Path, last: int) -> None:
 
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if last else []
     write_text(path, "".join(line + "\n" for line in lines if stays(line)))
-
-
-class Progress:
-    """One line on stderr: share done, the latest metrics, time left. Rewritten in place on a terminal, else appended.
-
-    Args:
-      total: units in all; None if nobody knows, then no share and no time left is shown.
-      unit: what is counted.
-      every: seconds between lines where stderr is no terminal.
-      stream: stderr by default.
-    """
-
-    def __init__(self, total: int | None, unit: str = "step", *, every: float = 30.0, stream: TextIO | None = None):
-        self.total, self.unit = math.inf if total is None else total, unit
-        self.stream = stream or sys.stderr
-        self.terminal = self.stream.isatty()
-        self.every = 0.1 if self.terminal else every
-        self.quiet = not is_first()
-        self.began: tuple[float, int] | None = None  # when the first update came, and its step
-        self.shown = -math.inf
-        self.open_line = False
-
-    def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
-        """Shows the state if it is time to.
-
-        Args:
-          step: units done.
-          metrics: name -> number, shown with four significant digits.
-        """
-        now = time.monotonic()
-        # Time is counted from the first update on, because what came before it was mostly compilation.
-        self.began = self.began or (now, step)
-        if self.quiet or (now - self.shown < self.every and step < self.total):
-            return
-        self.shown = now
-        known = self.total < math.inf
-        parts = [f"{self.unit} {step}" + (f"/{self.total} ({100 * step // max(1, self.total)}%)" if known else "")]
-        parts += [f"{name} {value:.4g}" for name, value in (metrics or {}).items()]
-        if known and (done := step - self.began[1]) > 0:
-            seconds = (now - self.began[0]) / done * (self.total - step)
-            parts.append(f"{datetime.timedelta(seconds=round(seconds))} left")
-        line = " | ".join(parts)
-        if self.terminal:
-            # A line longer than the terminal would wrap, and the carriage return would not go back to its start.
-            line = "\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1]
-        self.stream.write(line + ("" if self.terminal else "\n"))
-        self.stream.flush()
-        self.open_line = self.terminal
-
-    def close(self) -> None:
-        """Ends the line on a terminal, so that what is printed next has its own."""
-        if self.open_line:
-            self.stream.write("\n")
-            self.stream.flush()
-            self.open_line = False
 
 
 def device_memory() -> dict[str, float]:

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
+import tqdm
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -86,8 +87,6 @@ def join(
         options["cluster_detection_method"] = "deactivate"
     if heartbeat < 1:
         raise UserError(f"--heartbeat={heartbeat} must be at least 1 second")
-    # JAX's runtime says much of what is none of the user's business.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         jax.distributed.initialize(**options, heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=heartbeat)
     except (ValueError, RuntimeError) as error:
@@ -116,9 +115,9 @@ def is_first() -> bool:
 
 
 def note(text: str) -> None:
-    """One line for the person watching."""
+    """One line for the person watching, above a bar that is being drawn."""
     if is_first():
-        print(printable(text), file=sys.stderr, flush=True)
+        tqdm.tqdm.write(printable(text), file=sys.stderr)
 
 
 def agreed(value: Any) -> Any:

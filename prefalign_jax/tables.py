@@ -8,6 +8,8 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from prefalign_jax.types import printable
+
 # What may stand to the right: a number, a count such as 3/10, a time such as 0:01:09.
 _NUMBER = re.compile(r"[-+−]?\d[\d,.:/]*(e[-+−]?\d+)?%?")
 _EMPTY = ("", "-")
@@ -79,7 +81,7 @@ def aligned(head: Sequence[str], rows: Sequence[Sequence[Any]], indent: int = 0)
 
     Args:
       head: names of the columns; () for a table without.
-      rows: as many cells in each; what cannot be printed is shown by its code.
+      rows: as many cells in each; what would steer a terminal is shown as '?'.
       indent: spaces before each line.
 
     Returns:
@@ -91,8 +93,8 @@ def aligned(head: Sequence[str], rows: Sequence[Sequence[Any]], indent: int = 0)
       dpo   12,345   0.1
       日本       7
     """
-    body = [[_printable(written(cell)) for cell in row] for row in rows]
-    lines = [[_printable(name) for name in head], *body] if head else body
+    body = [[printable(written(cell)) for cell in row] for row in rows]
+    lines = [[printable(name) for name in head], *body] if head else body
     right = to_the_right(body) if body else [False] * len(head)
     widths = [max(map(_columns, column)) for column in zip(*lines, strict=True)]
 
@@ -117,11 +119,6 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
         return "| " + " | ".join(written(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
     return "\n".join([line(head), "|" + "---|" * len(head), *map(line, rows)])
-
-
-def _printable(text: str) -> str:
-    """Text of one line, without what would move the cursor of a terminal."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 def _columns(text: str) -> int:

@@ -27,7 +27,7 @@ from prefalign_jax.export import export, hub_token, push
 from prefalign_jax.files import locked, write_json
 from prefalign_jax.generation.sample_files import write_jsonl
 from prefalign_jax.load_data import load_pairs, load_prompts
-from prefalign_jax.metrics import Progress, open_writer, read_metrics
+from prefalign_jax.metrics import open_writer, read_metrics
 from prefalign_jax.models.decoder import cast
 from prefalign_jax.models.endings import stop_ids
 from prefalign_jax.models.hf_io import (
@@ -40,6 +40,7 @@ from prefalign_jax.optim import make_schedule
 from prefalign_jax.options import did_you_mean
 from prefalign_jax.pages import plots
 from prefalign_jax.processes import agreed, by_first, is_first, note, stop_requested, stop_signal
+from prefalign_jax.progress import Progress
 from prefalign_jax.reference import params_digest
 from prefalign_jax.sharding import born, make_mesh, packing_of, param_shardings, place_batch, shapes_of
 from prefalign_jax.train_step import init_state, make_eval_step
@@ -232,7 +233,7 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
     evaluated = agreed([row["step"] for row in read_metrics(workdir / "eval.jsonl")])
     if start == 0 or (due(start, config.eval_steps) and start not in evaluated and start < total):
         evaluate_now(start)
-    progress = Progress(total, "step")
+    progress = stack.enter_context(Progress(total, "step", start=start))
     abstract = shapes_of(state)
     meter = Meter(train_set, lambda batch: count_flops(train_step, abstract, shapes_of(batch)))
     waiting = None  # the step whose metrics are not yet fetched

@@ -21,11 +21,11 @@ from prefalign_jax.data.records import read_prompts
 from prefalign_jax.generation.generate import stream, text_of
 from prefalign_jax.generation.sample_files import Sample
 from prefalign_jax.generation.sampling import Sampling
-from prefalign_jax.metrics import Progress
 from prefalign_jax.models.decoder import make_decoder
 from prefalign_jax.models.endings import split_stops, stop_ids
 from prefalign_jax.models.hf_io import load_config, load_params, resolve
 from prefalign_jax.options import choose
+from prefalign_jax.progress import Progress
 from prefalign_jax.sharding import make_mesh, param_shardings
 from prefalign_jax.types import UserError
 

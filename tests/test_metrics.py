@@ -1,6 +1,5 @@
 """What is written can be read back, survives a killed run, and says the right things."""
 
-import io
 import json
 import math
 import struct
@@ -84,9 +83,6 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
     writer.write(1, {"loss": 1.0})
     writer.close()
     assert not list(tmp_path.iterdir())
-    stream = io.StringIO()
-    metrics.Progress(1, stream=stream).update(1)
-    assert stream.getvalue() == ""
 
 
 def events(directory):
@@ -117,69 +113,6 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
         assert scalars[0] == (f"{name}/loss", 5, 0.5)
         assert scalars[1][:2] == (f"{name}/bad", 5) and math.isnan(scalars[1][2])
         assert voids == [5]
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """Seconds that pass only when a test says so."""
-    now = [100.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
-    return now
-
-
-def test_progress_in_a_log_file_is_a_line_now_and_then(clock):
-    stream = io.StringIO()
-    progress = metrics.Progress(100, every=30.0, stream=stream)
-    for step in range(1, 101):
-        progress.update(step, {"loss": 0.693147})
-        clock[0] += 1.0
-    progress.close()
-    assert stream.getvalue().splitlines() == [
-        "step 1/100 (1%) | loss 0.6931",
-        "step 31/100 (31%) | loss 0.6931 | 0:01:09 left",
-        "step 61/100 (61%) | loss 0.6931 | 0:00:39 left",
-        "step 91/100 (91%) | loss 0.6931 | 0:00:09 left",
-        "step 100/100 (100%) | loss 0.6931 | 0:00:00 left",
-    ]
-
-
-def test_progress_on_a_terminal_is_one_line(clock, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "30")
-    stream = Terminal()
-    progress = metrics.Progress(8, "pair", stream=stream)
-    for step in (2, 4, 8):
-        progress.update(step, {"a_long_name_of_a_metric": 1.0})
-        clock[0] += 0.05 if step == 2 else 1.0
-    progress.close()
-    progress.close()
-    text = stream.getvalue()
-    assert text.count("\n") == 1 and text.endswith("\n")
-    shown = text.rstrip("\n").split("\r\x1b[K")[1:]
-    assert [line.split(" |")[0] for line in shown] == ["pair 2/8 (25%)", "pair 8/8 (100%)"]  # 4 came too soon
-    assert all(len(line) < 30 for line in shown)
-
-
-def test_progress_of_a_resumed_run_counts_only_its_own_steps(clock):
-    stream = io.StringIO()
-    progress = metrics.Progress(1000, every=0.0, stream=stream)
-    progress.update(900)
-    clock[0] += 10.0
-    progress.update(910)
-    assert stream.getvalue().splitlines()[-1].endswith("0:01:30 left")
-
-
-def test_progress_towards_nobody_knows_what_is_a_count(clock):
-    stream = io.StringIO()
-    progress = metrics.Progress(None, "record", every=0.0, stream=stream)
-    for count in (1, 1000):
-        progress.update(count)
-        clock[0] += 10.0
-    assert stream.getvalue().splitlines() == ["record 1", "record 1000"]
 
 
 def test_memory_is_in_gib():

@@ -64,8 +64,8 @@ def test_wide_characters_take_two_columns_and_accents_none():
     assert lines == ["日本  x", "cafe\u0301  x", "four  x"]
 
 
-def test_what_moves_a_cursor_is_shown_as_its_code():
-    assert aligned((), [("a\x1b[2Jb\nc", "d")]) == r"a\x1b[2Jb\x0ac  d"
+def test_what_steers_a_terminal_does_not_reach_it():
+    assert aligned((), [("a\x1b[2Jb\nc", "d")]) == "a?[2Jb c  d"
 
 
 @given(grids(CELLS))

@@ -18,10 +18,10 @@ from prefalign_jax.experiment import read
 from prefalign_jax.files import locked, read_json, write_json
 from prefalign_jax.generation.sample_files import write_jsonl
 from prefalign_jax.load_data import load_prompts
-from prefalign_jax.metrics import Progress
 from prefalign_jax.models.endings import stop_ids
 from prefalign_jax.models.hf_io import resolve
 from prefalign_jax.processes import agreed, by_first, note
+from prefalign_jax.progress import Progress
 from prefalign_jax.sharding import make_mesh
 from prefalign_jax.train import train
 from prefalign_jax.types import UserError
@@ -64,27 +64,26 @@ def make_pairs(config: ConfigDict, model_path: str, directory: Path, seed: int) 
     tokenizer = load_tokenizer(model_path, config.data.chat_template)
     model, params = load_model(config, model_path, make_mesh(config.mesh), len(tokenizer))
     stop_tokens = stop_ids(resolve(model_path), tokenizer)
-    progress = Progress(len(prompts), "prompt")
     scored: list[Scored] = []
     score = scorer_of(fields.reward)
-    for first in range(0, len(prompts), AT_ONCE):
-        part = draw(
-            model,
-            params,
-            tokenizer,
-            prompts[first : first + AT_ONCE],
-            fields,
-            stop_tokens=stop_tokens,
-            per_prompt=how.per_prompt,
-            seed=seed,
-            first=first,
-        )
-        values = score(part.prompts, part.texts).values
-        for at in range(0, len(part.texts), how.per_prompt):
-            several = slice(at, at + how.per_prompt)
-            scored.append(Scored(part.texts[several], values[several].tolist()))
-        progress.update(len(scored))
-    progress.close()
+    with Progress(len(prompts), "prompt") as progress:
+        for first in range(0, len(prompts), AT_ONCE):
+            part = draw(
+                model,
+                params,
+                tokenizer,
+                prompts[first : first + AT_ONCE],
+                fields,
+                stop_tokens=stop_tokens,
+                per_prompt=how.per_prompt,
+                seed=seed,
+                first=first,
+            )
+            values = score(part.prompts, part.texts).values
+            for at in range(0, len(part.texts), how.per_prompt):
+                several = slice(at, at + how.per_prompt)
+                scored.append(Scored(part.texts[several], values[several].tolist()))
+            progress.update(len(scored))
     options = dict(pairing=how.pairing, min_gap=how.min_gap, labels=how.labels, sharpness=how.sharpness, seed=seed)
     pairs, dropped = pair_up(scored, **options)
     if unscored := sum(np.isnan(one.scores).sum() for one in scored):

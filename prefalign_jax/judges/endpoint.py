@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from prefalign_jax.generation.sample_files import as_text
 from prefalign_jax.judges.cache import Cache, open_cache
 from prefalign_jax.judges.judge import Comparison, Judge, Verdict
-from prefalign_jax.metrics import Progress
+from prefalign_jax.progress import Progress
 from prefalign_jax.types import UserError
 
 PAIRWISE = """\
@@ -151,9 +151,9 @@ def endpoint(
         asked = [c for c in comparisons if c.first != c.second]
         questions = [fill(template, c, swapped) for c in asked for swapped in (False, True)]
         answers = []
-        with open_cache(cache) as replies, ThreadPoolExecutor(threads) as pool:
+        progress = Progress(len(questions), "reply")
+        with open_cache(cache) as replies, ThreadPoolExecutor(threads) as pool, progress:
             client = Client(url, key, {**fields, "model": model}, replies, limits, timeout, retries, backoff)
-            progress = Progress(len(questions), "reply")
             try:
                 for answer in pool.map(client.ask, questions):
                     answers.append(read_reply(answer) if isinstance(answer, Mapping) else (None, answer))
@@ -161,8 +161,6 @@ def endpoint(
             except BaseException:
                 client.stop("interrupted")
                 raise
-            finally:
-                progress.close()
         both = iter(zip(answers[::2], answers[1::2], strict=True))
         return [
             verdict_of(c, *next(both)) if c.first != c.second else Verdict(c, 0.5, orders=(0.5, 0.5))

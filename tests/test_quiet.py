@@ -1,0 +1,35 @@
+"""Each library is asked, in a process of its own, whether it is silent: what it reads is its business."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from prefalign_jax import quiet
+
+ADVICE = "import transformers; transformers.utils.logging.get_logger('transformers').warning_advice('said')"
+HUB = "import huggingface_hub.utils._http as http; http.logger.warning('said')"
+XLA = "import os, jax; print('said' if os.environ['TF_CPP_MIN_LOG_LEVEL'] != '3' else '')"
+
+
+def output(code, **variables):
+    environment = {name: value for name, value in os.environ.items() if name not in quiet.SILENCED}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment | variables)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("says", [ADVICE, HUB, XLA], ids=["transformers", "hub", "xla"])
+def test_a_library_is_silent_after_the_package_is_imported(says):
+    assert "said" in output(says)  # as it is without
+    assert "said" not in output(f"import prefalign_jax; {says}")
+
+
+def test_what_a_user_has_set_stays(monkeypatch):
+    for name in quiet.SILENCED:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "0")
+    quiet.silence()
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "0"
+    assert os.environ["HF_HUB_VERBOSITY"] == quiet.SILENCED["HF_HUB_VERBOSITY"]
