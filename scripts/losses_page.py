@@ -16,6 +16,8 @@ import numpy as np
 
 from prefalign_jax.losses import LOSSES, MIXTURES, MODIFIERS, NEEDS, BoundLoss, hyper_of, make_loss
 from prefalign_jax.options import hyper_parameters
+from prefalign_jax.pages.palette import INK, PALETTE
+from prefalign_jax.pages.pictures import styled
 from prefalign_jax.tables import markdown
 from prefalign_jax.types import PairLogps, Sides
 
@@ -113,7 +115,7 @@ def page() -> str:
     lines += prose(
         f"One pair of two responses of {TOKENS:.0f} tokens, log-ratios a = h/2 and b = -h/2 around a log-probability "
         "of -60 each (so for losses without a reference h is the difference of the policy's), defaults otherwise. "
-        "Blue: the loss. Red, right axis: its derivative along h. (beta_dpo's beta follows the batch, which "
+        "Blue: the loss. Orange, right axis: its derivative along h. (beta_dpo's beta follows the batch, which "
         "is this one pair.)"
     )
     return "\n".join([*lines, "![loss and gradient against the margin](losses.png)", ""])
@@ -165,23 +167,26 @@ def points() -> dict[str, list[float]]:
     return {name: [float(f"{y:.6g}") for y in np.concatenate(curves(loss))[::48]] for name, loss in shown().items()}
 
 
+@styled
 def plot(path: Path) -> None:
     """docs/losses.png."""
     losses = shown()
     columns = 5
     lines = -(-len(losses) // columns)
-    figure = matplotlib.figure.Figure(figsize=(15, 2.3 * lines), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(15, 2.3 * lines))
     for number, (name, loss) in enumerate(losses.items(), 1):
         axes = figure.add_subplot(lines, columns, number)
         value, slope = curves(loss)
-        axes.plot(MARGINS, value, color="#2c6fbb")
+        axes.plot(MARGINS, value, color=PALETTE["blue"])
         axes.axvline(0, color="#999999", lw=0.6)
-        axes.set_title(name, fontsize=10)
-        axes.tick_params(labelsize=7, labelcolor="#2c6fbb")
-        axes.tick_params(axis="x", labelcolor="black")
+        axes.set_title(name)
+        axes.tick_params(labelsize=7, labelcolor=PALETTE["blue"])
+        axes.tick_params(axis="x", labelcolor=INK)
         right = axes.twinx()
-        right.plot(MARGINS, slope, color="#d1495b", lw=1)
-        right.tick_params(labelsize=7, labelcolor="#d1495b")
+        right.grid(False)
+        right.spines.right.set_visible(True)
+        right.plot(MARGINS, slope, color=PALETTE["vermillion"], lw=1)
+        right.tick_params(labelsize=7, labelcolor=PALETTE["vermillion"])
     figure.savefig(path, dpi=80, metadata={"Description": json.dumps(points())})
 
 

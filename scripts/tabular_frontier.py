@@ -14,8 +14,9 @@ import numpy as np
 
 from prefalign_jax import cli
 from prefalign_jax.analysis import tabular
-from prefalign_jax.analysis.frontier import COLOURS
 from prefalign_jax.losses import make_loss
+from prefalign_jax.pages.palette import look
+from prefalign_jax.pages.pictures import styled
 from prefalign_jax.tables import markdown
 
 # Label -> (loss, its options, step size).
@@ -32,6 +33,7 @@ LEARNERS = {
 STEPS = 6000
 
 
+@styled
 def main() -> int:
     """Reads the command line; the exit status."""
     parser = cli.Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -39,19 +41,20 @@ def main() -> int:
     out = parser.parse_args().out
     problem = tabular.make_problem()
     weights = tabular.both_orders(problem, tabular.bradley_terry(problem))
-    figure = matplotlib.figure.Figure(figsize=(8.5, 5.5), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(8.5, 5.5))
     axes = figure.add_subplot()
     head = ("loss", "reward at the end", "best at that KL", "KL, nats", "most above the frontier on the way")
     rows, widest = [], 0.0
     with jax.enable_x64(True):
-        for colour, (label, (name, options, rate)) in zip(COLOURS, LEARNERS.items(), strict=False):
+        for number, (label, (name, options, rate)) in enumerate(LEARNERS.items()):
+            colour, style = look(number)
             loss = make_loss(name, **options)
             reference = problem.reference if "reference" in loss.needs else None
             f = tabular.population(loss, weights, problem.tokens, reference)
             path = tabular.descend(f, problem.reference, STEPS, rate)
             reward, kl = tabular.expected_reward(problem, path), tabular.divergence(problem, path)
             best = tabular.frontier(problem, kl)
-            axes.plot(kl, reward, color=colour, lw=1.6, label=label)
+            axes.plot(kl, reward, style, color=colour, lw=1.6, label=label)
             axes.plot(kl[-1], reward[-1], "o", color=colour, ms=5)
             widest = max(widest, float(kl.max()))
             above = float((reward - best).max())
@@ -60,8 +63,7 @@ def main() -> int:
         axes.plot(kl, tabular.frontier(problem, kl), "k--", lw=1.2, label="the best there is")
     axes.set_xlabel("KL(policy || reference), nats")
     axes.set_ylabel("expected true reward")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
+    axes.legend()
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)
     print(markdown(head, rows))

@@ -159,13 +159,13 @@ def test_the_script_shows_what_would_be_trained(data, tmp_path, capsys):
     assert report["scores"]["score_chosen"]["most"] == 41.0
     assert report["prompts"]["records_of_an_earlier_prompt"] == 20
     page = (tmp_path / "out" / "data.html").read_text()
-    assert page.count("<img ") == 5 and page.count("<article ") == 24 + 5 * 3
+    assert page.count("<figure>") == 5 and page.count("<article ") == 24 + 5 * 3
     assert page.count("does not end with EOS") > 0, "the response that was cut"
     assert "39 pairs" in err
 
 
 def test_completions_with_labels_are_shown_too(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(inspect_data, "pictures", lambda *_: [])
+    monkeypatch.setattr(inspect_data, "pictures", lambda *_: {})
     report = inspect_data.inspect(config_of(data, "kto", batch_size=8), tmp_path / "out")
     assert "length_bias" not in report
     page = (tmp_path / "out" / "data.html").read_text()
@@ -174,7 +174,7 @@ def test_completions_with_labels_are_shown_too(data, tmp_path, monkeypatch):
 
 
 def test_what_a_mixture_does_not_train_on_is_not_shown(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(inspect_data, "pictures", lambda *_: [])
+    monkeypatch.setattr(inspect_data, "pictures", lambda *_: {})
     other = tmp_path / "other.jsonl"
     few = [{"prompt": f"Other {i}?", "chosen": f" Yes {i}.", "rejected": f" No {i}."} for i in range(8)]
     other.write_text("".join(json.dumps(row) + "\n" for row in few))

@@ -5,7 +5,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from prefalign_jax.pages.plots import HELD_OUT_COLOUR, TRAIN_COLOUR, edges_around_zero, plot_curves, plot_margins
+from prefalign_jax.pages.plots import HELD_OUT as RED
+from prefalign_jax.pages.plots import TRAINING, edges_around_zero, plot_curves, plot_margins
 
 TRAIN = [
     {"step": step, "loss": 0.7 - 0.1 * step, "rewards/accuracies": 0.5, "rewards/margins": 0.1 * step, "grad_norm": 2.0}
@@ -57,17 +58,17 @@ def test_the_picture_is_a_png_of_some_size(tmp_path):
 
 def test_every_column_is_drawn_where_it_belongs(tmp_path, drawn):
     plot_curves(write(tmp_path, TRAIN, HELD_OUT))
-    assert [title for title, colour, style in drawn if (colour, style) == (TRAIN_COLOUR, "-")] == [
+    assert [title for title, colour, style in drawn if (colour, style) == (TRAINING, "-")] == [
         *["loss", "accuracy", "reward margin", "log-probability of chosen and rejected", "gradient norm"],
         "learning rate",
     ]
-    assert drawn["loss", TRAIN_COLOUR, "-"] == [(row["step"], row["loss"]) for row in TRAIN]
-    assert drawn["loss", HELD_OUT_COLOUR, "-"] == [(0, 0.7), (3, 0.6)]
-    assert drawn["accuracy", HELD_OUT_COLOUR, "-"] == [(0, 0.5)]
+    assert drawn["loss", TRAINING, "-"] == [(row["step"], row["loss"]) for row in TRAIN]
+    assert drawn["loss", RED, "-"] == [(0, 0.7), (3, 0.6)]
+    assert drawn["accuracy", RED, "-"] == [(0, 0.5)]
     logps = "log-probability of chosen and rejected"
-    assert drawn[logps, TRAIN_COLOUR, "--"] == [(row["step"], row["logps/rejected"]) for row in TRAIN]
-    assert drawn[logps, HELD_OUT_COLOUR, "--"] == [(3, -7.0)]
-    assert (logps, HELD_OUT_COLOUR, "-") not in drawn
+    assert drawn[logps, TRAINING, "--"] == [(row["step"], row["logps/rejected"]) for row in TRAIN]
+    assert drawn[logps, RED, "--"] == [(3, -7.0)]
+    assert (logps, RED, "-") not in drawn
 
 
 def test_columns_that_a_run_lacks_are_left_out(tmp_path, drawn):
@@ -75,8 +76,8 @@ def test_columns_that_a_run_lacks_are_left_out(tmp_path, drawn):
     rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}, {"step": 3, "loss": 1.0, "grad_norm": 4.0}]
     assert plot_curves(write(tmp_path, rows)).exists()
     assert drawn == {
-        ("loss", TRAIN_COLOUR, "-"): [(1, 2.0), (3, 1.0)],
-        ("gradient norm", TRAIN_COLOUR, "-"): [(3, 4.0)],
+        ("loss", TRAINING, "-"): [(1, 2.0), (3, 1.0)],
+        ("gradient norm", TRAINING, "-"): [(3, 4.0)],
     }
 
 

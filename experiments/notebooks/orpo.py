@@ -51,6 +51,7 @@ from prefalign_jax.intervals import Interval, bootstrap_difference, bootstrap_me
 from prefalign_jax.jobs.quickstart import measure, write_base, write_world
 from prefalign_jax.losses.orpo import orpo
 from prefalign_jax.metrics import read_metrics
+from prefalign_jax.pages.palette import PALETTE
 from prefalign_jax.train import train
 from prefalign_jax.types import PairLogps
 
@@ -459,8 +460,8 @@ figure = matplotlib.figure.Figure(figsize=(4 * len(columns) + 1, 0.4 * len(table
 panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
 for axes, column in zip(panels, columns, strict=True):
     for line, row in enumerate(table.values()):
-        axes.plot([row[column].low, row[column].high], [line, line], color="#2c6fbb")
-        axes.plot(row[column].mean, line, "o", color="#2c6fbb")
+        axes.plot([row[column].low, row[column].high], [line, line], color=PALETTE["blue"])
+        axes.plot(row[column].mean, line, "o", color=PALETTE["blue"])
     axes.set_title(f"{column}, 95%", fontsize=10)
     axes.grid(alpha=0.3)
 panels[0].set_yticks(range(len(table)), list(table))

@@ -14,10 +14,11 @@ from prefalign_jax.analysis.runs import Run
 from prefalign_jax.files import read_json_lines
 from prefalign_jax.generation.best_of_n import best_of_n, kl_bound
 from prefalign_jax.intervals import Interval, t_interval
+from prefalign_jax.pages.palette import look
+from prefalign_jax.pages.pictures import styled
 from prefalign_jax.types import UserError
 
 REWARD, KL = "samples/reward", "samples/kl"
-COLOURS = ("#2c6fbb", "#d1495b", "#3a7d44", "#e09f3e", "#6a4c93", "#00798c", "#8d6a4f", "#444444")
 MARKERS = "osD^v<>P"
 
 
@@ -99,16 +100,17 @@ def reward_within(runs: Sequence[Run], limits: Sequence[float]) -> dict[str, lis
     return {method: [t_interval(x[np.isfinite(x)]) for x in of] for method, of in columns.items()}
 
 
+@styled
 def draw_frontier(points: Sequence[Point], best: Sequence[tuple[int, float, float]] = ()) -> matplotlib.figure.Figure:
     """Every evaluation as a dot, and for each method the best reward so far as KL grows."""
-    figure = matplotlib.figure.Figure(figsize=(8.5, 5.5), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(8.5, 5.5))
     axes = figure.add_subplot()
     methods = list(dict.fromkeys(point.method for point in points))
     for number, method in enumerate(methods):
         mine = sorted((p.kl, p.reward) for p in points if p.method == method)
         kl, reward = np.array(mine).T
-        colour = COLOURS[number % len(COLOURS)]
-        axes.plot(kl, np.maximum.accumulate(reward), color=colour, alpha=0.8, lw=1.4, drawstyle="steps-post")
+        colour, style = look(number)
+        axes.plot(kl, np.maximum.accumulate(reward), style, color=colour, alpha=0.8, lw=1.4, drawstyle="steps-post")
         axes.plot(kl, reward, MARKERS[number % len(MARKERS)], color=colour, ms=5, alpha=0.7, label=method)
     if best:
         axes.plot(
@@ -120,6 +122,5 @@ def draw_frontier(points: Sequence[Point], best: Sequence[tuple[int, float, floa
         )
     axes.set_xlabel("KL(policy || start), nats per response")
     axes.set_ylabel("mean true reward of samples")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
+    axes.legend()
     return figure

@@ -26,7 +26,8 @@ from prefalign_jax.files import read_json_lines, write_json, write_text
 from prefalign_jax.generation.generate import sample
 from prefalign_jax.models.decoder import DecoderConfig
 from prefalign_jax.models.families import to_hf
-from prefalign_jax.pages import plots
+from prefalign_jax.pages.palette import PALETTE
+from prefalign_jax.pages.pictures import styled
 from prefalign_jax.processes import note
 from prefalign_jax.train import Result, train
 from prefalign_jax.types import Pair, UserError
@@ -228,14 +229,15 @@ def run(config: ConfigDict, workdir: Path) -> int:
     return 0
 
 
+@styled
 def plot_rewards(path: Path, before: np.ndarray, after: np.ndarray) -> None:
     """Histogram of the true reward of sampled answers, before and after."""
-    figure = matplotlib.figure.Figure(figsize=(6, 3.5), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(6, 3.5))
     axes = figure.add_subplot()
     edges = np.arange(min(before.min(), after.min()) - 0.5, max(before.max(), after.max()) + 1.5)
-    for values, label, colour in ((before, "before", "#8d99ae"), (after, "after", plots.HELD_OUT_COLOUR)):
+    for values, label, colour in ((before, "before", PALETTE["blue"]), (after, "after", PALETTE["vermillion"])):
         axes.hist(values, edges, alpha=0.6, label=f"{label}, mean {values.mean():+.2f}", color=colour)
     axes.set_xlabel("true reward of an answer to a held-out prompt")
     axes.set_ylabel("answers")
     axes.legend()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path)

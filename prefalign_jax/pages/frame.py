@@ -1,23 +1,41 @@
-"""The frame of pages that load nothing from elsewhere."""
+"""The one frame of all pages: templates that escape what they are given, in a browser that is told to load nothing."""
 
 from __future__ import annotations
 
-import html
+import base64
+import hashlib
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from prefalign_jax.pages.palette import PALETTE
+from prefalign_jax.tables import written
+
+_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; style-src 'unsafe-inline'"
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("prefalign_jax", "."),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_TEMPLATES.filters["written"] = written
 
 
-def self_contained(title: str, style: str, body: str, *, pictures: bool = False) -> str:
-    """A whole page, whose browser is told to load nothing and to run nothing.
+def render(template: str, *, title: str, script: str = "", **values: Any) -> str:
+    """A whole page: it loads nothing, adapts to dark displays and to phones, and runs no script but its own.
 
     Args:
-      title: plain text.
-      style: CSS.
-      body: HTML; whatever in it comes from data must be escaped already.
-      pictures: let it show pictures that it holds as data: addresses.
+      template: a file of the package that extends pages/frame.html, such as 'pages/token_page.html'.
+      title: of the page.
+      script: a .js file of the package; the browser is told its digest, and runs nothing else.
+      **values: what the template shows. Text is escaped, unless it is `markupsafe.Markup`.
     """
-    policy = "default-src 'none'; style-src 'unsafe-inline'" + ("; img-src data:" if pictures else "")
-    return (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        f"<title>{html.escape(title)}</title><style>{style}</style></head><body>{body}</body></html>\n"
-    )
+    policy = _POLICY
+    if script:
+        script = _TEMPLATES.loader.get_source(_TEMPLATES, script)[0]
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        policy += f"; script-src 'sha256-{digest}'"
+    page = _TEMPLATES.get_template(template)
+    return page.render(title=title, policy=Markup(policy), script=Markup(script), palette=PALETTE, **values)

@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import html
 import os.path
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from prefalign_jax.pages.frame import self_contained
+from prefalign_jax.pages.frame import render
+from prefalign_jax.pages.palette import PALETTE
 
-WORST, BEST = (178, 58, 46), (38, 104, 178)  # red and blue, told apart by the colour-blind
-RARE = (120, 81, 169)
-STRONGEST = 0.75  # opacity of the full colour, under which black text can be read
+
+def _rgb(name: str) -> tuple[int, int, int]:
+    return tuple(bytes.fromhex(PALETTE[name][1:]))
+
+
+WORST, BEST, RARE = _rgb("vermillion"), _rgb("blue"), _rgb("purple")
+STRONGEST = 0.6  # opacity of the full colour, under which text can be read on light and on dark pages
+LOWEST = 10.0  # nats of surprise that get the full colour
 HIDDEN = "\ufffd"  # what decoders write for bytes that are no whole character
-
-_STYLE = """
-body { font: 15px/1.6 system-ui, sans-serif; margin: 0 auto; max-width: 1400px; padding: 0 1rem 4rem;
-  color: #222; background: #fff; }
-h1 { font-size: 1.25rem; } h2 { font-size: 1.05rem; margin: 2rem 0 .3rem; } h3, h4 { font-size: .85rem; color: #666; }
-h3 { margin: .8rem 0 .2rem; } h4 { margin: 0 0 .2rem; font-weight: 500; }
-article { border-top: 2px solid #ddd; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; }
-.prompt { border-left: 4px solid #ccc; padding-left: .7rem; color: #555; max-height: 14rem; overflow: auto; }
-.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); gap: 1.2rem; }
-.right { color: #1b7f4b; } .wrong { color: #b23a2e; }
-i { font-style: normal; border-radius: 3px; box-decoration-break: clone; }
-i:hover { outline: 2px solid #222; }
-i:empty::before { content: "\\2022"; opacity: .5; }
-.scale { display: inline-block; width: 14rem; height: .8rem; vertical-align: middle; margin: 0 .5rem;
-  border: 1px solid #ccc; }
-"""
 
 
 class Response(NamedTuple):
@@ -50,6 +38,22 @@ class Response(NamedTuple):
     pieces: Sequence[str]
     policies: dict[str, np.ndarray]
     reference: np.ndarray | None
+
+
+class Token(NamedTuple):
+    """A token as the page shows it: its text, the text beside the pointer, its colour."""
+
+    piece: str
+    hover: str
+    colour: str
+
+
+class Panel(NamedTuple):
+    """A response under one model: its name, the response's sum, and the tokens."""
+
+    name: str
+    total: str
+    tokens: list[Token]
 
 
 class Example(NamedTuple):
@@ -137,52 +141,40 @@ def page(title: str, about: str, examples: Sequence[Example], *, beta: float) ->
     values = np.concatenate(values) if values else np.zeros(0)
     values = values[values > 0]
     top = float(np.quantile(values, 0.95)) if values.size else 1.0  # a few outliers would leave the rest pale
-    lowest = 10.0  # nats of surprise that get the full colour
-    parts = [f"<h1>{html.escape(title)}</h1><p>{html.escape(about)}</p><p>"]
-    if values.size:
-        scale = _scale(_colour(WORST), "#fff", _colour(BEST))
-        meaning = f"implicit reward of a token, {beta:g} (log policy − log reference)"
-        parts.append(f"{meaning}: −{top:.3g}{scale}+{top:.3g} and beyond<br>")
-    parts.append(
-        f"log-probability of a token, in nats: 0{_scale('#fff', _colour(RARE))}−{lowest:g} and below</p>"
-        "<p>Pointing at a token shows its numbers. A dot is a token that holds a part of a character; the character "
-        "stands in the last of its tokens.</p>"
+
+    def panels(response: Response) -> list[Panel]:
+        return [_panel(response, name, beta, top) for name in response.policies]
+
+    return render(
+        "pages/token_page.html",
+        title=title,
+        about=about,
+        examples=examples,
+        panels=panels,
+        beta=f"{beta:g}",
+        reward=f"{top:.3g}" if values.size else "",
+        lowest=f"{LOWEST:g}",
+        worst=_colour(WORST),
+        best=_colour(BEST),
+        rare=_colour(RARE),
     )
-    for number, example in enumerate(examples, 1):
-        verdict = {True: '<span class="right">right</span>', False: '<span class="wrong">wrong</span>', None: ""}
-        parts.append(
-            f"<article><h2>{number}. {html.escape(example.group)}: {html.escape(example.score)} "
-            f"{verdict[example.right]}</h2><h4>{html.escape(example.where)}</h4>"
-            f'<div class="text prompt">{html.escape(example.prompt)}</div>'
-        )
-        for response in example.responses:
-            parts.append(f'<h3>{html.escape(response.name)}, {len(response.ids)} tokens</h3><div class="panels">')
-            parts += [_panel(response, name, beta, top, lowest) for name in response.policies]
-            parts.append("</div>")
-        parts.append("</article>")
-    return self_contained(title, _STYLE, "".join(parts))
 
 
-def _panel(response: Response, name: str, beta: float, top: float, lowest: float) -> str:
+def _panel(response: Response, name: str, beta: float, top: float) -> Panel:
     logps, reference = response.policies[name], response.reference
     rewards = None if reference is None or logps is reference else beta * (logps - reference)
-    total = f"log-probability {logps.sum():.2f}" if rewards is None else f"reward {rewards.sum():+.3f}"
-    out = [f'<div><h4>{html.escape(name)}: {total}</h4><div class="text">']
+    total = f"log-probability {logps.sum():,.2f}" if rewards is None else f"reward {rewards.sum():+,.3f}"
+    tokens = []
     for i, (token, piece) in enumerate(zip(response.ids, response.pieces, strict=True)):
         hover = f"{piece!r}, id {token}\nlog policy {logps[i]:.4f}"
         if rewards is None:
-            colour, strength = RARE, min(-logps[i] / lowest, 1.0)
+            colour, strength = RARE, min(-logps[i] / LOWEST, 1.0)
         else:
             colour, strength = BEST if rewards[i] > 0 else WORST, min(abs(rewards[i]) / top, 1.0)
             hover += f"\nlog reference {reference[i]:.4f}\nreward {rewards[i]:+.4f}"
-        style = f"background:{_colour(colour, strength)}"
-        out.append(f'<i style="{style}" title="{html.escape(hover, quote=True)}">{html.escape(piece)}</i>')
-    return "".join([*out, "</div></div>"])
+        tokens.append(Token(piece, hover, _colour(colour, strength)))
+    return Panel(name, total, tokens)
 
 
 def _colour(colour: tuple[int, int, int], strength: float = 1.0) -> str:
     return f"rgba({','.join(map(str, colour))},{STRONGEST * strength:.2f})"
-
-
-def _scale(*colours: str) -> str:
-    return f'<span class="scale" style="background:linear-gradient(90deg,{",".join(colours)})"></span>'
