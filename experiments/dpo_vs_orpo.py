@@ -25,7 +25,6 @@ def get_config(arg: str = ""):
     c.warmup_steps = 15
     c.batch_size = 32
     c.max_length = 512
-    c.epochs = 1.0
     c.eval_steps = 10
     c.save_steps = 50
     c.export.enabled = False  # the numbers are wanted, not six models

@@ -1,34 +1,179 @@
-"""The model of a run: a config's Hugging Face directory -> a decoder and its parameters on the mesh."""
+"""The models of a run on its mesh: the policy, what it is compared with, and the data packed for them."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
 from prefalign_jax.data.chat import load_tokenizer
+from prefalign_jax.data.pairs import digest_of
 from prefalign_jax.data.pipeline import PairSet, make_pair_set
 from prefalign_jax.experiment import Experiment
-from prefalign_jax.models.decoder import DecoderConfig, Placement, make_decoder
+from prefalign_jax.load_data import Data
+from prefalign_jax.models.decoder import DecoderConfig, Placement, cast, make_decoder
 from prefalign_jax.models.dropout import Dropout
 from prefalign_jax.models.hf_io import load_config, resolve
 from prefalign_jax.models.loading import load_decoder
-from prefalign_jax.models.lora import Lora
+from prefalign_jax.models.lora import Lora, full_parameters, init_adapters, join
 from prefalign_jax.models.peft_io import load_adapters
 from prefalign_jax.optim import in_float32, make_optimizer
 from prefalign_jax.options import given
 from prefalign_jax.processes import note
 from prefalign_jax.progress import Progress
-from prefalign_jax.reference import cache_key, cached, compute, mover
-from prefalign_jax.sharding import deal_experts, packing_of, param_shardings, spread
+from prefalign_jax.reference import cache_key, cached, compute, mover, params_digest
+from prefalign_jax.sharding import born, deal_experts, packing_of, param_shardings, spread
 from prefalign_jax.train_step import make_train_step
 from prefalign_jax.types import LanguageModel, PairLogps, Params, UserError
+
+
+class Assembled(NamedTuple):
+    """What a run begins with.
+
+    Attributes:
+      model: pure functions of the parameters.
+      params: what is trained, at the first step: the model's parameters, or adapters.
+      reference: what the train state keeps beside them: a frozen copy, or under adapters the base; None for neither.
+      lora: the adapters that are trained; None for none.
+      started: (model, parameters) that samples are compared with; None where the state keeps them or none are drawn.
+      training, held_out: the pairs, packed; with the reference's log-probabilities where they are cached.
+      digests: of what the run reads besides its config, by what it is.
+    """
+
+    model: LanguageModel
+    params: Params
+    reference: Params | None
+    lora: Lora | None
+    started: tuple[LanguageModel, Params] | None
+    training: PairSet
+    held_out: PairSet | None
+    digests: dict[str, str]
+
+
+def assemble(experiment: Experiment, data: Data, tokenizer: Any, mesh: jax.sharding.Mesh, workdir: Path) -> Assembled:
+    """Loads policy and reference, starts the adapters, and packs the pairs.
+
+    Args:
+      experiment: fitted to its model.
+      data: the pairs.
+      tokenizer: of the policy.
+      mesh: where everything lies.
+      workdir: of the run; cached log-probabilities are in its `reference` unless the config names another place.
+
+    Returns:
+      The `Assembled`. Its params share no buffers with the rest, since the step donates them.
+
+    Raises:
+      UserError: files are missing or do not fit, or an option does not apply to this model.
+    """
+    config, tokens, reward = experiment.config, len(tokenizer), "reward" in experiment.loss.needs
+    loaded, lora = adapters_of(config, reward, tokens)
+    model, base = load_model(config, config.model.path, mesh, tokens, config.model.random_init, reward, lora)
+    if config.model.router_weight and model.routed is None:
+        raise UserError(
+            f"model.router_weight={config.model.router_weight} applies to mixtures of experts; this is none"
+        )
+    digests = {"training pairs": digest_of(data.training), "weights in model.path": params_digest(base)}
+    compared = base  # what the loss compares the policy with
+    if config.reference.path:
+        other, compared = load_model(config, config.reference.path, mesh, tokens)
+        if other.config != model.config:
+            raise UserError(
+                f"reference.path={config.reference.path!r} has another shape than model.path; they must match"
+            )
+        digests["weights in reference.path"] = params_digest(compared)
+    if loaded:
+        loaded = {**full_parameters(base, lora, drawn_dtype(config)), **loaded}
+        loaded = jax.device_put(loaded, param_shardings(mesh, loaded))
+        digests["adapters in lora.path"] = params_digest(loaded)
+        compared = join(base, loaded)
+
+    training, held_out = pair_sets(experiment, data, model, mesh)
+    if config.reference.kind == "cached":
+        weights = digests.get("weights in reference.path", digests["weights in model.path"])
+        if loaded:  # the reference has them, at this scale
+            weights += f" {digests['adapters in lora.path']} {lora}"
+        directory = Path(config.reference.cache_dir or workdir / "reference")
+        training, held_out = (
+            one and with_reference(one, model, compared, weights, experiment, mesh, directory)
+            for one in (training, held_out)
+        )
+    started, kept, params = _started(experiment, model, base, mesh, tokens), _kept(experiment, base, compared), base
+    if lora:
+        make = functools.partial(init_adapters, jax.random.key(config.seed), lora=lora, dtype=drawn_dtype(config))
+        params = jax.tree.map(jnp.copy, loaded) or born(mesh, make, kept)
+    return Assembled(model, params, kept, lora, started, training, held_out, digests)
+
+
+def _kept(experiment: Experiment, base: Params, compared: Params) -> Params | None:
+    """What the train state keeps of the reference; nothing where its log-probabilities are cached."""
+    kind = experiment.config.reference.kind
+    if experiment.adapted:  # the base, without which there is no policy either
+        return compared
+    if kind in ("cached", "none"):
+        return None
+    if compared is base:
+        compared = jax.tree.map(jnp.copy, base)  # the step donates the policy's buffers
+    # Half the memory in bfloat16, the same log-probabilities.
+    return cast(compared, experiment.config.dtype) if kind == "copy" else compared
+
+
+def _started(
+    experiment: Experiment, model: LanguageModel, base: Params, mesh: jax.sharding.Mesh, tokens: int
+) -> tuple[LanguageModel, Params] | None:
+    """Where the run begins, for samples to be compared with, unless the state keeps just that as its reference."""
+    config = experiment.config
+    if not config.samples.prompts:
+        return None
+    if config.samples.reference:
+        return load_model(config, config.samples.reference, mesh, tokens)
+    kept = experiment.adapted or (config.reference.kind == "copy" and not config.reference.path)
+    return None if kept else (model, jax.tree.map(jnp.copy, base))
+
+
+def pair_sets(
+    experiment: Experiment, data: Data, model: LanguageModel, mesh: jax.sharding.Mesh
+) -> tuple[PairSet, PairSet | None]:
+    """(training, held out or None): pairs that know how to make batches for this model and mesh."""
+    config = experiment.config
+    packing = dict(layout=experiment.layout, row_length=config.data.row_length, attends=model.attends)
+    packing |= packing_of(mesh)
+    training = make_pair_set(data.training, config.batch_size, micro_steps=config.micro_steps, **packing)
+    share = config.batch_size // config.micro_steps
+    return training, make_pair_set(data.held_out, share, **packing) if data.held_out else None
+
+
+def with_reference(
+    data: PairSet,
+    model: LanguageModel,
+    params: Params,
+    weights: str,
+    experiment: Experiment,
+    mesh: jax.sharding.Mesh,
+    directory: Path,
+) -> PairSet:
+    """The set with the reference's log-probabilities, from the cache or computed now; `weights` digests the params."""
+    config, needs = experiment.config, experiment.loss.needs
+    numbers = f"{config.dtype} {config.matmul_precision}"
+    path = directory / f"{cache_key(model, weights, data.pairs, numbers, needs)}.npz"
+
+    def make() -> PairLogps:
+        share = data.batch_size // data.micro_steps
+        layout = data.layout._replace(prompt=False, after=False)
+        packing = packing_of(mesh) | dict(row_length=config.data.row_length, attends=model.attends)
+        plain = make_pair_set(data.pairs, share, layout=layout, **packing)
+        with Progress(len(data.pairs), "reference pair") as progress:
+            options = dict(mesh=mesh, chunk=config.vocabulary_chunk, progress=progress.update, needs=needs)
+            return compute(model, params, plain, **options)
+
+    return data._replace(reference=cached(path, make))
 
 
 def adapters_of(config: ConfigDict, reward: bool, tokens: int) -> tuple[Params | None, Lora | None]:
@@ -150,29 +295,3 @@ def step_of(
         stochastic_rounding=config.model.stochastic_rounding,
         seed=config.seed,
     )
-
-
-def with_reference(
-    data: PairSet,
-    model: LanguageModel,
-    params: Params,
-    weights: str,
-    config: ConfigDict,
-    mesh: jax.sharding.Mesh,
-    directory: Path,
-    needs: Set[str],
-) -> PairSet:
-    """The set with the reference's log-probabilities, from the cache or computed now; `weights` digests the params."""
-    numbers = f"{config.dtype} {config.matmul_precision}"
-    path = directory / f"{cache_key(model, weights, data.pairs, numbers, needs)}.npz"
-
-    def make() -> PairLogps:
-        share = data.batch_size // data.micro_steps
-        layout = data.layout._replace(prompt=False, after=False)
-        packing = packing_of(mesh) | dict(row_length=config.data.row_length, attends=model.attends)
-        plain = make_pair_set(data.pairs, share, layout=layout, **packing)
-        with Progress(len(data.pairs), "reference pair") as progress:
-            options = dict(mesh=mesh, chunk=config.vocabulary_chunk, progress=progress.update, needs=needs)
-            return compute(model, params, plain, **options)
-
-    return data._replace(reference=cached(path, make))

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import optax
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from prefalign_jax.data.chat import TOO_LONG
@@ -20,7 +21,7 @@ from prefalign_jax.losses import BoundLoss, make_loss
 from prefalign_jax.models import quantize
 from prefalign_jax.models.decoder import ATTENTION, REMAT
 from prefalign_jax.models.hf_io import DTYPES as STORED
-from prefalign_jax.optim import SCHEDULES, make_optimizer
+from prefalign_jax.optim import SCHEDULES, make_optimizer, make_schedule
 from prefalign_jax.options import choose, flatten, given
 from prefalign_jax.types import UserError
 
@@ -117,8 +118,18 @@ class Experiment:
 
         Args:
           pairs: in an epoch.
+
+        Raises:
+          UserError: something is to happen at later steps.
         """
-        return self._duration("", pairs)
+        total, reference = self._duration("", pairs), self.config.reference
+        if self.profiled and self.profiled[-1] > total:
+            raise UserError(f"profile_steps={self.config.profile_steps!r} ends after the {total} steps of the run")
+        if reference.kind == "moving" and reference.every >= total:
+            raise UserError(
+                f"reference.every={reference.every} is not reached in a run of {total} steps; write a smaller one"
+            )
+        return total
 
     def warmup_steps(self, pairs: int) -> int:
         """Steps over which the learning rate rises.
@@ -127,6 +138,18 @@ class Experiment:
           pairs: in an epoch.
         """
         return self._duration("warmup_", pairs)
+
+    def learning_rate(self, pairs: int) -> optax.Schedule:
+        """step -> learning rate.
+
+        Args:
+          pairs: in an epoch.
+
+        Raises:
+          UserError: the warm-up is longer than the run.
+        """
+        length = self.warmup_steps(pairs), self.total_steps(pairs)
+        return make_schedule(self.config.schedule, self.config.learning_rate, *length)
 
     def _duration(self, prefix: str, pairs: int) -> int:
         steps, examples, epochs = (self.config[prefix + unit] for unit in UNITS)

@@ -17,11 +17,14 @@ from typing import Any
 import huggingface_hub
 import yaml
 
+from prefalign_jax.experiment import Experiment
 from prefalign_jax.files import write_json
 from prefalign_jax.models import hf_io
 from prefalign_jax.models.decoder import DecoderConfig
 from prefalign_jax.models.endings import end_of_turn, generation_config, special_tokens
-from prefalign_jax.processes import agreed, is_first
+from prefalign_jax.models.lora import Lora
+from prefalign_jax.models.peft_io import save_adapters
+from prefalign_jax.processes import agreed, by_first, is_first, note
 from prefalign_jax.types import Params, UserError, one_line
 
 # What a card may say.
@@ -92,6 +95,50 @@ def export(
                 write_json(fresh / "generation_config.json", generation_config(tokenizer, base))
             (fresh / "README.md").write_text(text)
     agreed("written")  # what comes next may read it in any process
+
+
+def export_run(
+    experiment: Experiment,
+    params: Params,
+    shape: DecoderConfig,
+    tokenizer: Any,
+    workdir: pathlib.Path,
+    *,
+    data: str,
+    metrics: Mapping[str, float],
+) -> None:
+    """Exports what a run trained to WORKDIR/export, and pushes it to the hub if the config says so.
+
+    Args:
+      experiment: of the run.
+      params, shape, tokenizer: as in `export`.
+      workdir: of the run.
+      data: what it was trained on, in words.
+      metrics: its last evaluation.
+
+    Raises:
+      UserError: as `export` and `push`.
+    """
+    config, loss = experiment.config, experiment.loss
+    card = {"base_model": config.model.path, "data": data, "metrics": metrics, "config": experiment.plain}
+    card |= {"loss": loss.name, "formula": loss.formula, "hyper_parameters": loss.hyper}
+    base = hf_io.resolve(config.model.path)
+    export(params, shape, tokenizer, workdir / "export", dtype=config.export.dtype, base=base, card=card)
+    note(f"exported to {workdir / 'export'}")
+    if config.export.push_to:
+        by_first(lambda: note(f"pushed to {push(workdir / 'export', config.export.push_to)}"))
+
+
+def export_adapters(
+    experiment: Experiment, adapters: Params, lora: Lora, shape: DecoderConfig, workdir: pathlib.Path
+) -> None:
+    """Writes adapters in PEFT's format to WORKDIR/adapters, or says why that format cannot hold them."""
+    model = experiment.config.model
+    try:
+        save_adapters(adapters, shape, lora, workdir / "adapters", base=model.path, quantized=model.quantize)
+        note(f"adapters in PEFT's format in {workdir / 'adapters'}")
+    except UserError as error:  # the format lacks such layers; the merged export has them
+        note(str(error))
 
 
 def hub_token(repository: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from prefalign_jax.data.chat import iter_pairs
 from prefalign_jax.data.cleaning import BoundStep, Stage, benchmark_names, clean
 from prefalign_jax.data.counts import HELD_OUT, TRAINING, Counts, added, from_json, listed, new_counts
-from prefalign_jax.data.datasheet import ReadFrom, read_from
+from prefalign_jax.data.datasheet import ReadFrom, make_datasheet, read_from
 from prefalign_jax.data.mixture import (
     Source,
     in_proportion,
@@ -24,8 +24,8 @@ from prefalign_jax.data.mixture import (
     read_source,
     source_digest,
 )
-from prefalign_jax.data.pairs import Origin, Pairs, from_list
-from prefalign_jax.data.pipeline import mismatched
+from prefalign_jax.data.pairs import Origin, Pairs, digest_of, from_list
+from prefalign_jax.data.pipeline import PairSet, mismatched
 from prefalign_jax.data.records import Record, Text, ascii_quotes, flip_labels, iter_prompts, read_prompts
 from prefalign_jax.data.records import draw as draw_number
 from prefalign_jax.data.rows import content_digest, count_rows, read_rows
@@ -272,6 +272,29 @@ def watched(records: list[Record], what: str) -> Iterable[Record]:
                 progress.update(number)
 
     return shown()
+
+
+def datasheet_of(experiment: Experiment, data: Data, training: PairSet, tokenizer: Any) -> dict[str, Any]:
+    """The datasheet of the training pairs; nothing is read or tokenized again.
+
+    Args:
+      experiment: fitted to its model.
+      data: of `load_pairs`.
+      training: its training pairs, packed.
+      tokenizer: Hugging Face tokenizer.
+    """
+    return make_datasheet(
+        experiment.plain,
+        training,
+        read=data.read_from,
+        stages=data.stages,
+        steps=experiment.cleaning,
+        mixture=data.sources,
+        kind=experiment.loss.kind,
+        chat=data.chat,
+        tokenizer=tokenizer,
+        digest=digest_of(data.training),
+    )
 
 
 def load_prompts(path: str, limit: int | None) -> list[Text]:

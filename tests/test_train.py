@@ -19,6 +19,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from conftest import FAST_TO_COMPILE
+from prefalign_jax import assemble
 from prefalign_jax import train as module
 from prefalign_jax.config import defaults
 from prefalign_jax.files import locked
@@ -267,15 +268,15 @@ def test_an_evaluation_that_a_stop_cut_off_is_made_on_resuming(tmp_path, monkeyp
     """SIGTERM at the very step that is to be evaluated."""
     fields = {"data.eval_fraction": 0.3, "eval_steps": 2, "steps": 5, "export.enabled": False}
     train(config_of(**fields), tmp_path / "whole")
-    step = module.log
 
-    def log(number, *rest):
-        if number == 1:  # read while step 2 runs
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(number, *rest)
+    class Log(module.Log):
+        def flush(self):
+            if self.waiting and self.waiting[0] == 1:  # read while step 2 runs
+                os.kill(os.getpid(), signal.SIGTERM)
+            super().flush()
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "log", log)
+        patch.setattr(module, "Log", Log)
         assert train(config_of(**fields), tmp_path / "broken").step == 2
     assert not train(config_of(**fields), tmp_path / "broken").stopped
     assert rows(tmp_path / "broken" / "eval.jsonl") == rows(tmp_path / "whole" / "eval.jsonl")
@@ -465,12 +466,12 @@ def test_weights_are_trained_in_param_dtype_and_a_frozen_base_keeps_its_stored_t
     mesh = make_mesh({"data": -1})
     for param_dtype, trained in (("float32", "float32"), ("bfloat16", "bfloat16"), ("stored", "bfloat16")):
         config = config_of(**{"model.param_dtype": param_dtype})
-        load = functools.partial(module.load_model, config, str(halves["bfloat16"]), mesh, 0)
+        load = functools.partial(assemble.load_model, config, str(halves["bfloat16"]), mesh, 0)
         assert types_of(load()[1]) == {trained}
         assert types_of(load(lora=Lora())[1]) == {"bfloat16"}
         drawn = "bfloat16" if param_dtype == "bfloat16" else "float32"
         assert types_of(load(random_init=True)[1]) == {drawn}
-        assert module.drawn_dtype(config) == drawn
+        assert assemble.drawn_dtype(config) == drawn
 
 
 def test_a_base_in_bfloat16_gives_the_numbers_of_its_widened_copy(halves, tmp_path):
@@ -489,7 +490,7 @@ def test_a_base_in_bfloat16_gives_the_numbers_of_its_widened_copy(halves, tmp_pa
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_base_is_quantized_on_its_way_whether_read_or_drawn(kind, halves):
     mesh = make_mesh({"fsdp": -1})
-    load = functools.partial(module.load_model, mesh=mesh, tokens=0, lora=Lora())
+    load = functools.partial(assemble.load_model, mesh=mesh, tokens=0, lora=Lora())
     config = config_of(**{"model.quantize": kind, "lora.rank": 16})
     for options in ({"path": str(halves["float32"])}, {"path": str(TRL), "random_init": True}):
         _, found = load(config, **options)

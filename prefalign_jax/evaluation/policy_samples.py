@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,13 +13,19 @@ from ml_collections import ConfigDict
 from prefalign_jax.data.chat import tokenize_prompts
 from prefalign_jax.data.records import Text
 from prefalign_jax.evaluation.held_out import sequence_logps
+from prefalign_jax.experiment import Experiment
 from prefalign_jax.generation.diversity import distinct
 from prefalign_jax.generation.generate import sample
+from prefalign_jax.generation.sample_files import write_jsonl
 from prefalign_jax.generation.sampling import Sampling
 from prefalign_jax.intervals import bootstrap_mean
 from prefalign_jax.judges import reward_model, rewards
 from prefalign_jax.judges.judge import Scorer
-from prefalign_jax.types import LanguageModel, Pair, Params
+from prefalign_jax.load_data import load_prompts
+from prefalign_jax.models.endings import stop_ids
+from prefalign_jax.models.hf_io import resolve
+from prefalign_jax.processes import is_first
+from prefalign_jax.types import LanguageModel, Pair, Params, TrainState
 
 ROWS = 64  # samples computed together
 MODEL = "model:"  # what a reward's name begins with if it is a reward model's directory
@@ -52,6 +59,50 @@ def scorer_of(reward: str) -> Scorer:
 def sampling_of(fields: ConfigDict) -> Sampling:
     """How a config's `samples` are drawn."""
     return Sampling(fields.temperature, fields.top_k, fields.top_p, fields.min_p)
+
+
+def make_sampler(
+    experiment: Experiment,
+    model: LanguageModel,
+    started: tuple[LanguageModel, Params] | None,
+    tokenizer: Any,
+    mesh: jax.sharding.Mesh,
+    workdir: Path,
+) -> Callable[[TrainState, int], dict[str, float]]:
+    """sample(state, step) -> {metric: mean}: draws from the policy, measures, and writes WORKDIR/samples/STEP.jsonl.
+
+    Args:
+      experiment: `samples` says what is drawn and what it is worth; without prompts nothing is.
+      model: of the policy.
+      started: (model, parameters) that they are compared with; None is the reference in the state.
+      tokenizer: Hugging Face tokenizer.
+      mesh: deals rows to its devices.
+      workdir: of the run.
+
+    Raises:
+      UserError: the prompts or the reward cannot be read.
+    """
+    config, fields = experiment.config, experiment.config.samples
+    if not fields.prompts:
+        return lambda state, step: {}
+    prompts = load_prompts(fields.prompts, fields.limit)
+    score = scorer_of(fields.reward) if fields.reward else None
+    ends = stop_ids(resolve(config.model.path), tokenizer)
+    options = dict(stop_tokens=ends, per_prompt=fields.per_prompt, seed=config.seed)
+
+    def sample_now(state: TrainState, step: int) -> dict[str, float]:
+        policy = model.join(state.reference, state.params) if model.join else state.params
+        drawn = draw(model, policy, tokenizer, prompts, fields, **options)
+        means, scores = measure(drawn, fields, score, started or (model, state.reference), mesh)
+        about = {"model": workdir.name, "step": step, "seed": config.seed}
+        rows = [{"prompt": p, "response": text, **about} for p, text in zip(drawn.prompts, drawn.texts, strict=True)]
+        if scores is not None:
+            rows = [{**row, "reward": float(value)} for row, value in zip(rows, scores, strict=True)]
+        if is_first():
+            write_jsonl(workdir / "samples" / f"{step}.jsonl", rows)
+        return means
+
+    return sample_now
 
 
 def draw(
