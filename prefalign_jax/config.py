@@ -131,6 +131,7 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     c.on_policy.labels = "true"  # true: the higher reward is chosen; bradley_terry: more likely
     c.on_policy.sharpness = 1.0  # of bradley_terry's labels: sigmoid(sharpness * difference of rewards)
 
+    c.accuracy_ties = "half"  # What equal rewards add to rewards/accuracies: half a pair (half), or nothing (trl).
     c.log_steps = 10
     c.profile_steps = maybe(str)  # FIRST:LAST, these steps are traced to WORKDIR/profile, for XProf and Perfetto
     c.eval_steps = maybe(int)  # None evaluates at the start and at the end

@@ -17,7 +17,7 @@ from prefalign_jax.data.cleaning import BoundStep, cleaning_steps
 from prefalign_jax.data.mixture import Source, sources_of
 from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pairing import LABELS, PAIRINGS
-from prefalign_jax.losses import BoundLoss, make_loss
+from prefalign_jax.losses import BoundLoss, make_loss, ties_as_trl
 from prefalign_jax.models import quantize
 from prefalign_jax.models.decoder import ATTENTION, REMAT
 from prefalign_jax.models.hf_io import DTYPES as STORED
@@ -41,6 +41,7 @@ CHOICES: dict[str, Sequence[str] | Mapping[str, Any]] = {
     "data.layout": ("tree", "ordinary"),
     "data.leaks": LEAKS,
     "checkpoint.best_mode": ("min", "max"),
+    "accuracy_ties": ("half", "trl"),
     "model.remat": REMAT,
     "model.attention": ATTENTION,
     "model.param_dtype": (*DTYPES, "stored"),
@@ -186,6 +187,7 @@ def read(config: ConfigDict, *, complete: bool = True) -> Experiment:
       UserError: naming the field, its value and what it takes.
     """
     loss = make_loss(config.loss.name, **given(config.loss))
+    loss = ties_as_trl(loss) if config.accuracy_ties == "trl" else loss
     cleaning = cleaning_steps(config.data.clean, config.data.cleaning, loss.kind)
     plain = _plain(config, loss, cleaning)
     profiled = _profiled(config.profile_steps)

@@ -3,7 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from prefalign_jax.losses import make_loss
 from prefalign_jax.losses.dpo import beta_dpo, dpo, odpo, r_dpo, tdpo1, tdpo2, wpo
+from prefalign_jax.losses.loss import ties_as_trl
 from prefalign_jax.types import PairLogps, Sides
 
 
@@ -52,8 +54,12 @@ def test_gradient_is_the_papers_weighting():
     np.testing.assert_allclose([chosen, rejected], [[-weight], [weight]], rtol=1e-6)
 
 
-def test_a_tie_is_no_success_as_in_trl():
-    assert dpo(logps(-4, -7), logps(-4, -7))[1]["rewards/accuracies"] == 0
+def test_a_tie_is_half_a_success_and_none_as_trl_counts():
+    tie = logps(-4, -7)
+    assert dpo(tie, tie)[1]["rewards/accuracies"] == 0.5
+    loss = ties_as_trl(make_loss("dpo"))
+    for policy, expected in ((tie, 0), (logps(-3, -7), 1), (logps(-5, -7), 0)):
+        assert loss(policy, tie)[1]["rewards/accuracies"] == expected
 
 
 @pytest.mark.parametrize("reference_free", [False, True])

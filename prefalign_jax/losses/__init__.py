@@ -20,7 +20,7 @@ from typing import Any
 from prefalign_jax.callable_module import make_callable
 from prefalign_jax.losses import absolute, dpo, margin, orpo, reward, sft, simpo, transport, unpaired
 from prefalign_jax.losses.absolute import SHIFTS
-from prefalign_jax.losses.loss import NEEDS, WEIGHTINGS, BoundLoss, Loss, bind, known_hyper
+from prefalign_jax.losses.loss import NEEDS, WEIGHTINGS, BoundLoss, Loss, bind, known_hyper, ties_as_trl
 from prefalign_jax.losses.margin import SURROGATES
 from prefalign_jax.losses.mixture import Term, mix, terms
 from prefalign_jax.losses.modifiers import DIVERGENCES, MODIFIERS
@@ -31,7 +31,7 @@ from prefalign_jax.losses.simpo import CPO_SURROGATES
 from prefalign_jax.options import Checks, choose, did_you_mean, read_as
 from prefalign_jax.types import UserError
 
-__all__ = ["LOSSES", "MIXTURES", "MODIFIERS", "NEEDS", "BoundLoss", "Loss", "hyper_of", "make_loss"]
+__all__ = ["LOSSES", "MIXTURES", "MODIFIERS", "NEEDS", "BoundLoss", "Loss", "hyper_of", "make_loss", "ties_as_trl"]
 
 _PAIR, _FREE = frozenset({"rejected", "reference"}), frozenset({"rejected"})
 _BATCH, _UNPAIRED = _PAIR | {"batch"}, frozenset({"label", "reference"})

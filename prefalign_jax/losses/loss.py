@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Set
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from prefalign_jax.losses.modifiers import MODIFIERS, wpo_weight
 from prefalign_jax.losses.ratios import with_logps
@@ -115,6 +116,18 @@ class BoundLoss(NamedTuple):
     def __call__(self, policy: PairLogps, reference: PairLogps | None = None) -> tuple[Array, dict[str, Array]]:
         """(loss [B], metrics {name: [B]}) of policy and reference log-probabilities."""
         return self.function(policy, reference)
+
+
+def ties_as_trl(loss: BoundLoss) -> BoundLoss:
+    """The loss with the accuracy as TRL counts it: 0 for a pair whose rewards are equal, and not one half."""
+
+    def function(policy: PairLogps, reference: PairLogps | None) -> tuple[Array, dict[str, Array]]:
+        values, metrics = loss.function(policy, reference)
+        if "rewards/accuracies" in metrics:
+            metrics = {**metrics, "rewards/accuracies": jnp.floor(metrics["rewards/accuracies"])}
+        return values, metrics
+
+    return loss._replace(function=function)
 
 
 def known_hyper(name: str, entry: Any) -> dict[str, Any]:

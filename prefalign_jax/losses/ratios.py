@@ -53,12 +53,16 @@ def batch_mean(values: jax.Array, policy: PairLogps) -> jax.Array:
 
 
 def rewards(chosen: jax.Array, rejected: jax.Array) -> Metrics:
-    """TRL's metrics of two rewards, [B] each: themselves, their margin, strict accuracy (a tie counts 0)."""
+    """Metrics of two rewards under TRL's names, [B] each: themselves, their margin, accuracy.
+
+    The accuracy is 1/2 where the rewards are equal, as they are where policy and reference agree. TRL counts 0 there,
+    see `loss.ties_as_trl`.
+    """
     return {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": chosen - rejected,
-        "rewards/accuracies": (chosen > rejected).astype(chosen.dtype),
+        "rewards/accuracies": (1 + jnp.sign(chosen - rejected)) / 2,
     }
 
 
