@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from prefalign_jax.exits import lost_peer
 from prefalign_jax.files import checksum, read_json, write_json, writing
 from prefalign_jax.options import flatten
-from prefalign_jax.processes import agreed, by_first, gathered, is_first, lost_peer, note
+from prefalign_jax.processes import agreed, by_first, gathered, is_first, note
 from prefalign_jax.sharding import shapes_of
 from prefalign_jax.types import TrainState, UserError, WriteError, one_line
 

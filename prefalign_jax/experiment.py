@@ -22,7 +22,7 @@ from prefalign_jax.models import quantize
 from prefalign_jax.models.decoder import ATTENTION, REMAT
 from prefalign_jax.models.hf_io import DTYPES as STORED
 from prefalign_jax.optim import SCHEDULES, make_optimizer, make_schedule
-from prefalign_jax.options import choose, flatten, given
+from prefalign_jax.options import DTYPES, choose, flatten, given
 from prefalign_jax.types import UserError
 
 LENGTH = 1024  # tokens of a pair, where the config leaves max_length unset and the model has as many positions
@@ -30,7 +30,6 @@ UNITS = ("steps", "examples", "epochs")  # of a duration
 MOVING = {"mixup": 0.6, "every": 512}  # TRL's defaults for a moving reference
 # What each job reads: data to train on, or prompts to sample from. The quickstart makes its own.
 JOBS = {"train": "data", "sft_first": "data", "pairs": "prompts", "rounds": "prompts", "quickstart": "nothing"}
-DTYPES = ("float32", "bfloat16")
 LEAKS = ("drop", "report")
 # What a field may be, beside None where that is its default.
 CHOICES: dict[str, Sequence[str] | Mapping[str, Any]] = {

@@ -14,6 +14,8 @@ from prefalign_jax.types import UserError
 Checks = Mapping[str, tuple[Callable[[Any], bool], str]]
 
 
+TRUTH = {"true": True, "1": True, "false": False, "0": False}
+DTYPES = ("float32", "bfloat16")  # of a computation
 SHOWN = 12  # names in a message
 
 
@@ -95,6 +97,17 @@ def hyper_parameters(function: Callable[..., Any]) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
+def truth(text: str) -> bool:
+    """What 'true' or 'false' says, in either case, or 1 or 0.
+
+    Raises:
+      ValueError: the text says neither.
+    """
+    if text.lower() not in TRUTH:
+        raise ValueError(text)
+    return TRUTH[text.lower()]
+
+
 def read_as(text: str, default: Any) -> Any:
     """A text as a value of the default's type, a string if there is none.
 
@@ -106,11 +119,7 @@ def read_as(text: str, default: Any) -> Any:
       (False, 0.001)
     """
     kind = str if default is None else type(default)
-    if kind is not bool:
-        return kind(text)
-    if text.lower() not in ("true", "false"):
-        raise ValueError(text)
-    return text.lower() == "true"
+    return truth(text) if kind is bool else kind(text)
 
 
 def _alike(value: Any, default: Any) -> bool:

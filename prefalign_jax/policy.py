@@ -13,14 +13,12 @@ from prefalign_jax.data.chat import load_tokenizer
 from prefalign_jax.models.decoder import make_decoder
 from prefalign_jax.models.hf_io import resolve
 from prefalign_jax.models.loading import exported, load_decoder
-from prefalign_jax.options import choose
+from prefalign_jax.options import DTYPES, choose
 from prefalign_jax.sharding import make_mesh, param_shardings
 from prefalign_jax.types import LanguageModel, Params, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
-
-DTYPES = ("float32", "bfloat16")
 
 
 class Policy(NamedTuple):

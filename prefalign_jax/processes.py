@@ -10,9 +10,8 @@ import re
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,14 +20,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from prefalign_jax.exits import LOST, STOPPED
 from prefalign_jax.types import UserError, WriteError, one_line, printable
 
-STOPPED = 143  # what a shell reports of a process that SIGTERM ended: launchers restart it
 HEARTBEAT = 60  # seconds without a sign of life after which a process counts as dead
-LOST = (
-    "another process of this run stopped (its own output says why); start all of them again with the same command: "
-    "the run goes on from its last checkpoint"
-)
 # Launchers that say by themselves how many processes there are, and in which variable; JAX asks them for the rest.
 LAUNCHERS: dict[str, Callable[[Mapping[str, str]], int]] = {
     "SLURM": lambda env: int(env.get("SLURM_STEP_NUM_TASKS", 1)),
@@ -36,7 +31,6 @@ LAUNCHERS: dict[str, Callable[[Mapping[str, str]], int]] = {
     "TPU pods on GKE": lambda env: len(env.get("TPU_WORKER_HOSTNAMES", "").split(",")),
 }
 _FROM_ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-_OF_A_PEER = re.compile(r"gloo|nccl|coordination|heartbeat|connection (reset|refused|closed)", re.IGNORECASE)
 
 
 def join(
@@ -240,43 +234,3 @@ def stop_signal() -> Iterator[threading.Event]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def status_of(run: Callable[[], int | None]) -> int:
-    """The exit status of what `run` does: its own, or that of a UserError, which is printed as one line.
-
-    One of several processes does not come back from a failure: it would wait for the others, which wait for it.
-    """
-    try:
-        return run() or 0
-    except UserError as error:
-        status, text = error.status, f"error: {printable(str(error))}"
-    except KeyboardInterrupt:
-        status, text = 130, "interrupted"
-    except Exception as error:
-        if jax.distributed.is_initialized() and lost_peer(error):
-            status, text = STOPPED, f"error: {LOST}"
-        elif isinstance(error, OSError):  # of the disk, in a place where nobody thought of it
-            status, text = WriteError.status, f"error: {printable(one_line(error))}"
-        elif not jax.distributed.is_initialized():
-            raise
-        else:
-            status, text = 1, traceback.format_exc()
-    print(text, file=sys.stderr, flush=True)
-    if jax.distributed.is_initialized():
-        _leave(status)
-    return status
-
-
-def lost_peer(error: BaseException) -> bool:
-    """Whether an error says that another process is gone."""
-    return _OF_A_PEER.search(str(error)) is not None
-
-
-def _leave(status: int) -> NoReturn:
-    """Ends this process whatever the others do; after the heartbeat's time they end too."""
-    sys.stdout.flush()
-    if status != STOPPED:
-        with contextlib.suppress(Exception):  # waits for those that found the same mistake
-            jax.distributed.shutdown()
-    os._exit(status)

@@ -1,18 +1,8 @@
-"""Runs what a config describes: --config=experiments/dpo.py:model=...,data=... --workdir=DIR."""
+"""`prefalign train`, from a checkout: python scripts/train.py --config=experiments/dpo.py:model=MODEL,data=DATA"""
 
 import sys
-from pathlib import Path
 
-from ml_collections import ConfigDict
-
-from prefalign_jax import cli
-from prefalign_jax.jobs import JOBS
-
-
-def main(config: ConfigDict, workdir: Path) -> int:
-    """Runs the job that the config names."""
-    return JOBS[config.job](config, workdir)
-
+from prefalign_jax.commands import main
 
 if __name__ == "__main__":
-    sys.exit(cli.launch(main))
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -149,12 +149,9 @@ def tiny_tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def launch_leaves_no_trace(monkeypatch, tmp_path):
-    """Undoes what a launch leaves in the process: absl's verbosity, jax's cache directory, the experiment's module."""
-    from prefalign_jax import cli
-
+    """Undoes what a command leaves in the process: absl's verbosity and the experiment's module."""
     verbosity = logging.get_verbosity()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_cache_compilations", lambda: None)
     yield
     logging.set_verbosity(verbosity)
-    sys.modules.pop("config_config", None)
+    sys.modules.pop("experiment", None)

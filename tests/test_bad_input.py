@@ -5,15 +5,13 @@ tests/test_cli.py has what the command line itself refuses.
 
 import json
 import pathlib
-import runpy
 import shutil
-import sys
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from prefalign_jax import cli
+from prefalign_jax import commands
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODEL = ROOT / "tests/goldens/trl"
@@ -25,23 +23,18 @@ CHAT = [
     {"prompt": [{"role": "user", "content": "a"}]}
     | {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
 ]
-pytestmark = [
-    pytest.mark.usefixtures("launch_leaves_no_trace"),
-    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),  # ml_collections'
-]
+pytestmark = pytest.mark.usefixtures("launch_leaves_no_trace")
 
 
 @pytest.fixture
-def fails(monkeypatch, capsys):
-    """fails(overrides, experiment=, model=, data=) -> the one line of scripts/train.py with these."""
+def fails(capsys):
+    """fails(overrides, experiment=, model=, data=) -> the one line of `prefalign train` with these."""
 
     def run(overrides="", experiment="dpo", model=MODEL, data=MODEL / "pairs.jsonl"):
         small = ["batch_size=8", "max_length=256", "steps=1"]
-        argv = ["train.py", f"--config={ROOT}/experiments/{experiment}.py:model={model},data={data}", "--workdir=w"]
+        argv = ["train", f"--config={experiment}:model={model},data={data}", "--workdir=w"]
         argv += [f"--config.{text}" for text in [*small, *overrides.split()]]
-        monkeypatch.setattr(sys, "argv", argv)
-        sys.modules.pop("config_config", None)  # ml_collections runs the next experiment in the same module
-        status = cli.launch(runpy.run_path(str(ROOT / "scripts/train.py"))["main"], argv)
+        status = commands.main(argv)
         out, err = capsys.readouterr()
         assert (status, out) == (2, "")
         *notes, last = err.splitlines()

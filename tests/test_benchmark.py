@@ -1,6 +1,5 @@
 """scripts/benchmark.py measures what it says."""
 
-import importlib.util
 import json
 import pathlib
 import subprocess
@@ -10,7 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from prefalign_jax import cli
+from benchmark import BENCHMARKS
+from benchmarks import decoding, inputs, measuring, peers, pipeline, step_cost
+from benchmarks.measuring import run
+from prefalign_jax.exits import status_of
 from prefalign_jax.models import families, hf_io
 from prefalign_jax.models.decoder import DecoderConfig, make_decoder
 from prefalign_jax.types import UserError
@@ -19,25 +21,17 @@ ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="memory is read from /proc")
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("benchmark", ROOT / "scripts" / "benchmark.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_import_of_a_tiny_model(script, tmp_path, capsys):
+def test_import_of_a_tiny_model(tmp_path, capsys):
     out, kept = tmp_path / "deep" / "found.json", tmp_path / "model"
     command = ["import", "--params=1e5", "--quantize=nf4", "--devices=2", f"--keep={kept}", f"--out={out}"]
-    assert cli.status_of(lambda: script.main(command)) == 0
+    assert status_of(lambda: run(BENCHMARKS, command)) == 0
     table, written = capsys.readouterr().out.splitlines(), json.loads(out.read_text())
     assert written["benchmark"] == "import" and written["options"]["quantize"] == "nf4"
     assert "jax" in written["made by"] and [path.name for path in out.parent.iterdir()] == [out.name]
     found = written["found"]
     assert table[0] == "import" and [line[2:].split("  ")[0] for line in table[1:]] == list(found)
-    config = script.shape_of(1e5)
-    shapes = dict(script.llama_tensors(config))
+    config = inputs.shape_of(1e5)
+    shapes = dict(inputs.llama_tensors(config))
     count = sum(int(np.prod(shape)) for shape in shapes.values())
     assert found["parameters, millions"] == pytest.approx(count / 1e6)
     assert found["largest tensor, GiB"] == pytest.approx(2 * max(map(np.prod, shapes.values())) / 2**30)
@@ -50,14 +44,14 @@ def test_import_of_a_tiny_model(script, tmp_path, capsys):
     assert found["peak file-backed memory, GiB"] > 0.01
     assert len(list(kept.glob("model-*.safetensors"))) > 2
     before = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
-    script.write_checkpoint(kept, config, shapes)  # made once
+    inputs.write_checkpoint(kept, config, shapes)  # made once
     assert {path.name: path.stat().st_mtime_ns for path in kept.iterdir()} == before
 
 
-def test_the_model_is_about_as_large_as_asked_and_one_that_load_params_knows(script):
+def test_the_model_is_about_as_large_as_asked_and_one_that_load_params_knows():
     for params in (1e9, 7e9):
-        config = script.shape_of(params)
-        tensors = dict(script.llama_tensors(config))
+        config = inputs.shape_of(params)
+        tensors = dict(inputs.llama_tensors(config))
         assert sum(int(np.prod(shape)) for shape in tensors.values()) == pytest.approx(params, rel=0.1)
         shapes = hf_io.param_shapes(config)
         wanted = {}
@@ -67,7 +61,7 @@ def test_the_model_is_about_as_large_as_asked_and_one_that_load_params_knows(scr
         assert tensors == wanted
 
 
-def test_memory_that_a_process_holds_is_seen_by_its_kind(script, tmp_path):
+def test_memory_that_a_process_holds_is_seen_by_its_kind(tmp_path):
     file = tmp_path / "large"
     file.write_bytes(bytes(32 << 20))
     hold = (
@@ -80,7 +74,7 @@ def test_memory_that_a_process_holds_is_seen_by_its_kind(script, tmp_path):
             [sys.executable, "-c", code, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         ) as child:
             child.stdout.readline()
-            found.append(script.resident(child.pid))
+            found.append(measuring.resident(child.pid))
             child.stdin.close()
     anonymous, mapped = np.subtract(*found[::-1]) / 2**20
     assert 47 < anonymous < 60 and 31 < mapped < 40
@@ -89,37 +83,37 @@ def test_memory_that_a_process_holds_is_seen_by_its_kind(script, tmp_path):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("import --params=1e5", "--out"),
-        ("imports --out=x.json", "invalid choice: 'imports'"),
+        ("import --params=1e5", "--out must be given"),
+        ("imports --out=x.json", "benchmark='imports' is unknown; did you mean 'import'?"),
         ("import --params=many --out=x.json", "--params: invalid float value: 'many'"),
         ("import --dtype=bf16 --out=x.json", "--dtype='bf16' is unknown; did you mean 'bfloat16'?"),
         ("import --quantize=int4 --out=x.json", "--quantize='int4' is unknown; did you mean 'int8'?"),
         ("import --params=-1 --out=x.json", "must be positive"),
-        ("import --par=1e5 --out=x.json", "unrecognized arguments: --par=1e5"),
+        ("import --par=1e5 --out=x.json", "--par: no such option; did you mean '--params'?"),
         ("import --keep=other --out=x.json", "--keep=other holds another model"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(script, words, says, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_one_line_and_status_2(words, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")
-    assert cli.status_of(lambda: script.main(words.split())) == 2
+    assert status_of(lambda: run(BENCHMARKS, words.split())) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line and not (tmp_path / "x.json").exists()
 
 
 @pytest.mark.parity
-def test_decoding_beside_transformers(script, tmp_path):
+def test_decoding_beside_transformers(tmp_path):
     pytest.importorskip("torch")
     model = DecoderConfig(61, 16, 32, 2, num_heads=4, num_kv_heads=2, head_dim=8, init_std=0.4)
     hf_io.save_params(make_decoder(model).init(jax.random.key(0)), model, tmp_path / "model")
-    found = script.decode(model=str(tmp_path / "model"), rows="1,3", prompt=4, new_tokens=5, rounds=1)
+    found = decoding.decode(model=str(tmp_path / "model"), rows="1,3", prompt=4, new_tokens=5, rounds=1)
     for count in (1, 3):
         ours, theirs = (found[f"{who}, {count} rows, tokens/s"] for who in ("ours", "transformers"))
         assert found[f"ratio, {count} rows"] == pytest.approx(ours / theirs)
         assert found[f"same tokens, {count} rows"] == 1.0
     with pytest.raises(UserError, match="must be positive"):
-        script.decode(rows="0")
+        decoding.decode(rows="0")
 
 
 # Steps beside a peer's
@@ -127,9 +121,9 @@ def test_decoding_beside_transformers(script, tmp_path):
 TINY = ["--shape=tiny", "--pairs=2", "--steps=3", "--rounds=1"]
 
 
-def test_a_step_beside_one_with_a_cached_reference(script, tmp_path, capsys):
+def test_a_step_beside_one_with_a_cached_reference(tmp_path, capsys):
     out = tmp_path / "found.json"
-    assert cli.status_of(lambda: script.main(["train", "--peer=cached", "--lengths=20+12", *TINY, f"--out={out}"])) == 0
+    assert status_of(lambda: run(BENCHMARKS, ["train", "--peer=cached", "--lengths=20+12", *TINY, f"--out={out}"])) == 0
     found = json.loads(out.read_text())["found"]
     assert found["ours, s a step"] > 0 and found["largest difference of a loss"] < 1e-5
     times = found["cached, s a step"] / found["ours, s a step"]
@@ -144,81 +138,81 @@ def test_a_step_beside_one_with_a_cached_reference(script, tmp_path, capsys):
     [dict(param_dtype="bfloat16"), dict(lora=4, remat="full", peer_remat="full")],
     ids=["all weights", "LoRA"],
 )
-def test_the_way_to_a_gpu_on_a_cpu(script, monkeypatch, how):
-    monkeypatch.setitem(script.PLATFORMS, "gpu", "cpu")
+def test_the_way_to_a_gpu_on_a_cpu(monkeypatch, how):
+    monkeypatch.setitem(peers.PLATFORMS, "gpu", "cpu")
     options = dict(device="gpu", dtype="bfloat16", shape="tiny", lengths="20+12", pairs=2, steps=3, rounds=1)
-    found = script.train(peer="cached", **options, **how)
+    found = peers.train(peer="cached", **options, **how)
     assert found["ours, share of this machine's matmul rate"] > 0 and found["ours, peak memory, GiB"] > 0
     assert found["largest difference of a loss"] < 1e-2
 
 
-def test_ours_alone_from_weights_that_are_kept(script, tmp_path, monkeypatch):
+def test_ours_alone_from_weights_that_are_kept(tmp_path, monkeypatch):
     kept = tmp_path / "kept"
     options = dict(peer="none", shape="tiny", lengths="20+12", pairs=2, steps=2, rounds=1, keep=str(kept))
-    found = script.train(**options)
+    found = peers.train(**options)
     assert found["ours, s a step"] > 0 and not any("peer" in name or "times" in name for name in found)
     assert {path.name for path in kept.iterdir()} == {"tiny-float32", "2x2-512-512-20+12.json"}
-    monkeypatch.setattr(script, "random_params", lambda *args: pytest.fail("the weights are there"))
-    monkeypatch.setattr(script, "side", lambda python, name, spec, device: script_spec.update(spec) or {})
-    monkeypatch.setattr(script, "comparison", lambda *args: {})
+    monkeypatch.setattr(peers, "random_params", lambda *args: pytest.fail("the weights are there"))
+    monkeypatch.setattr(peers, "side", lambda python, name, spec, device: script_spec.update(spec) or {})
+    monkeypatch.setattr(peers, "comparison", lambda *args: {})
     script_spec = {}
-    script.train(**options, attention="tiles")
+    peers.train(**options, attention="tiles")
     assert script_spec["attention"] == "tiles" and script_spec["model"] == str(kept / "tiny-float32")
 
 
-def test_steps_that_compile_do_not_count(script):
+def test_steps_that_compile_do_not_count():
     ours = {"seconds": [9.0, 1.0, 8.0, 3.0], "cold": [True, False, True, False]}
-    assert script.warm(ours, "seconds").tolist() == [1.0, 3.0]
-    assert script.ratio_of({"ours": ours, "trl": {"seconds": [9.0, 4.0, 8.0, 12.0]}}, "trl") == 4.0
+    assert peers.warm(ours, "seconds").tolist() == [1.0, 3.0]
+    assert peers.ratio_of({"ours": ours, "trl": {"seconds": [9.0, 4.0, 8.0, 12.0]}}, "trl") == 4.0
     with pytest.raises(UserError, match="write more --steps"):
-        script.warm(ours | {"cold": [True] * 4}, "seconds")
+        peers.warm(ours | {"cold": [True] * 4}, "seconds")
 
 
-def test_random_weights_are_distributed_as_the_decoder_draws_them(script):
-    config = script.SHAPES["tiny"]
-    ours, drawn = script.random_params(config, "float32"), make_decoder(config).init(jax.random.key(0))
+def test_random_weights_are_distributed_as_the_decoder_draws_them():
+    config = inputs.SHAPES["tiny"]
+    ours, drawn = inputs.random_params(config, "float32"), make_decoder(config).init(jax.random.key(0))
     assert jax.tree.map(jax.numpy.shape, ours) == jax.tree.map(jax.numpy.shape, drawn)
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(drawn), strict=True):
         assert float(np.std(one)) == pytest.approx(float(np.std(other)), rel=0.1)
 
 
-def test_losses_that_differ_are_not_compared(script, tmp_path, monkeypatch):
+def test_losses_that_differ_are_not_compared(tmp_path, monkeypatch):
     measured = iter([[0.69, 0.68], [0.69, 0.66]])
-    monkeypatch.setattr(script, "side", lambda *_: {"losses": next(measured), "chosen_logps": -50.0, "device": "cpu"})
+    monkeypatch.setattr(peers, "side", lambda *_: {"losses": next(measured), "chosen_logps": -50.0, "device": "cpu"})
     with pytest.raises(UserError, match="the first losses differ, so nothing is compared"):
-        script.train(peer="trl", shape="tiny", lengths="8+8", pairs=2)
+        peers.train(peer="trl", shape="tiny", lengths="8+8", pairs=2)
 
 
-def test_other_weights_are_noticed_though_dpo_starts_at_log_2(script, monkeypatch):
+def test_other_weights_are_noticed_though_dpo_starts_at_log_2(monkeypatch):
     measured = iter([-50.0, -52.0])
     of_a_side = {"losses": [0.69, 0.69], "device": "cpu"}
-    monkeypatch.setattr(script, "side", lambda *_: of_a_side | {"chosen_logps": next(measured)})
+    monkeypatch.setattr(peers, "side", lambda *_: of_a_side | {"chosen_logps": next(measured)})
     with pytest.raises(UserError, match="ours .* at -50.0, trl .* at -52.0"):
-        script.train(peer="trl", shape="tiny", lengths="8+8", pairs=2)
+        peers.train(peer="trl", shape="tiny", lengths="8+8", pairs=2)
 
 
-def test_a_gpu_is_not_compared_with_a_cpu(script):
+def test_a_gpu_is_not_compared_with_a_cpu():
     one = {"losses": [0.69, 0.69], "chosen_logps": -50.0, "device": "NVIDIA H200"}
-    script.refuse_others({"ours": one, "trl": one}, "float32")
+    peers.refuse_others({"ours": one, "trl": one}, "float32")
     with pytest.raises(UserError, match="different devices"):
-        script.refuse_others({"ours": one, "trl": one | {"device": "cpu"}}, "float32")
+        peers.refuse_others({"ours": one, "trl": one | {"device": "cpu"}}, "float32")
 
 
-def test_files_of_one_name_are_not_taken_for_each_other(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "side", lambda python, name, spec, device: seen.append(spec["pairs"]) or {})
-    monkeypatch.setattr(script, "comparison", lambda *args: {})
-    monkeypatch.setattr(script, "pairs_for", lambda *args: {})
-    monkeypatch.setattr(script, "random_params", lambda *args: {})
-    monkeypatch.setattr(script.hf_io, "save_params", lambda *args, **options: None)
+def test_files_of_one_name_are_not_taken_for_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "side", lambda python, name, spec, device: seen.append(spec["pairs"]) or {})
+    monkeypatch.setattr(peers, "comparison", lambda *args: {})
+    monkeypatch.setattr(peers, "pairs_for", lambda *args: {})
+    monkeypatch.setattr(peers, "random_params", lambda *args: {})
+    monkeypatch.setattr(peers.hf_io, "save_params", lambda *args, **options: None)
     (tmp_path / "kept").mkdir()
     seen = []
     for folder, shape in (("a", "tiny"), ("b", "tiny"), ("a", "smollm2-135m"), ("a", "tiny")):
         file = tmp_path / folder / "pairs.jsonl"
         file.parent.mkdir(exist_ok=True)
         file.write_text(folder)
-        script.train(peer="none", shape=shape, lengths=str(file), keep=str(tmp_path / "kept"), rounds=1)
+        peers.train(peer="none", shape=shape, lengths=str(file), keep=str(tmp_path / "kept"), rounds=1)
     assert len(set(seen)) == 3 and seen[0] == seen[3]
-    script.train(peer="none", shape="tiny", lengths=str(tmp_path / "a"), keep=str(tmp_path / "kept"), rounds=1)
+    peers.train(peer="none", shape="tiny", lengths=str(tmp_path / "a"), keep=str(tmp_path / "kept"), rounds=1)
     assert pathlib.Path(seen[4]).parent == tmp_path / "kept" and seen[4] not in seen[:4]  # a directory of files
 
 
@@ -229,57 +223,57 @@ def test_files_of_one_name_are_not_taken_for_each_other(script, tmp_path, monkey
     + [{"reference": "cached"}, {"reference": "cache"}, {"peer_remat": "ful"}, {"peer_head": "fused"}]
     + [{"peer": "none", "python": "python9"}],
 )
-def test_what_cannot_be_compared_is_refused(script, options):
+def test_what_cannot_be_compared_is_refused(options):
     with pytest.raises(UserError, match="--"):
-        script.train(**options)
+        peers.train(**options)
 
 
-def test_pairs_of_a_file_are_tokenized_dealt_and_ended(script, tmp_path):
+def test_pairs_of_a_file_are_tokenized_dealt_and_ended(tmp_path):
     rows = [{"prompt": "word " * (1 + n % 9), "chosen": "yes " * (1 + n % 5), "rejected": f"no {n}"} for n in range(24)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = script.pairs_for(str(tmp_path / "pairs.jsonl"), 300, 4, 2, 60)
+    found = inputs.pairs_for(str(tmp_path / "pairs.jsonl"), 300, 4, 2, 60)
     assert {len(side) for side in found.values()} == {24}
-    assert all(ids[-1] == script.EOS for name in ("chosen", "rejected") for ids in found[name])
+    assert all(ids[-1] == inputs.EOS for name in ("chosen", "rejected") for ids in found[name])
     loads = [sum(len(found[name][i]) for name in found for i in range(b, b + 4)) for b in range(0, 24, 4)]
     assert max(loads) < 1.3 * min(loads)
     with pytest.raises(UserError, match="are not enough"):
-        script.pairs_for(str(tmp_path / "pairs.jsonl"), 300, 4, 7, 60)
+        inputs.pairs_for(str(tmp_path / "pairs.jsonl"), 300, 4, 7, 60)
 
 
-def test_packing_on_one_core(script, tmp_path):
+def test_packing_on_one_core(tmp_path):
     rows = [{"prompt": "word " * (1 + n % 9), "chosen": "yes " * (1 + n % 5), "rejected": f"no {n}"} for n in range(24)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = script.pack(data=str(tmp_path / "pairs.jsonl"), vocabulary=300, max_length=60, pairs="4")
+    found = pipeline.pack(data=str(tmp_path / "pairs.jsonl"), vocabulary=300, max_length=60, pairs="4")
     assert found["pairs"] == 24 and found["4 pairs: packed, pairs/s"] > 0
     assert 0 <= found["4 pairs: padding, share of positions"] < 0.5
 
 
 @pytest.mark.everything
-def test_what_is_doubled_costs_more_operations(script):
-    found = script.cost(tokens=16, vocabulary=512, layers=1, width=64, pairs=2, steps=2)
+def test_what_is_doubled_costs_more_operations():
+    found = step_cost.cost(tokens=16, vocabulary=512, layers=1, width=64, pairs=2, steps=2)
     assert found["layers x 2: operations x"] < 2 and found["layers x 2: time x"] > 0
     assert 1.2 < found["pairs x 2: operations x"] <= 2.5  # rows are multiples of 64 tokens
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("loss", ["dpo", "orpo"])
-def test_trl_and_ours_start_with_the_same_losses(script, loss):
+def test_trl_and_ours_start_with_the_same_losses(loss):
     pytest.importorskip("trl")
-    found = script.train(peer="trl", loss=loss, lengths="12+8", shape="tiny", pairs=2, steps=3, rounds=1)
+    found = peers.train(peer="trl", loss=loss, lengths="12+8", shape="tiny", pairs=2, steps=3, rounds=1)
     assert found["largest difference of a loss"] < 1e-4
 
 
-def test_data_gives_the_same_batches_made_and_cached(script, tmp_path):
+def test_data_gives_the_same_batches_made_and_cached(tmp_path):
     file = tmp_path / "40.jsonl"
-    script.write_pairs(tmp_path, file, 40)
+    inputs.write_pairs(tmp_path, file, 40)
     before = file.read_bytes()
-    made, cached = (script.data_step(str(file), 512, made, 1) for made in (True, False))
+    made, cached = (pipeline.data_step(str(file), 512, made, 1) for made in (True, False))
     assert made["pairs"] == cached["pairs"] == 40 and made["tokens, millions"] == cached["tokens, millions"] > 0
     assert len(list((tmp_path / "cache").iterdir())) == 1
     for found in (made, cached):
         assert 0 < found["seconds to the pairs"] < found["seconds to the first batch"]
         assert found["processor seconds to it"] > 0 and found["pairs a second after it"] > 0
-    script.write_pairs(tmp_path, file, 40)  # made once
+    inputs.write_pairs(tmp_path, file, 40)  # made once
     assert file.read_bytes() == before
     with pytest.raises(UserError, match="--pairs=3 must be at least 16"):
-        script.data(pairs=3)
+        pipeline.data(pairs=3)

@@ -1,18 +1,20 @@
+"""What every command does with its command line; tests/test_trl_mistakes.py has what users of TRL type."""
+
+import os
 import pathlib
+import subprocess
 import sys
-import types
 
 import pytest
 import yaml
 
-from prefalign_jax import cli, processes
+from prefalign_jax import commands
+from prefalign_jax.cli import experiments, parser
+from prefalign_jax.exits import STOPPED
 from prefalign_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
-pytestmark = [
-    pytest.mark.usefixtures("launch_leaves_no_trace"),
-    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),  # ml_collections'
-]
+pytestmark = pytest.mark.usefixtures("launch_leaves_no_trace")
 DPO = f"--config={ROOT}/experiments/dpo.py:model=m,data=d"
 
 
@@ -27,10 +29,8 @@ def launch(monkeypatch, capsys):
             calls.append((config, workdir))
             return main(config, workdir)
 
-        argv = ["train.py", *arguments]
-        monkeypatch.setattr(sys, "argv", argv)
-        sys.modules.pop("config_config", None)  # ml_collections runs the next experiment in the same module
-        status = cli.launch(called, argv)
+        monkeypatch.setattr("prefalign_jax.commands.train.run_job", called)
+        status = commands.main(["train", *arguments])
         return status, *capsys.readouterr(), calls
 
     return run
@@ -73,17 +73,30 @@ def test_config_overrides_and_workdir_reach_main(launch):
     assert (config.batch_size, config.loss.beta, config.data.limit, config.seed) == (8, 0.5, 9, 0)
 
 
-def test_the_command_line_given_is_the_one_that_counts(launch, monkeypatch):
-    calls = []
-    monkeypatch.setattr(sys, "argv", ["another.py"])
-    assert cli.launch(lambda config, workdir: calls.append(config.seed), ["train.py", DPO, "--config.seed=7"]) == 0
-    assert calls == [7]
+@pytest.mark.parametrize("words", ["data.shuffle=false", "data.shuffle=0", "data.shuffle False"])
+def test_a_boolean_is_set_either_way(launch, words):
+    *_, [(config, _)] = launch(DPO, "--config.data.keep_end", *f"--config.{words}".split(), "--noconfig.tensorboard")
+    assert (config.data.keep_end, config.data.shuffle, config.tensorboard) == (True, False, False)
 
 
-@pytest.mark.parametrize("no_shuffle", ["--config.data.shuffle=false", "--noconfig.data.shuffle"])
-def test_a_boolean_is_set_either_way(launch, no_shuffle):
-    *_, [(config, _)] = launch(DPO, no_shuffle)
-    assert config.data.shuffle is False
+def test_fields_are_read_by_their_types(launch):
+    words = ["--config.learning_rate=1", "--config.data.mix=({'path': 'a, b'},)", "--config.loss.name=dpo + 0.2*sft"]
+    *_, [(config, _)] = launch(f"--config={ROOT}/experiments/dpo.py", *words, "--config.data.eval_fraction", "1e-1")
+    assert (config.learning_rate, type(config.learning_rate), config.data.eval_fraction) == (1.0, float, 0.1)
+    assert (config.data.mix[0]["path"], config.loss.name) == ("a, b", "dpo + 0.2*sft")
+
+
+def test_the_last_of_two_settings_counts_and_what_is_derived_follows(launch, tmp_path):
+    body = "    c = config.defaults()\n    c.steps = 9\n    c.eval_steps = c.get_ref('steps') // 3\n    return c\n"
+    *_, [(config, _)] = launch(write(tmp_path / "mine.py", body), "--config.steps=30", "--config.steps=60")
+    assert (config.steps, config.eval_steps) == (60, 20)
+
+
+def test_an_experiment_of_the_package_is_found_by_its_name(launch):
+    *_, [(config, workdir)] = launch("--config=orpo:model=m,data=Anthropic/hh-rlhf:harmless-base")
+    assert (config.loss.name, config.data.path) == ("orpo", "Anthropic/hh-rlhf:harmless-base")
+    assert workdir == pathlib.Path("runs/orpo")
+    assert launch("--config=handbook/zephyr_7b_dpo:qlora")[3][0][0].lora.rank == 128
 
 
 @pytest.mark.parametrize("config", [[DPO], ["--config", DPO.partition("=")[2]], [DPO[1:]]])
@@ -94,7 +107,7 @@ def test_the_working_directory_is_named_after_the_experiment(launch, config):
 
 
 def test_the_status_of_main_is_passed_on(launch):
-    assert [launch(DPO, main=lambda config, workdir, s=s: s)[0] for s in (None, 0, 1, processes.STOPPED)] == [
+    assert [launch(DPO, main=lambda config, workdir, s=s: s)[0] for s in (None, 0, 1, STOPPED)] == [
         0,
         0,
         1,
@@ -110,11 +123,11 @@ def test_print_config_prints_what_a_run_would_use_and_runs_nothing(launch):
     assert plain["data"]["path"] == "d"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], [DPO, "--help"], ["--help", "--workdir=x"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], [DPO, "--help"], ["--help", "--workdir=x"]])
 def test_help_names_the_options(launch, arguments):
     status, out, err, calls = launch(*arguments)
     assert (status, err, calls) == (0, "", [])
-    assert all(option in out for option in ("usage: train.py", "--config", "--workdir", "print_config"))
+    assert all(option in out for option in ("usage: prefalign train", "--config", "--workdir", "print_config"))
 
 
 # Mistakes
@@ -124,8 +137,10 @@ def test_help_names_the_options(launch, arguments):
     ("override", "wrong", "right"),
     [
         ("--config.batchsize=4", "batchsize", "batch_size"),
-        ("--config.loss.bta=1", "bta", "beta"),
-        ("--config.mesh.dataa=1", "dataa", "data"),
+        ("--config.loss.bta=1", "loss.bta", "loss.beta"),
+        ("--config.mesh.dataa=1", "mesh.dataa", "mesh.data"),
+        ("--config.optimizer.rank=1", "optimizer.rank", "lora.rank"),
+        ("--config.datas.path=x", "datas.path", "data.path"),
     ],
 )
 def test_a_mistyped_field_names_the_nearest(fails, override, wrong, right):
@@ -188,11 +203,11 @@ def test_a_field_of_a_field_that_has_none_is_one_line(fails):
 
 @pytest.mark.parametrize("more", [[], ["--print_config"], ["--config.seed=1"], ["--config.seed=1", "--print_config"]])
 def test_a_missing_file_is_named(fails, more):
-    assert "'missing.py'" in fails("--config=missing.py:model=m", *more)
+    assert "--config=missing.py: no such file" in fails("--config=missing.py:model=m", *more)
 
 
 def test_a_directory_is_no_experiment(fails, tmp_path):
-    assert repr(str(tmp_path)) in fails(f"--config={tmp_path}")
+    assert f"--config={tmp_path} is a directory" in fails(f"--config={tmp_path}")
 
 
 @pytest.mark.parametrize("arguments", [[], ["--config="], ["--workdir=x"]])
@@ -270,13 +285,94 @@ def test_an_interrupt_ends_with_130(launch):
 # The compilation cache
 
 
-@pytest.mark.parametrize(("mine", "kept"), [(None, False), ("/my/place", True)])
+@pytest.mark.parametrize(("mine", "kept"), [(None, "/somewhere/prefalign_jax/xla"), ("/my/place", "/my/place")])
 def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, mine, kept):
-    monkeypatch.undo()  # the real function
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    set_to = {"jax_compilation_cache_dir": mine}
-    stub = types.SimpleNamespace(jax_compilation_cache_dir=mine, update=set_to.__setitem__)
-    monkeypatch.setattr(cli, "jax", types.SimpleNamespace(config=stub))
-    cli._cache_compilations()
-    found = set_to["jax_compilation_cache_dir"]
-    assert found == mine if kept else found.startswith("/somewhere/prefalign_jax")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    if mine:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", mine)
+    parser.keep_programs()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == kept
+
+
+# Every command
+
+
+@pytest.mark.parametrize("command", commands.COMMANDS)
+def test_a_command_says_what_it_does_and_hints(command, capsys):
+    for word in ("-h", "--help"):
+        assert commands.main([command, word]) == 0
+        assert f"usage: prefalign {command}" in capsys.readouterr().out
+    assert commands.main([command, "--hepl"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("trian", "no command 'trian'; did you mean 'train'?"),
+        ("--config=dpo", "prefalign train --config=dpo"),
+        ("dpo", "prefalign train --config=dpo"),
+        ("list loss", "list='loss' is unknown; did you mean 'losses'?"),
+        ("sweep --config=quickstart", "--workdir must be given"),
+        ("sweep --config=quickstart --workdir=w --jobs=two", "--jobs: invalid int value: 'two'"),
+        ("report d --metric=loss", "--metric: no such option; did you mean '--metrics'?"),
+        ("sweep --config=quickstart --work-dir=w", "--work-dir: no such option; did you mean '--workdir'?"),
+        ("report", "DIR must be given"),
+        ("generate --model_name_or_path=m --prompts=p --out=o", "--model_name_or_path: no such option"),
+    ],
+)
+def test_a_mistyped_command_is_one_line(words, says, capsys):
+    assert commands.main(words.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+
+
+def test_no_command_lists_them(capsys):
+    assert commands.main([]) == 0
+    said = capsys.readouterr().out
+    assert all(f"  {name} " in said and what in said for name, what in commands.COMMANDS.items())
+
+
+def test_list_names_everything(capsys):
+    from prefalign_jax.losses import LOSSES
+
+    assert commands.main(["list"]) == 0
+    said = capsys.readouterr().out
+    for name in (*LOSSES, *experiments.experiments(), "qwen3_moe", "ultrafeedback", "chatml"):
+        assert f" {name}" in said, name
+    assert "DPO of any model on any preference data." in said
+    assert commands.main(["list", "templates"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split(", ") == ["  chatml", "llama3", "zephyr"]
+
+
+def test_every_experiment_comes_with_the_package_and_says_what_it_is():
+    files = {path for path in (ROOT / "experiments").rglob("*.py") if "notebooks" not in path.parts}
+    known = experiments.experiments()
+    assert {path.relative_to(ROOT / "experiments").with_suffix("").as_posix() for path in files} == set(known)
+    assert all(experiments.summary(file).endswith(".") for file in known.values())
+
+
+HEAVY = ("jax", "flax", "transformers", "datasets", "matplotlib", "orbax", "grain")
+QUICK = ["--help", *(f"{name} --help" for name in commands.COMMANDS), "train --workdri=w", "train --learning_rate=1"]
+
+
+RUN = f"""
+import sys
+from prefalign_jax import commands
+for words in sys.argv[1:]:
+    commands.main(words.split())
+    print(">", *({set(HEAVY)} & set(sys.modules)))
+"""
+
+
+def test_help_and_a_mistyped_option_import_nothing_heavy():
+    done = subprocess.run([sys.executable, "-c", RUN, *QUICK], capture_output=True, text=True, check=True)
+    loaded = [line for line in done.stdout.splitlines() if line.startswith(">")]
+    assert loaded == [">"] * len(QUICK), dict(zip(QUICK, loaded, strict=True))
+
+
+def test_scripts_are_a_name_and_one_call():
+    for path in (ROOT / "scripts").glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 25, path

@@ -3,7 +3,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import runpy
 import shutil
 
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from prefalign_jax import commands
 from prefalign_jax.data.chat import load_tokenizer, tokenize_records
 from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pipeline import make_pair_set
@@ -481,20 +481,22 @@ def held_out(tmp_path_factory):
 
 
 @pytest.fixture
-def script(tmp_path, capsys, launch_leaves_no_trace):
-    """script(**options) -> (status, stdout, stderr, the directory of its files)."""
-    main = runpy.run_path(str(ROOT / "scripts/evaluate.py"))["main"]
+def measured(tmp_path, capsys, launch_leaves_no_trace):
+    """measured(**options) -> (status, stdout, stderr, the directory of its files) of `prefalign evaluate`."""
 
     def run(**options):
         given = {"out": tmp_path / "out", "batch_size": 8, "examples": 2} | options
-        status = main(["evaluate.py", *(f"--{name}={value}" for name, value in given.items() if value is not None)])
+        words = [f"--{name}={value}" for name, value in given.items() if value is not None]
+        status = commands.main(["evaluate", *words])
         return status, *capsys.readouterr(), tmp_path / "out"
 
     return run
 
 
-def test_the_script_measures_a_trained_model(script, trained, held_out):
-    status, text, err, out = script(model=trained, reference=TRL, before=TRL, data=held_out, beta=0.3, slice_by="topic")
+def test_the_command_measures_a_trained_model(measured, trained, held_out):
+    status, text, err, out = measured(
+        model=trained, reference=TRL, before=TRL, data=held_out, beta=0.3, slice_by="topic"
+    )
     assert status == 0, err
     assert {path.name for path in out.iterdir()} == FILES
     found = json.loads((out / "evaluation.json").read_text())
@@ -523,18 +525,18 @@ def test_the_script_measures_a_trained_model(script, trained, held_out):
         assert word in text
 
 
-def test_losses_without_a_reference_need_none(script, held_out):
-    status, text, err, out = script(model=TRL, data=held_out, loss="orpo", lam=0.5)
+def test_losses_without_a_reference_need_none(measured, held_out):
+    status, text, err, out = measured(model=TRL, data=held_out, loss="orpo", lam=0.5)
     assert status == 0, err
     found = json.loads((out / "evaluation.json").read_text())
     assert (found["reference"], found["displacement"], found["loss"]["lam"]) == (None, {}, 0.5)
     assert "reward " not in (out / "tokens.html").read_text()
     assert "share that fell" not in text
-    assert script(model=TRL, data=held_out, reference_free="true")[0] == 0
+    assert measured(model=TRL, data=held_out, reference_free="true")[0] == 0
 
 
-def test_labelled_completions_are_measured_by_their_label(script, trained, held_out):
-    status, _, err, out = script(model=trained, reference=TRL, data=held_out, loss="kto", limit=24)
+def test_labelled_completions_are_measured_by_their_label(measured, trained, held_out):
+    status, _, err, out = measured(model=trained, reference=TRL, data=held_out, loss="kto", limit=24)
     assert status == 0, err
     found = json.loads((out / "evaluation.json").read_text())
     assert found["completions"] == 24
@@ -547,11 +549,11 @@ def test_labelled_completions_are_measured_by_their_label(script, trained, held_
     }
 
 
-def test_a_reward_model_is_measured_without_tokens(script, held_out, tmp_path):
+def test_a_reward_model_is_measured_without_tokens(measured, held_out, tmp_path):
     config = dataclasses.replace(load_config(TRL), reward=True)
     model = make_decoder(config)
     export(make_params(0, model), config, load_tokenizer(TRL), tmp_path / "reward", card={})
-    status, _, err, out = script(model=tmp_path / "reward", data=held_out, loss="bradley_terry")
+    status, _, err, out = measured(model=tmp_path / "reward", data=held_out, loss="bradley_terry")
     assert status == 0, err
     assert {path.name for path in out.iterdir()} == FILES - {"tokens.html"}
     assert "rewards/accuracies" in json.loads((out / "evaluation.json").read_text())["metrics"]
@@ -563,9 +565,9 @@ def test_a_reward_model_is_measured_without_tokens(script, held_out, tmp_path):
         (dict(reference=None), "loss 'dpo' compares with a reference; write --reference=DIR"),
         (dict(loss="bradley_terry"), "leave out --reference"),
         (dict(loss="bradley_terry", reference=None), "is a language model"),
-        (dict(data=None), "--data is missing"),
-        (dict(modle="x"), "--modle: no such option; did you mean 'model'?"),
-        (dict(beta="x"), "--beta=x: expected a value of type float"),
+        (dict(data=None), "--data must be given"),
+        (dict(modle="x"), "--modle: no such option; did you mean '--model'?"),
+        (dict(beta="x"), "--beta='x' is of the wrong type; write a number"),
         (dict(lam=1), "'dpo' has no hyper-parameter 'lam'"),
         (dict(slice_by="nothing"), "no row has the field 'nothing'"),
         (dict(max_length=4096), "--max_length=4096 exceeds the 512 positions"),
@@ -574,14 +576,14 @@ def test_a_reward_model_is_measured_without_tokens(script, held_out, tmp_path):
         (dict(examples=0), "--examples=0"),
     ],
 )
-def test_mistakes_are_one_line(script, held_out, options, says):
-    status, text, err, _ = script(**dict(model=TRL, reference=TRL, data=held_out) | options)
+def test_mistakes_are_one_line(measured, held_out, options, says):
+    status, text, err, _ = measured(**dict(model=TRL, reference=TRL, data=held_out) | options)
     assert (status, text) == (2, "")
     assert err.count("\n") == 1 and err.startswith("error: ")
     assert says in err
 
 
-def test_another_tokenizer_is_refused(script, held_out, tmp_path):
+def test_another_tokenizer_is_refused(measured, held_out, tmp_path):
     shutil.copytree(TRL, tmp_path / "other")
     path = tmp_path / "other/tokenizer.json"
     tokenizer = json.loads(path.read_text())
@@ -589,5 +591,5 @@ def test_another_tokenizer_is_refused(script, held_out, tmp_path):
     one, other = list(vocabulary)[-2:]
     vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
     path.write_text(json.dumps(tokenizer))
-    status, _, err, _ = script(model=TRL, reference=tmp_path / "other", data=held_out)
+    status, _, err, _ = measured(model=TRL, reference=tmp_path / "other", data=held_out)
     assert status == 2 and "the tokenizers must match" in err

@@ -11,6 +11,7 @@ PACKAGE = "prefalign_jax"
 # The parts of the package, from the ground up: a part imports only from floors below its own.
 FLOORS = (
     "callable_module types intervals quiet",
+    "exits",
     "files options processes tables",
     "data logps losses metrics models optim progress sharding",
     "checkpoint config generation pages policy reference train_step",
@@ -20,6 +21,8 @@ FLOORS = (
     "analysis cost evaluation inspection",
     "train",
     "jobs",
+    "commands",
+    "__main__",
 )
 LAYERS = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 

@@ -2,13 +2,11 @@
 
 import json
 import pathlib
-import runpy
-import sys
 
 import numpy as np
 import pytest
 
-from prefalign_jax import cli
+from prefalign_jax import commands
 from prefalign_jax.config import defaults
 from prefalign_jax.data.chat import load_tokenizer
 from prefalign_jax.data.counts import new_counts
@@ -138,17 +136,11 @@ class _Stopped:
 
 
 @pytest.mark.usefixtures("launch_leaves_no_trace")
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections'
-def test_the_script_shows_what_would_be_trained(data, tmp_path, capsys):
-    argv = [
-        "inspect_data.py",
-        f"--config={ROOT}/experiments/dpo.py:model={MODEL},data={data}",
-        f"--workdir={tmp_path}/out",
-    ]
+def test_the_command_shows_what_would_be_trained(data, tmp_path, capsys):
+    argv = ["inspect", f"--config=dpo:model={MODEL},data={data}", f"--workdir={tmp_path}/out"]
     argv += ["--config.max_length=256", "--config.batch_size=4", "--config.data.clean=exact_duplicates"]
     argv += ["--config.data.cache_dir=", "--config.too_long=truncate_response"]
-    sys.modules.pop("config_config", None)  # ml_collections runs the next experiment in the same module
-    assert cli.launch(runpy.run_path(str(ROOT / "scripts/inspect_data.py"))["main"], argv) == 0
+    assert commands.main(argv) == 0
     out, err = capsys.readouterr()
     assert "Length bias" in out and "training: exact_duplicates" in out
     report = json.loads((tmp_path / "out" / "data.json").read_text())

@@ -2,7 +2,6 @@ import contextlib
 import email.utils
 import html.parser
 import http.server
-import importlib.util
 import json
 import os
 import pathlib
@@ -18,8 +17,8 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from prefalign_jax import cli
-from prefalign_jax.generation.sample_files import Sample, write_samples
+from prefalign_jax import commands
+from prefalign_jax.generation.sample_files import Sample, write_jsonl
 from prefalign_jax.judges import endpoint as endpoint_module
 from prefalign_jax.judges import page as page_module
 from prefalign_jax.judges import reward_model, rewards
@@ -796,19 +795,15 @@ def test_sides_do_not_tell_the_models():
     np.testing.assert_array_equal(one, ~other)  # the same text on the left, whichever model wrote it
 
 
-# The script
+# The command
 
 
 @pytest.fixture
-def judge_script(capsys, monkeypatch):
-    spec = importlib.util.spec_from_file_location("judge_script", ROOT / "scripts" / "judge.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def judge(capsys):
+    """judge(*arguments) -> (status, stdout, stderr) of `prefalign judge` with these."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["judge.py", *arguments])
-        status = cli.status_of(module.main)
-        return status, *capsys.readouterr()
+        return commands.main(["judge", *arguments]), *capsys.readouterr()
 
     return run
 
@@ -816,12 +811,13 @@ def judge_script(capsys, monkeypatch):
 @pytest.fixture
 def files(tmp_path):
     for name, text in (("a", LONG), ("b", SHORT)):
-        write_samples(tmp_path / f"{name}.jsonl", [Sample(f"prompt {i}", f"{text} {i}", name) for i in range(4)])
+        samples = [Sample(f"prompt {i}", f"{text} {i}", name) for i in range(4)]
+        write_jsonl(tmp_path / f"{name}.jsonl", (sample._asdict() for sample in samples))
     return [f"--first={tmp_path / 'a.jsonl'}", f"--second={tmp_path / 'b.jsonl'}", f"--out={tmp_path / 'out'}"]
 
 
-def test_the_script_writes_what_it_prints(judge_script, files, tmp_path):
-    status, out, err = judge_script(*files, "--judge=reward:more_words")
+def test_the_command_writes_what_it_prints(judge, files, tmp_path):
+    status, out, err = judge(*files, "--judge=reward:more_words")
     assert (status, err) == (0, "")
     assert "a against b" in out and "1.000 [0.510, 1.000]" in out and "4, 0, 0 on 4 prompts" in out
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -830,23 +826,23 @@ def test_the_script_writes_what_it_prints(judge_script, files, tmp_path):
     assert (tmp_path / "out" / "pairs.html").read_text().startswith("<!DOCTYPE html>")
 
 
-def test_the_script_goes_on_where_an_endpoint_failed(judge_script, files, server, monkeypatch):
+def test_the_command_goes_on_where_an_endpoint_failed(judge, files, server, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", KEY)
     options = [*files, f"--judge=endpoint:{server.url}", "--option=model=m", "--option=key_env=JUDGE_KEY"]
     options += ["--option=retries=0", "--option=threads=1"]
     server.answer = lambda q, n, h: (500, {}, "") if "prompt 2" in q else prefers_long(q, n, h)
-    status, out, err = judge_script(*options)
+    status, out, err = judge(*options)
     assert status == 0 and "lost: HTTP 500" in out and "3, 0, 0 on 3 prompts" in out and KEY not in out + err
     server.answer = prefers_long
     server.requests.clear()
-    assert "4, 0, 0 on 4 prompts" in judge_script(*options)[1]
+    assert "4, 0, 0 on 4 prompts" in judge(*options)[1]
     assert len(server.requests) == 2
 
 
-def test_the_script_reads_a_persons_verdicts_and_a_reward_of_ones_own(judge_script, files, tmp_path):
+def test_the_command_reads_a_persons_verdicts_and_a_reward_of_ones_own(judge, files, tmp_path):
     row = {"prompt": "prompt 1", "first": f"{LONG} 1", "second": f"{SHORT} 1", "preference": 0.5}
     (tmp_path / "human.jsonl").write_text(json.dumps(row) + "\n")
-    _, out, _ = judge_script(*files, f"--judge=human:{tmp_path / 'human.jsonl'}")
+    _, out, _ = judge(*files, f"--judge=human:{tmp_path / 'human.jsonl'}")
     assert "0, 1, 0 on 1 prompts" in out and re.search(r"lost: not judged +3", out)
     (tmp_path / "mine.py").write_text(
         "from prefalign_jax.judges.rewards import REWARDS\n"
@@ -854,12 +850,12 @@ def test_the_script_reads_a_persons_verdicts_and_a_reward_of_ones_own(judge_scri
     )
     try:
         mine = [f"--load={tmp_path / 'mine.py'}", "--judge=reward:shortest", "--option=scale=2"]
-        assert "0, 0, 4 on 4 prompts" in judge_script(*files, *mine)[1]
+        assert "0, 0, 4 on 4 prompts" in judge(*files, *mine)[1]
     finally:
         rewards.REWARDS.pop("shortest", None)
 
 
-def test_the_script_judges_whole_conversations_of_mt_bench(judge_script, tmp_path):
+def test_the_command_judges_whole_conversations_of_mt_bench(judge, tmp_path):
     questions = [{"question_id": n, "category": "c", "turns": ["Why?", "And then?"][:n]} for n in (1, 2)]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     for name, text in (("a", LONG), ("b", SHORT)):
@@ -868,7 +864,7 @@ def test_the_script_judges_whole_conversations_of_mt_bench(judge_script, tmp_pat
             for n in (1, 2)
         ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    status, out, err = judge_script(
+    status, out, err = judge(
         f"--first={tmp_path / 'a.jsonl'}", f"--second={tmp_path / 'b.jsonl'}", f"--questions={tmp_path / 'q.jsonl'}",
         "--judge=reward:more_words", f"--out={tmp_path / 'out'}"
     )  # fmt: skip
@@ -879,15 +875,15 @@ def test_the_script_judges_whole_conversations_of_mt_bench(judge_script, tmp_pat
     assert two.second == f"[answer 1]\n{SHORT}\n\n[answer 2]\n{SHORT} b"
 
 
-def test_the_script_judges_by_a_reward_model(judge_script, files, reward_directory):
-    status, out, _ = judge_script(*files, f"--judge=model:{reward_directory[0]}", "--option=batch_size=4")
+def test_the_command_judges_by_a_reward_model(judge, files, reward_directory):
+    status, out, _ = judge(*files, f"--judge=model:{reward_directory[0]}", "--option=batch_size=4")
     assert status == 0 and "on 4 prompts" in out
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "arguments are required: --judge"),
+        ([], "--judge must be given"),
         (["--judge=reward:kindnes"], "did you mean 'kindness'"),
         (["--judge=oracle:x"], "--judge='oracle' is unknown"),
         (["--judge=reward"], "write reward: and a name"),
@@ -898,17 +894,17 @@ def test_the_script_judges_by_a_reward_model(judge_script, files, reward_directo
         (["--judge=reward:matches"], "needs a pattern"),
         (["--judge=reward:kindness", "--load=nowhere.py"], "--load=nowhere.py: FileNotFoundError"),
         (["--judge=model:./nowhere"], "no such directory"),
-        (["--judge=reward:kindness", "--fist=x"], "unrecognized arguments: --fist=x"),
-        (["--judge=reward:kindness", "extra"], "unrecognized arguments: extra"),
+        (["--judge=reward:kindness", "--fist=x"], "--fist: no such option; did you mean '--first'?"),
+        (["--judge=reward:kindness", "extra"], "unexpected argument 'extra'"),
     ],
 )
-def test_mistakes_are_one_line_and_status_2(judge_script, files, arguments, says):
-    status, out, err = judge_script(*files, *arguments)
+def test_mistakes_are_one_line_and_status_2(judge, files, arguments, says):
+    status, out, err = judge(*files, *arguments)
     assert (status, out) == (2, "")
     assert err.startswith("error: ") and says in err and err.count("\n") == 1
 
 
-def test_samples_without_a_prompt_in_common_are_a_mistake(judge_script, files, tmp_path):
-    write_samples(tmp_path / "b.jsonl", [Sample("other", "x", "b")])
-    status, _, err = judge_script(*files, "--judge=reward:kindness")
+def test_samples_without_a_prompt_in_common_are_a_mistake(judge, files, tmp_path):
+    write_jsonl(tmp_path / "b.jsonl", [Sample("other", "x", "b")._asdict()])
+    status, _, err = judge(*files, "--judge=reward:kindness")
     assert status == 2 and "no prompt in common" in err

@@ -1,6 +1,5 @@
 """docs/losses.md says what the code does."""
 
-import importlib.util
 import json
 import pathlib
 import re
@@ -8,27 +7,20 @@ import re
 import numpy as np
 import pytest
 
+from docs_pages import losses
 from prefalign_jax.losses import LOSSES, MIXTURES
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("losses_page", ROOT / "scripts" / "losses_page.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def test_the_page_is_the_one_that_the_losses_make():
+    assert losses.page() == PAGE, "run python scripts/losses_page.py"
 
 
-def test_the_page_is_the_one_that_the_losses_make(script):
-    assert script.page() == PAGE, "run python scripts/losses_page.py"
-
-
-def test_the_picture_shows_the_curves_of_these_losses(script):
+def test_the_picture_shows_the_curves_of_these_losses():
     (text,) = re.findall(rb"Description\0(\{.*?\})", (ROOT / "docs" / "losses.png").read_bytes())
-    drawn, now = json.loads(text), script.points()
+    drawn, now = json.loads(text), losses.points()
     assert drawn.keys() == now.keys(), "run python scripts/losses_page.py"
     for name, values in now.items():
         np.testing.assert_allclose(values, drawn[name], rtol=1e-4, atol=1e-5, err_msg=name)

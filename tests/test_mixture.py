@@ -9,6 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from prefalign_jax import load_data
+from prefalign_jax.cli import experiments
 from prefalign_jax.config import defaults
 from prefalign_jax.data.mixture import Source, in_proportion, normalised, prompt_key, read_source, source_digest
 from prefalign_jax.experiment import read as read_experiment
@@ -47,13 +48,10 @@ def config_of(tmp_path, mix=None, loss="dpo", **data):
     return c
 
 
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections'
-def test_a_command_line_can_name_sources(tmp_path, monkeypatch):
-    from prefalign_jax.cli import read_config
-
+def test_a_command_line_can_name_sources(tmp_path):
     (tmp_path / "e.py").write_text("from prefalign_jax import config\nget_config = lambda: config.defaults('dpo')\n")
     mix = '({"path": "a", "weight": 0.7}, {"path": "b", "weight": 0.3})'
-    config = read_config([f"--config={tmp_path}/e.py", f"--config.data.mix={mix}", "--config.model.path=m"])
+    config = experiments.config_of(f"{tmp_path}/e.py", [f"--config.data.mix={mix}", "--config.model.path=m"])
     read_experiment(config)
     assert [source["weight"] for source in config.data.mix] == [0.7, 0.3]
 

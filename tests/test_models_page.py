@@ -1,27 +1,16 @@
 """docs/models.md has every family and every case that is compared, within what the tests allow."""
 
-import importlib.util
-import pathlib
 import re
 
+from docs_pages import models
 from prefalign_jax.models.families import FAMILIES
 from test_families_parity import CASES
 
-ROOT = pathlib.Path(__file__).parents[1]
-
-
-def script():
-    spec = importlib.util.spec_from_file_location("models_page", ROOT / "scripts" / "models_page.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 def test_the_table_has_every_family_and_case():
-    module = script()
-    assert module.NAMES.keys() == FAMILIES.keys()
-    page = module.PAGE.read_text(encoding="utf-8")
-    table = page[page.index(module.BEGIN) : page.index(module.END)]
+    assert models.NAMES.keys() == FAMILIES.keys()
+    page = models.PAGE.read_text(encoding="utf-8")
+    table = page[page.index(models.BEGIN) : page.index(models.END)]
     rows = re.findall(r"^\| `(\w+)`(?:, ([\w ]+))? \|.*?\|((?: [\d.]+e[+-]\d+ \|){5})$", table, re.MULTILINE)
     assert {" ".join(filter(None, row[:2])) for row in rows} == CASES.keys(), "run python scripts/models_page.py"
     for *_, numbers in rows:
@@ -30,7 +19,6 @@ def test_the_table_has_every_family_and_case():
 
 
 def test_variants_stand_beneath_their_family():
-    module = script()
-    rows = module.table({"llama": {"logits": 1e-6}, "llama dynamic": {"logits": 2e-6, "export": 0.0}}).splitlines()[2:]
+    rows = models.table({"llama": {"logits": 1e-6}, "llama dynamic": {"logits": 2e-6, "export": 0.0}}).splitlines()[2:]
     assert rows[0].startswith("| `llama` | Llama 2 and 3") and "| 1.0e-06 | - | - | - | - |" in rows[0]
     assert rows[1].startswith("| `llama`, dynamic |  |  | 2.0e-06 | - | - | 0.0e+00 | - |")

@@ -1,14 +1,13 @@
 """A plan against what then runs: the memory of a step, and what the shapes and chips that it knows say."""
 
 import pathlib
-import runpy
-import sys
 
 import jax
 import numpy as np
 import optax
 import pytest
 
+from prefalign_jax import commands
 from prefalign_jax.assemble import decoder_of, step_of
 from prefalign_jax.config import defaults
 from prefalign_jax.cost import plan as module
@@ -17,7 +16,6 @@ from prefalign_jax.data.pipeline import batch_of, make_pair_set
 from prefalign_jax.experiment import read
 from prefalign_jax.models.decoder import make_decoder
 from prefalign_jax.models.lora import Lora
-from prefalign_jax.processes import status_of
 from prefalign_jax.sharding import born, make_mesh, packing_of, place_batch
 from prefalign_jax.train_step import init_state
 from prefalign_jax.types import Pair, UserError
@@ -123,10 +121,8 @@ def test_every_chip_has_a_source():
         ("--devices=8 --device=h200", "no experiment given"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_one_line(words, says, monkeypatch, capsys):
-    script = runpy.run_path(str(ROOT / "scripts" / "plan.py"))
-    monkeypatch.setattr(sys, "argv", ["plan.py", *words.split()])
-    assert status_of(script["main"]) == 2
+def test_a_mistake_on_the_command_line_is_one_line(words, says, capsys):
+    assert commands.main(["plan", *words.split()]) == 2
     said = capsys.readouterr().err
     assert says in said and said.count("\n") == 1
 

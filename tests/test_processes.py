@@ -41,8 +41,8 @@ def take_part(process, count, port, workdir, fields, at, number):
     os.dup2(log.fileno(), 2)
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=2 {FAST_TO_COMPILE}"
     from prefalign_jax import train
+    from prefalign_jax.exits import status_of
     from prefalign_jax.jobs import run_train
-    from prefalign_jax.processes import status_of
 
     read = train.log
 

@@ -321,9 +321,6 @@ def experiment(tmp_path, launch_leaves_no_trace):
     return write
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections'
-
-
 def test_points_are_read_with_arguments_and_overrides_for_all(experiment):
     listed = "[{'config': 'loss=orpo', 'seed': 1}, {'loss.beta': 0.3, 'data.shuffle': False}]"
     file = experiment(f"def sweep():\n    yield from {listed}")
@@ -341,10 +338,10 @@ def test_points_are_read_with_arguments_and_overrides_for_all(experiment):
         ("[3]", "sweep(), point 1: expected a dict of overrides, found int"),
         ("[{'seed': 0}, {'seed': None}]", "sweep(), point 2: seed=None; write a string"),
         ("[{'seed=1 --x': 0}]", "is no field; write a dotted name"),
-        ("[{'sed': 0}]", "point 1 (sed=0): the config has no field 'sed', did you mean 'seed'?"),
+        ("[{'sed': 0}]", "point 1 (sed=0): the config has no field 'sed'; did you mean 'seed'?"),
         ("[{'loss.lam': 1.0}]", "loss 'dpo' has no hyper-parameter 'lam'"),
         ("[{'seed': -1}]", "seed=-1 must be at least 0"),
-        ("1 / 0", "sweep() failed with ZeroDivisionError"),
+        ("1 / 0", "experiment.py, line 13: ZeroDivisionError: division by zero"),
         ("[{'batch_size': 5}]", "--config.batch_size on the command line sets what the sweep varies"),
     ],
 )

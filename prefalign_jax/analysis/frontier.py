@@ -10,16 +10,18 @@ from typing import NamedTuple
 import matplotlib.figure
 import numpy as np
 
-from prefalign_jax.analysis.runs import Run
+from prefalign_jax.analysis.runs import Run, find_runs
 from prefalign_jax.files import read_json_lines
 from prefalign_jax.generation.best_of_n import best_of_n, kl_bound
 from prefalign_jax.intervals import Interval, t_interval
 from prefalign_jax.pages.palette import look
 from prefalign_jax.pages.pictures import styled
+from prefalign_jax.tables import markdown
 from prefalign_jax.types import UserError
 
 REWARD, KL = "samples/reward", "samples/kl"
 MARKERS = "osD^v<>P"
+LIMITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # nats
 
 
 class Point(NamedTuple):
@@ -124,3 +126,30 @@ def draw_frontier(points: Sequence[Point], best: Sequence[tuple[int, float, floa
     axes.set_ylabel("mean true reward of samples")
     axes.legend()
     return figure
+
+
+def report_frontier(directory: Path, pairs: Path | None = None) -> str:
+    """Draws DIRECTORY/frontier.png.
+
+    Args:
+      directory: of a sweep whose runs have `samples`.
+      pairs: pairs.jsonl of the job `pairs`, for the best of n.
+
+    Returns:
+      A table of the best mean reward within each of LIMITS, and what else there is to say.
+
+    Raises:
+      UserError: there is no run that measured reward and KL.
+    """
+    runs = find_runs([directory])
+    points = points_of(runs)
+    best = best_of_points(pairs) if pairs else []
+    path = directory / "frontier.png"
+    draw_frontier(points, best).savefig(path, dpi=120)
+    rows = [
+        [method, *(f"{mean:.4f}" + (f" [{low:.4f}, {high:.4f}]" if low == low else "") for mean, low, high in values)]
+        for method, values in reward_within(runs, LIMITS).items()
+    ]
+    table = markdown(["best mean reward at KL <=", *(f"{limit:g}" for limit in LIMITS)], rows)
+    bests = [f"best of {n}: reward {reward:.4f}, KL at most {kl:.3f}" for n, kl, reward in best]
+    return "\n".join([table, *bests, f"{len(points)} evaluations of {max(p.seeds for p in points)} seeds; {path}"])

@@ -9,7 +9,6 @@ import io
 import json
 import os
 import re
-import runpy
 import shlex
 import shutil
 import signal
@@ -21,8 +20,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from prefalign_jax import cli, processes
+from prefalign_jax import processes
 from prefalign_jax.analysis.runs import MARK, last_row, latest_stage, read_config, read_mark, read_run
+from prefalign_jax.cli.experiments import config_of, sweep_of
 from prefalign_jax.experiment import read
 from prefalign_jax.files import hold, locked, write_json, write_text, writing
 from prefalign_jax.processes import note, stop_signal
@@ -58,7 +58,7 @@ def read_points(config: str, common: Sequence[str] = ()) -> list[Point]:
     """The points of an experiment's sweep(), each checked as its run would check it.
 
     Args:
-      config: FILE.py or FILE.py:ARG. A point's own 'config' is joined to ARG after a comma, so it wins.
+      config: NAME or NAME:ARG of an experiment. A point's own 'config' is joined to ARG after a comma, so it wins.
       common: words --config.x=y for all points.
 
     Returns:
@@ -67,32 +67,24 @@ def read_points(config: str, common: Sequence[str] = ()) -> list[Point]:
     Raises:
       UserError: no sweep(), two equal points, or a point that no run would take.
     """
-    file, _, argument = config.partition(":")
-    cli.read_config([f"--config={config}", *common])  # a mistake in the file or in `common` is no point's
-    try:
-        sweep = runpy.run_path(file).get("sweep")
-        if sweep is None:
-            raise UserError(f"{file}: it has no sweep(); write one that returns dicts such as {{'seed': 0}}")
-        listed = list(sweep())
-    except UserError:
-        raise
-    except Exception as error:  # the experiment's own code raises whatever it likes
-        raise UserError(f"{file}: sweep() failed with {type(error).__name__}: {error}") from None
+    experiment, _, argument = config.partition(":")
+    config_of(config, common)  # a mistake in the file or in `common` is no point's
+    listed = sweep_of(experiment)
     if not listed:
-        raise UserError(f"{file}: sweep() gives no point; write at least one dict, which may be empty")
+        raise UserError(f"{experiment}: sweep() gives no point; write at least one dict, which may be empty")
     for number, overrides in enumerate(listed, 1):
-        _check(overrides, f"{file}: sweep(), point {number}", common)
+        _check(overrides, f"{experiment}: sweep(), point {number}", common)
     points = []
     for number, (name, overrides) in enumerate(zip(names_of(listed), listed, strict=True), 1):
         joined = ",".join(filter(None, (argument, overrides.get("config"))))
-        arguments = [f"--config={file}:{joined}" if joined else f"--config={file}", *common]
-        arguments += [f"--config.{key}={_text(value)}" for key, value in overrides.items() if key != "config"]
+        spec = f"{experiment}:{joined}" if joined else experiment
+        words = [f"--config.{key}={_text(value)}" for key, value in overrides.items() if key != "config"]
         try:
-            experiment = read(cli.read_config(arguments))
+            fields = read(config_of(spec, [*common, *words])).fields
         except UserError as error:
-            raise UserError(f"{file}: sweep(), point {number} ({name}): {error}") from None
-        plain = json.loads(json.dumps(experiment.fields))
-        points.append(Point(name, overrides, arguments, plain))
+            raise UserError(f"{experiment}: sweep(), point {number} ({name}): {error}") from None
+        plain = json.loads(json.dumps(fields))
+        points.append(Point(name, overrides, [f"--config={spec}", *common, *words], plain))
     return points
 
 

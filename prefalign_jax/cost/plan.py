@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +14,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from prefalign_jax.assemble import decoder_of, drawn_dtype, step_of
+from prefalign_jax.cost.chips import CHIPS, Chip
 from prefalign_jax.cost.collectives import KINDS, Collective, collectives
 from prefalign_jax.cost.flops import count_flops
+from prefalign_jax.cost.shapes import SHAPES
 from prefalign_jax.data.pipeline import batch_of, make_pair_set
 from prefalign_jax.experiment import Experiment, read
 from prefalign_jax.logps import REFERENCE_NEEDS
@@ -33,52 +34,6 @@ GB = 1e9
 ROOM = 0.92  # of a device's memory that a program gets: the rest is the runtime's and lost to fragmentation
 ATTAINED = 0.4  # of the peak operations, in matrix products
 REACHED = 0.7  # of the links' bandwidth, in collectives
-
-
-class Chip(NamedTuple):
-    """What one device can do.
-
-    Attributes:
-      memory: bytes.
-      flops: dense bfloat16 operations a second.
-      link: bytes a second that it sends to devices of its own host, or of its slice for TPUs.
-      network: the same to others.
-      host: devices that `link` connects.
-      source: of these figures.
-    """
-
-    memory: float
-    flops: float
-    link: float
-    network: float
-    host: int
-    source: str
-
-
-_NVIDIA = "NVIDIA's data sheet of the SXM module; network: one {} InfiniBand port a GPU"
-_GOOGLE = "docs.cloud.google.com/tpu/docs/{}: key specifications; half of a bidirectional bandwidth counts"
-CHIPS: dict[str, Chip] = {
-    "a100": Chip(80e9, 312e12, 300e9, 25e9, 8, _NVIDIA.format("200 Gb/s")),
-    "h100": Chip(80e9, 989e12, 450e9, 50e9, 8, _NVIDIA.format("400 Gb/s")),
-    "h200": Chip(141e9, 989e12, 450e9, 50e9, 8, _NVIDIA.format("400 Gb/s")),
-    "tpu-v4": Chip(32e9, 275e12, 300e9, 6.25e9, 4096, _GOOGLE.format("v4")),
-    "tpu-v5e": Chip(16e9, 197e12, 200e9, 3.1e9, 256, _GOOGLE.format("v5e")),
-    "tpu-v5p": Chip(95e9, 459e12, 600e9, 6.25e9, 8960, _GOOGLE.format("v5p")),
-    "tpu-v6e": Chip(32e9, 918e12, 400e9, 6.25e9, 256, _GOOGLE.format("v6e")),
-}
-
-_LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "num_key_value_heads": 8}
-_LLAMA_3 = _LLAMA | {"vocab_size": 128256, "rope_theta": 500000.0, "max_position_embeddings": 8192}
-# Shapes by name, as config.json has them, where the model is not at hand.
-SHAPES: dict[str, Mapping[str, Any]] = {
-    "llama-3-8b": _LLAMA_3
-    | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "llama-3-70b": _LLAMA_3
-    | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
-    "mistral-7b": _LLAMA
-    | {"model_type": "mistral", "vocab_size": 32000, "rope_theta": 10000.0, "max_position_embeddings": 32768}
-    | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
-}
 
 
 class Plan(NamedTuple):

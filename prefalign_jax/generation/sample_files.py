@@ -1,10 +1,8 @@
-"""Sampled responses and where they came from, in our files and in other tools' formats; others' scores read back."""
+"""Sampled responses and where they came from, in our files and in other tools' formats."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,16 +33,6 @@ class Sample(NamedTuple):
     settings: Mapping[str, Any] = {}
 
 
-class Score(NamedTuple):
-    """One number of an lm-evaluation-harness results file; `stderr` is None where the file has none."""
-
-    task: str
-    metric: str
-    filter: str  # '' in files from before filters
-    value: float
-    stderr: float | None
-
-
 def as_text(prompt: Text) -> str:
     """A prompt as a person or a judge reads it: strings as they are, messages one after the other under their roles.
 
@@ -66,13 +54,8 @@ def as_text(prompt: Text) -> str:
 # Our own files.
 
 
-def write_samples(path: str | Path, samples: Iterable[Sample]) -> None:
-    """Writes a JSONL file with a line a sample, its fields those of `Sample`; the file appears whole or not at all."""
-    write_jsonl(path, (sample._asdict() for sample in samples))
-
-
 def read_samples(path: str | Path) -> list[Sample]:
-    """Reads what `write_samples` wrote, or any JSONL file with prompt, response and model; other fields are ignored.
+    """Reads a JSONL file with prompt, response and model in each row, and more of `Sample` as it has it.
 
     Raises:
       UserError: the file cannot be read or a row is malformed; the line names file and row.
@@ -209,81 +192,6 @@ def whole_conversations(samples: Iterable[Sample]) -> list[Sample]:
     ]
 
 
-def write_mt_bench(path: str | Path, samples: Iterable[Sample]) -> None:
-    """Writes samples of one model as MT-Bench answers; their ids must be 'QUESTION/TURN', as `read_mt_bench` gives.
-
-    Raises:
-      UserError: an id is something else, a turn is missing, or there are several models.
-    """
-    questions: dict[str, list[dict[int, str]]] = {}
-    models = set()
-    for row, sample in enumerate(samples, 1):
-        question, slash, turn = sample.id.rpartition("/")
-        if not slash or not turn.isdecimal():
-            raise UserError(f"{path}, row {row}: MT-Bench's format needs an id QUESTION/TURN, found {sample.id!r}")
-        choices = questions.setdefault(question, [])
-        # Several samples of a turn are the turn of several choices.
-        choice = next((choice for choice in choices if int(turn) not in choice), None)
-        if choice is None:
-            choices.append(choice := {})
-        choice[int(turn)] = sample.response
-        models.add(sample.model)
-    if len(models) > 1:
-        raise UserError(f"{path}: a file of MT-Bench's answers is of one model, found {', '.join(sorted(models))}")
-    rows = []
-    for question, choices in questions.items():
-        for choice in choices:
-            if sorted(choice) != list(range(1, len(choice) + 1)):
-                raise UserError(f"{path}: question {question}: a turn is missing, there are {sorted(choice)}")
-        turns = [[choice[turn] for turn in sorted(choice)] for choice in choices]
-        rows.append(
-            {
-                "question_id": int(question) if question.isdecimal() else question,
-                "answer_id": hashlib.sha256(json.dumps([question, *models, turns]).encode()).hexdigest()[:22],
-                "model_id": next(iter(models)),
-                "choices": [{"index": index, "turns": texts} for index, texts in enumerate(turns)],
-                "tstamp": time.time(),
-            }
-        )
-    write_jsonl(path, rows)
-
-
-# lm-evaluation-harness: its results, read only.
-
-
-def read_lm_eval(path: str | Path) -> list[Score]:
-    """Reads the scores of a results file of lm-evaluation-harness: {"results": {TASK: {"METRIC,FILTER": number}}}.
-
-    A standard error ("METRIC_stderr,FILTER", the number or "N/A") joins its metric; what has no comma in its name
-    (alias, sample counts) is no score, except in files from before filters, where no name has one.
-
-    Raises:
-      UserError: the file cannot be read or a score is no number.
-
-    Source: github.com/EleutherAI/lm-evaluation-harness, docs/interface.md and its written results.
-    """
-    whole = read_json(Path(path))
-    _object(str(path), whole)
-    out = []
-    for task, row in _field(str(path), whole, "results", Mapping).items():
-        where = f"{path}, task {task!r}"
-        _object(where, row)
-        filtered = any("," in name for name in row)
-        numbers, errors = {}, {}
-        for name, value in row.items():
-            metric, comma, kept = name.partition(",")
-            if (filtered and not comma) or (not filtered and isinstance(value, str)):
-                continue
-            base = metric.removesuffix("_stderr")
-            if base != metric and value in ("N/A", None):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise UserError(f"{where}: score {name!r}: expected a number, found {value!r}")
-            (numbers if base == metric else errors)[base, kept] = float(value)
-        out += [Score(task, *key, value, errors.get(key)) for key, value in numbers.items()]
-    return _some(path, out, "score")
-
-
 # What the readers share.
 
 
@@ -342,7 +250,7 @@ def text_of(where: Place | str, row: Mapping[str, Any], name: str) -> Text:
     return value
 
 
-def _some(path: str | Path, rows: list, unit: str = "sample") -> list:
+def _some(path: str | Path, rows: list) -> list:
     if not rows:
-        raise UserError(f"{path}: there is no {unit}")
+        raise UserError(f"{path}: there is no sample")
     return rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from flax import nnx
 
 from prefalign_jax.models import moe, quantize, rope
 from prefalign_jax.models.attention import Tiles, attend, sequence_attend, tiled_attend, tree_mask, tree_tiles
+from prefalign_jax.models.decoder_config import DecoderConfig
 from prefalign_jax.models.dropout import Dropout, drop, fork
 from prefalign_jax.models.lora import Lora, adapter_shapes, delta, join, stretch
 from prefalign_jax.options import choose
@@ -27,82 +27,6 @@ REMAT: dict[str, Callable | None] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """The shape of a decoder, and by which of the known variations its family computes. The defaults are Llama's.
-
-    Attributes:
-      norm: 'rms'; 'rms_unit', whose stored scale counts from 1 (Gemma); 'layer', with mean and bias.
-      residual: where the norms stand. 'pre': before attention and MLP. 'post': on their outputs (OLMo 2). 'sandwich':
-        both (Gemma 2, 3). 'parallel': attention and MLP read the same input, each through a norm of its own (NeoX).
-        'parallel_shared': through one norm (Phi 2).
-      qk_norm: 'none'; 'head', over each head (Qwen 3, Gemma 3); 'width', over all heads at once (OLMo 2).
-      qkv_bias, output_bias, mlp_bias, head_bias: which products add a bias.
-      query_scale: multiplier of the scores; None is head_dim^-1/2.
-      attention_softcap, logit_softcap: c in c tanh(x / c), of scores and of logits (Gemma 2); None for none.
-      windows: for each layer how many positions a token sees, itself included, 0 for all; () is 0 everywhere.
-      positions: 'rope', or 'learned' absolute ones, of which the first `position_offset` rows are not used (OPT).
-      rope_fraction: part of each head that is rotated.
-      rope_layers: for each layer whether it rotates; () is everywhere (SmolLM 3 skips some).
-      local_rope_theta: base in the layers with a window, where it differs (Gemma 3); they are not scaled.
-      activation, gated: act(gate(x)) * up(x), or act(up(x)).
-      embedding_scale: multiplier of the token embedding (Gemma: hidden_size^1/2).
-      num_experts, experts_per_token: a mixture of experts in place of the MLP, 0 for none; `intermediate_size` is then
-        an expert's.
-      renormalise_router: let the weights of a token's experts sum to 1.
-      vocab_padding: rows of the embedding and the head beyond the vocabulary, so that they can be dealt evenly to
-        devices; they get no probability and are not exported.
-      reward: one number for a text in place of logits.
-      family: the Hugging Face model_type, which names the tensors and decides what config.json says.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    norm: str = "rms"
-    norm_eps: float = 1e-5
-    residual: str = "pre"
-    qk_norm: str = "none"
-    qkv_bias: bool = False
-    output_bias: bool = False
-    mlp_bias: bool = False
-    head_bias: bool = False
-    query_scale: float | None = None
-    attention_softcap: float | None = None
-    logit_softcap: float | None = None
-    windows: tuple[int, ...] = ()
-    positions: str = "rope"
-    position_offset: int = 0
-    rope_theta: float = 10000.0
-    rope_scaling: rope.RopeScaling | None = None
-    rope_fraction: float = 1.0
-    rope_layers: tuple[bool, ...] = ()
-    local_rope_theta: float | None = None
-    activation: str = "silu"
-    gated: bool = True
-    embedding_scale: float | None = None
-    num_experts: int = 0
-    experts_per_token: int = 2
-    renormalise_router: bool = True
-    tie_embeddings: bool = False
-    max_position: int = 2048
-    init_std: float = 0.02
-    vocab_padding: int = 0
-    reward: bool = False
-    family: str = "llama"
-
-    @property
-    def head_path(self) -> str:
-        """Path of the parameter that `LanguageModel.head` gives."""
-        if self.reward:
-            return "score/kernel"
-        return "embed/embedding" if self.tie_embeddings else "head/kernel"
 
 
 @jax.custom_vjp

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from prefalign_jax.models.decoder import DecoderConfig
+from prefalign_jax.models.decoder_config import DecoderConfig
 from prefalign_jax.models.families import gemma, gpt, llama, mixtral, olmo2, phi, starcoder2
 from prefalign_jax.models.families.family import SCORE, Family, Weight, unsupported
 from prefalign_jax.types import UserError

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from prefalign_jax.models.decoder import DecoderConfig
+from prefalign_jax.models.decoder_config import DecoderConfig
 from prefalign_jax.models.rope import RopeScaling
 from prefalign_jax.types import UserError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from prefalign_jax.models.decoder import DecoderConfig
+from prefalign_jax.models.decoder_config import DecoderConfig
 from prefalign_jax.models.families.family import (
     DEFAULTS,
     FIELDS,

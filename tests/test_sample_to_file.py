@@ -1,16 +1,16 @@
-"""scripts/generate.py: prompts in, samples out; stopped anywhere, it goes on with the same samples."""
+"""`prefalign generate`: prompts in, samples out; stopped anywhere, it goes on with the same samples."""
 
 import dataclasses
-import importlib.util
 import json
-import pathlib
 
 import numpy as np
 import pytest
 
-from prefalign_jax import cli
+from prefalign_jax import commands
+from prefalign_jax.commands import generate
 from prefalign_jax.data.chat import tokenize_prompts
 from prefalign_jax.generation.sample_files import read_samples
+from prefalign_jax.generation.sampling import Sampling
 from prefalign_jax.models import hf_io
 from prefalign_jax.models.decoder import make_decoder
 from prefalign_jax.models.endings import stop_ids
@@ -26,16 +26,6 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def main():
-    spec = importlib.util.spec_from_file_location(
-        "generate_script", pathlib.Path(__file__).parents[1] / "scripts" / "generate.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
-@pytest.fixture(scope="module")
 def model(tiny_tokenizer, tmp_path_factory):
     directory = tmp_path_factory.mktemp("model") / "small"
     config = dataclasses.replace(CONFIG, vocab_size=len(tiny_tokenizer))
@@ -45,13 +35,13 @@ def model(tiny_tokenizer, tmp_path_factory):
 
 
 @pytest.fixture
-def run(main, model, tmp_path):
+def run(model, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
 
     def go(*options):
         words = [f"--model={model}", f"--prompts={prompts}", f"--out={tmp_path / 'out.jsonl'}", "--max_new_tokens=6"]
-        return cli.status_of(lambda: main([*words, "--batch_size=8", *options]))
+        return commands.main(["generate", *words, "--batch_size=8", *options])
 
     return go
 
@@ -90,6 +80,17 @@ def test_samples_are_written_and_a_stopped_run_goes_on(run, tmp_path, capsys, ti
     assert run("--seed=1", "--top_k=40") == 2
 
 
+def test_samples_are_written_for_alpaca_eval_too(run, tmp_path):
+    assert run("--limit=2", f"--alpaca_eval={tmp_path / 'outputs.json'}", "--name=mine") == 0
+    first, second = json.loads((tmp_path / "outputs.json").read_text())
+    samples = {row["response"] for row in rows(tmp_path)}
+    assert {first["output"], second["output"]} == samples and first["generator"] == "mine"
+
+
+def test_the_options_of_a_distribution_are_those_that_there_are():
+    assert generate.SAMPLING.keys() == Sampling.__dataclass_fields__.keys()
+
+
 def test_a_stop_text_is_left_out_of_the_response(run, tmp_path):
     assert run("--temperature=0") == 0
     free = rows(tmp_path)
@@ -109,7 +110,8 @@ def test_a_stop_text_is_left_out_of_the_response(run, tmp_path):
         ("--dtype=float8", "float8"),
         ("--stop=", "an empty text"),
         ("--tensor=3", "does not fit"),
-        ("--temprature=1", "--help lists the options"),
+        ("--temprature=1", "did you mean '--temperature'?"),
+        ("--out=.", "--out=. is a directory; name a file in it"),
         ("--prompts=nowhere.jsonl", "no such file"),
         ("--top_k=many", "--help lists the options"),
     ],

@@ -1,0 +1,81 @@
+"""The judges by name: a reward, a reward model, a language model behind an endpoint, a person's verdicts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefalign_jax.judges import endpoint, reward_model, rewards
+from prefalign_jax.judges.judge import Comparison, Judge, Verdict, by_reward, read_verdicts
+from prefalign_jax.options import check_hyper, choose, hyper_parameters, read_as
+from prefalign_jax.types import UserError, one_line
+
+
+def of_reward(name: str, out: Path, **options: Any) -> Judge:
+    """A reward of rewards.REWARDS."""
+    return by_reward(rewards.scorer(name, **options))
+
+
+def of_model(path: str, out: Path, **options: Any) -> Judge:
+    """A reward model; its scores are kept in scores.jsonl."""
+    return by_reward(reward_model.scorer(path, out / "scores.jsonl", **options))
+
+
+def of_endpoint(url: str, out: Path, **options: Any) -> Judge:
+    """A language model; its replies are kept in replies.jsonl."""
+    return endpoint.endpoint(url, out / "replies.jsonl", **options)
+
+
+def of_person(path: str, out: Path) -> Judge:
+    """A person's verdicts, matched by the texts."""
+    known = {json.dumps(v.comparison[:3]): v for v in read_verdicts(path)}
+
+    def look_up(comparisons: Sequence[Comparison]) -> list[Verdict]:
+        verdicts = [known.get(json.dumps(c[:3])) for c in comparisons]
+        return [
+            Verdict(c, None, "not judged") if v is None else v._replace(comparison=c)
+            for c, v in zip(comparisons, verdicts, strict=True)
+        ]
+
+    return look_up
+
+
+# Kind -> (makes the judge, the function whose keyword-only parameters are its options).
+KINDS: dict[str, tuple[Callable[..., Judge], Callable[[str], Any]]] = {
+    "reward": (of_reward, lambda name: choose("reward", name, rewards.REWARDS)),
+    "model": (of_model, lambda path: reward_model.scorer),
+    "endpoint": (of_endpoint, lambda url: endpoint.endpoint),
+    "human": (of_person, lambda path: of_person),
+}
+
+
+def make_judge(spec: str, given: Sequence[str], out: Path) -> Judge:
+    """The judge that a text describes.
+
+    Args:
+      spec: KIND:WHAT, such as 'reward:kindness' or 'model:DIR'.
+      given: its options, NAME=VALUE; =@FILE reads the value from a file.
+      out: directory for what it keeps.
+
+    Raises:
+      UserError: there is no such judge, or it has no such option.
+    """
+    kind, _, what = spec.partition(":")
+    make, taker = choose("--judge", kind, KINDS)
+    if not what:
+        raise UserError(f"--judge={spec}: write {kind}: and a name, directory, URL or file after it")
+    known, options = hyper_parameters(taker(what)), {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--option={text}: write NAME=VALUE")
+        check_hyper(f"judge {kind!r}", {name: known.get(name)}, known, {})
+        try:
+            value = Path(value[1:]).read_text(encoding="utf-8") if value.startswith("@") else value
+            options[name] = read_as(value, known[name])
+        except (OSError, ValueError) as error:
+            wanted = type(known[name]).__name__
+            raise UserError(f"--option={name}: expected a value of type {wanted}, found {one_line(error)}") from None
+    return make(what, out, **options)

@@ -1,0 +1,77 @@
+"""The table of docs/models.md, measured against transformers: python scripts/models_page.py
+
+Runs tests/test_families_parity.py, which needs the parity extra, and puts the deviations that it saw into the page.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
+from pathlib import Path
+
+from prefalign_jax.tables import markdown
+from prefalign_jax.types import UserError
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "models.md"
+BEGIN, END = "<!-- families: scripts/models_page.py -->", "<!-- end of families -->"
+# model_type -> (whose models these are, what sets them apart and is compared).
+NAMES = {
+    "llama": ("Llama 2 and 3, SmolLM 1 and 2", "rotations: plain, linear, llama3, yarn, dynamic"),
+    "mistral": ("Mistral 7B", "sliding window"),
+    "mixtral": ("Mixtral", "mixture of experts, sliding window"),
+    "qwen2": ("Qwen 2 and 2.5", "biases of q, k, v; windows in some layers"),
+    "qwen3": ("Qwen 3", "norms of q and k"),
+    "qwen3_moe": ("Qwen 3 MoE", "mixture of experts, norms of q and k"),
+    "smollm3": ("SmolLM 3", "layers without rotation"),
+    "gemma": ("Gemma 1", "scaled embedding, norms that count from 1"),
+    "gemma2": ("Gemma 2", "soft-caps of scores and logits, norms before and after, windows in every other layer"),
+    "gemma3_text": ("Gemma 3, text", "local and global layers with rotations of their own, norms of q and k"),
+    "olmo2": ("OLMo 2", "norms after, norms over the width of q and k"),
+    "phi": ("Phi 1, 1.5 and 2", "parallel attention and MLP, biases, a biased head, part of each head rotated"),
+    "phi3": ("Phi 3 and 4", "fused projections, longrope, part of each head rotated"),
+    "starcoder2": ("StarCoder 2", "layer norms, biases, sliding window"),
+    "gpt2": ("GPT-2", "learned positions, fused projections"),
+    "gpt_neox": ("GPT-NeoX, Pythia", "parallel or sequential, fused projections interleaved by head"),
+    "opt": ("OPT", "learned positions from the third row on, ReLU"),
+}
+COLUMNS = ("logits", "logps", "gradient", "export", "rewards")
+
+
+def measure() -> dict[str, dict[str, float]]:
+    """{case: {column: largest deviation}} of a run of the parity tests."""
+    with tempfile.TemporaryDirectory() as directory:
+        report = Path(directory) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "tests/test_families_parity.py", f"--junitxml={report}"]
+        command += ["-o", "junit_family=xunit1"]  # which keeps properties
+        if subprocess.run(command, cwd=ROOT).returncode:
+            raise UserError("the parity tests failed: the page is left as it is")
+        cases = defaultdict(dict)
+        for test in ElementTree.parse(report).getroot().iter("testcase"):
+            case = re.search(r"\[(.*)\]", test.get("name", ""))
+            for entry in test.iter("property"):
+                cases[case[1]][entry.get("name")] = float(entry.get("value"))
+    if not cases:
+        raise UserError('nothing was measured: install the parity extra, pip install -e ".[parity]"')
+    return cases
+
+
+def table(cases: dict[str, dict[str, float]]) -> str:
+    """The rows, a family's variants beneath it."""
+    rows = []
+    for family, (models, features) in NAMES.items():
+        for case in sorted(case for case in cases if case.split()[0] == family):
+            name = f"`{family}`" if case == family else f"`{family}`, {case.partition(' ')[2]}"
+            about = (models, features) if case == family else ("", "")
+            values = [f"{cases[case][column]:.1e}" if column in cases[case] else "-" for column in COLUMNS]
+            rows.append((name, *about, *values))
+    return markdown(("model_type", "models", "besides what Llama has", *COLUMNS), rows)
+
+
+def write() -> None:
+    """Rewrites what stands between the marks."""
+    rows = table(measure())
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n{rows}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
