@@ -14,6 +14,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from prefalign_jax.data.chat import TOO_LONG
 from prefalign_jax.data.cleaning import BoundStep, cleaning_steps
+from prefalign_jax.data.memory import MemoryRows, RowsOrPath, as_source
 from prefalign_jax.data.mixture import Source, sources_of
 from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pairing import LABELS, PAIRINGS
@@ -172,12 +173,16 @@ class Experiment:
         return dataclasses.replace(self, plain=plain, config=_frozen(plain))
 
 
-def read(config: ConfigDict, *, complete: bool = True) -> Experiment:
+def read(
+    config: ConfigDict, *, complete: bool = True, data: RowsOrPath | None = None, eval_data: RowsOrPath | None = None
+) -> Experiment:
     """Reads a config: checks what can be checked without data or devices, and binds what it names.
 
     Args:
       config: with the fields of `config.defaults`; it stays as it is.
       complete: it must name a model and data too.
+      data: in place of data.path a path, a hub name, a list of dicts or a datasets.Dataset.
+      eval_data: the same in place of data.eval_path.
 
     Returns:
       The `Experiment`.
@@ -189,13 +194,33 @@ def read(config: ConfigDict, *, complete: bool = True) -> Experiment:
     loss = ties_as_trl(loss) if config.accuracy_ties == "trl" else loss
     cleaning = cleaning_steps(config.data.clean, config.data.cleaning, loss.kind)
     plain = _plain(config, loss, cleaning)
+    given_rows = _given_rows(config, data=data, eval_data=eval_data)
+    plain["data"] |= {name: str(rows) for name, rows in given_rows.items()}
+    sources = [
+        source._replace(path=given_rows.get("eval_path" if source.use == "eval" else "path", source.path))
+        for source in sources_of(plain["data"])
+    ]
     profiled = _profiled(config.profile_steps)
-    experiment = Experiment(_frozen(plain), plain, loss, tuple(sources_of(config.data)), tuple(cleaning), profiled)
+    experiment = Experiment(_frozen(plain), plain, loss, tuple(sources), tuple(cleaning), profiled)
     for check in CHECKS:
         check(experiment)
     if complete:
         _check_inputs(experiment)
     return experiment
+
+
+def _given_rows(config: ConfigDict, **arguments: RowsOrPath | None) -> dict[str, str | MemoryRows]:
+    """What a caller gives in place of fields: {data field: a path or rows in memory}."""
+    rows = {}
+    for name, value in arguments.items():
+        if value is None:
+            continue
+        field = {"data": "path", "eval_data": "eval_path"}[name]
+        taken = next((one for one in (field, "mix") if config.data[one] is not None), None)
+        if taken:
+            raise UserError(f"{name}= and data.{taken}={config.data[taken]!r} are both given; leave one of them out")
+        rows[field] = as_source(value, name)
+    return rows
 
 
 def _plain(config: ConfigDict, loss: BoundLoss, cleaning: Sequence[BoundStep]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from prefalign_jax.cost.throughput import Meter
 from prefalign_jax.cost.tracing import Tracer
 from prefalign_jax.data.chat import load_tokenizer
 from prefalign_jax.data.datasheet import as_markdown, write_datasheet
+from prefalign_jax.data.memory import RowsOrPath
 from prefalign_jax.data.pipeline import train_batches
 from prefalign_jax.evaluation.held_out import evaluate, summary
 from prefalign_jax.evaluation.policy_samples import make_sampler
@@ -49,13 +50,18 @@ class Result(NamedTuple):
     tokenizer: Any
 
 
-def train(config: ConfigDict, workdir: str | Path) -> Result:
+def train(
+    config: ConfigDict, workdir: str | Path, *, data: RowsOrPath | None = None, eval_data: RowsOrPath | None = None
+) -> Result:
     """Trains, from data to an exported model; goes on where an earlier run in the same directory stopped.
 
     Args:
       config: with the fields of config.defaults.
       workdir: gets config.json, datasheet.json, datasheet.md, metrics.jsonl, eval.jsonl, checkpoints/, curves.png and,
         at the end, export/.
+      data: in place of the config's data.path: a path, a hub name, a list of dicts, or a datasets.Dataset. A run whose
+        rows have changed is not resumed.
+      eval_data: the same in place of data.eval_path.
 
     Returns:
       The `Result`.
@@ -63,7 +69,7 @@ def train(config: ConfigDict, workdir: str | Path) -> Result:
     Raises:
       UserError: for a mistake in the config, the data or the model, before any step is taken.
     """
-    experiment = read(config)
+    experiment = read(config, data=data, eval_data=eval_data)
     if config.export.push_to:
         hub_token(config.export.push_to)  # that it is missing is said now, not after the training
     workdir = Path(workdir)

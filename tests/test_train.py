@@ -264,6 +264,32 @@ def test_changed_data_are_not_resumed(runs, tmp_path):
         train(config_of(**{"steps": 2, "data.path": str(data), "export.enabled": False}), workdir)
 
 
+def test_rows_in_memory_train_and_are_resumed_as_those_of_a_file_are(tmp_path):
+    import datasets
+
+    fields, held_out = {"export.enabled": False, "eval_steps": 2}, rows(TRL / "pairs.jsonl")[:9]
+    file = tmp_path / "held_out.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in held_out))
+    train(config_of(**fields, steps=3, **{"data.eval_path": str(file)}), tmp_path / "file")
+    pairs = rows(TRL / "pairs.jsonl")
+    given = {"data": datasets.Dataset.from_list(pairs), "eval_data": held_out}
+    fields["data.path"] = None
+    for steps in (2, 3):
+        train(config_of(**fields, steps=steps), tmp_path / "memory", **given)
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_array_equal(column(tmp_path / "memory", name), column(tmp_path / "file", name))
+    assert rows(tmp_path / "memory" / "eval.jsonl")[-1] == rows(tmp_path / "file" / "eval.jsonl")[-1]
+    sources = json.loads((tmp_path / "memory" / "datasheet.json").read_text())["sources"]
+    assert [(one["name"], one["records"], one["of"]) for one in sources] == [
+        ("data", 64, "content"),
+        ("eval_data", 9, "content"),
+    ]
+    with pytest.raises(UserError, match="training pairs have changed"):
+        train(config_of(**fields, steps=5), tmp_path / "memory", data=pairs[::-1], eval_data=held_out)
+    with pytest.raises(UserError, match="data= and data.path='x' are both given"):
+        train(config_of(**{**fields, "data.path": "x"}), tmp_path / "memory", data=pairs)
+
+
 def test_an_evaluation_that_a_stop_cut_off_is_made_on_resuming(tmp_path, monkeypatch):
     """SIGTERM at the very step that is to be evaluated."""
     fields = {"data.eval_fraction": 0.3, "eval_steps": 2, "steps": 5, "export.enabled": False}

@@ -8,11 +8,17 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from prefalign_jax.types import Place, UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# What a caller may give for data, a path or hub name among it.
+RowsOrPath: TypeAlias = "str | Path | Sequence[Mapping[str, Any]] | Dataset"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,7 +58,7 @@ class MemoryRows:
         return digest.hexdigest()
 
 
-def as_source(data: Any, name: str = "data") -> str | MemoryRows:
+def as_source(data: RowsOrPath, name: str = "data") -> str | MemoryRows:
     """What a caller gives for data: a path or hub name as text, or rows in memory.
 
     Args:
