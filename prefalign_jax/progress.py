@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -130,9 +131,11 @@ class Progress:
                     initial=self.start,
                     unit=unit,
                     bar_format=f"{{desc}}: {shape}, {{rate_fmt}}{{postfix}}]",
-                    dynamic_ncols=True,
+                    ncols=_columns(self.stream),
+                    nrows=24,  # what a terminal that does not know its height says would hide the bar
                     file=self.stream,
                 )
+            self.bar.ncols = _columns(self.stream)
             self.bar.n, self.bar.total, self.bar.last_print_t = self.done, self.total, time.time()
             self.bar.start_t = self.bar.last_print_t - elapsed
             self.bar.set_postfix_str(said)
@@ -143,6 +146,14 @@ class Progress:
         line = tqdm.tqdm.format_meter(self.done, self.total, elapsed, **about)
         self.stream.write(" ".join(line.split()) + "\n")
         self.stream.flush()
+
+
+def _columns(stream: TextIO) -> int | None:
+    """The width that a line has, None without a terminal; a terminal that does not know its own has the usual one."""
+    try:
+        return (os.get_terminal_size(stream.fileno()).columns or 80) - 1
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 def _bar() -> Any:

@@ -1,6 +1,11 @@
+import fcntl
 import io
+import os
+import pty
 import re
+import struct
 import sys
+import termios
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +72,22 @@ def test_on_a_terminal_it_is_one_line(clock):
     assert all(re.match(r"held-out pair: +\d+%\|.*\| [\d,]+/8,000 \[00:0\d<", state) for state in states)
     assert not any("4,000/8,000" in state for state in states), "it came too soon"
     assert "6,000/8,000" in states[-1] and "pair/s, loss 1]" in states[-1]
+
+
+@pytest.mark.parametrize("columns", [60, 0])  # a terminal may not know its width
+def test_a_line_is_not_longer_than_the_terminal_is_wide(columns, monkeypatch):
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with open(follower, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        with Progress(4) as shown:
+            shown.update(4, {"a_name_of_a_metric_that_is_long": 1.0, "another_one": 2.0, "and_one_more": 3.0})
+        text = os.read(leader, 10_000).decode()
+        while not text.endswith("\n"):
+            text += os.read(leader, 10_000).decode()
+    os.close(leader)
+    line = re.split("[\r\n]+", text.strip())[-1]
+    assert "4/4" in line and len(line.rstrip()) <= (columns or 80) - 1
 
 
 def test_nothing_is_shown_before_there_is_something(clock):
