@@ -25,6 +25,7 @@ from prefalign_jax.models.endings import end_of_turn, generation_config, special
 from prefalign_jax.models.lora import Lora
 from prefalign_jax.models.peft_io import save_adapters
 from prefalign_jax.processes import agreed, by_first, is_first, note
+from prefalign_jax.tables import markdown
 from prefalign_jax.types import Params, UserError, one_line
 
 # What a card may say.
@@ -384,10 +385,7 @@ def _keeps_end(card: Mapping[str, Any]) -> bool:
 def _table(name: str, rows: Mapping[str, Any] | None) -> str:
     if not rows:
         return ""
-
-    def cell(value: Any) -> str:
-        text = f"{value:.6g}" if isinstance(value, float) else str(value)
-        return text.replace("|", "\\|").replace("\n", " ")
-
-    lines = [f"| {name} | value |", "|---|---|"]
-    return "\n".join(lines + [f"| {cell(key)} | {cell(value)} |" for key, value in rows.items()])
+    return markdown(
+        (name, "value"),
+        [(key, f"{value:.6g}" if isinstance(value, float) else str(value)) for key, value in rows.items()],
+    )

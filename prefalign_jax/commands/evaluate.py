@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
     )
     against = f" against {options.reference}" if options.reference else ""
     hyper = ", ".join(f"{key}={value}" for key, value in result.loss.hyper.items())
-    counted = f"{result.pairs} {result.loss.unit} of {result.prompts} prompts"
+    counted = f"{result.pairs:,} {result.loss.unit} of {result.prompts:,} prompts"
     about = f"{options.model}{against} on {options.data}: {counted}"
     print(f"{result.loss.name}({hyper}) of {about}\n\n{as_text(result)}\n")
     settings = {name: getattr(options, name) for name in ("model", "reference", "before", "data")}

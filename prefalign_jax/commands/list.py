@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from prefalign_jax.cli.experiments import experiments, summary
 from prefalign_jax.cli.parser import Parser
 from prefalign_jax.options import choose
+from prefalign_jax.tables import aligned
 
 
 def experiment_lines() -> Mapping[str, str]:
@@ -61,10 +62,9 @@ def main(argv: Sequence[str]) -> int:
     for what in asked:
         how, lines = choose("list", what, LISTS)
         names = lines()
-        width = max(map(len, names))
         print(f"{what}: {how}")
         if any(names.values()):
-            print(*(f"  {name:<{width}}  {text}".rstrip() for name, text in names.items()), sep="\n")
+            print(aligned((), list(names.items()), indent=2))
         else:
             print(*textwrap.wrap(", ".join(names), 110, initial_indent="  ", subsequent_indent="  "), sep="\n")
         print()

@@ -30,7 +30,7 @@ def as_text(result: Evaluation) -> str:
             continue
         names = list(next(iter(parts.values())).metrics)
         rows = [
-            (value, f"{part.pairs} ({part.share:.0%})", *(shown(part.metrics[name]) for name in names))
+            (value, f"{part.pairs:,} ({part.share:.0%})", *(shown(part.metrics[name]) for name in names))
             for value, part in parts.items()
         ]
         out.append(aligned((by, result.loss.unit, *names), rows))
