@@ -29,7 +29,7 @@ from prefalign_jax.options import given
 from prefalign_jax.processes import note
 from prefalign_jax.progress import Progress
 from prefalign_jax.reference import cache_key, cached, compute, mover, params_digest
-from prefalign_jax.sharding import born, deal_experts, packing_of, param_shardings, spread
+from prefalign_jax.sharding import born, deal_experts, packing_of, param_shardings, spread, what_stays_whole
 from prefalign_jax.train_step import make_train_step
 from prefalign_jax.types import LanguageModel, PairLogps, Params, UserError
 
@@ -80,6 +80,8 @@ def assemble(experiment: Experiment, data: Data, tokenizer: Any, mesh: jax.shard
         raise UserError(
             f"model.router_weight={config.model.router_weight} applies to mixtures of experts; this is none"
         )
+    for sentence in what_stays_whole(mesh, base, model.rules):
+        note(sentence)
     digests = {"training pairs": digest_of(data.training), "weights in model.path": params_digest(base)}
     compared = base  # what the loss compares the policy with
     if config.reference.path:

@@ -92,6 +92,27 @@ def mesh_of(params: Params) -> Mesh | None:
     return mesh if mesh is not None and set(ROWS) <= set(mesh.axis_names) else None
 
 
+def spec_of(name: str, leaf: Any, rules: Sequence[tuple[str, P]] | None = None) -> P:
+    """The spec of the first rule whose regex matches a parameter's whole path.
+
+    Args:
+      name: 'a/b/c'.
+      leaf: the array or its shape.
+      rules: (regex, spec); None is RULES.
+
+    Raises:
+      UserError: no rule matches, or the rule has more axes than the parameter.
+    """
+    known = RULES if rules is None else rules
+    spec = next((spec for pattern, spec in known if re.fullmatch(pattern, name)), None)
+    if spec is None:
+        where = "the model's rules (sharding.RULES for the decoder)"
+        raise UserError(f"no sharding rule matches parameter {name!r} {leaf.shape}; add one to {where}")
+    if len(spec) > len(leaf.shape):
+        raise UserError(f"the sharding rule for {name!r} has {len(spec)} axes, the parameter {len(leaf.shape)}")
+    return spec
+
+
 def param_shardings(mesh: Mesh, params: Params, rules: Sequence[tuple[str, P]] | None = None) -> Any:
     """The sharding of every parameter by the first rule whose regex matches its whole path.
 
@@ -109,16 +130,8 @@ def param_shardings(mesh: Mesh, params: Params, rules: Sequence[tuple[str, P]] |
       UserError: no rule matches a parameter.
     """
 
-    known = RULES if rules is None else rules
-
     def one(path, leaf) -> NamedSharding:
-        name = "/".join(str(key.key) for key in path)
-        spec = next((spec for pattern, spec in known if re.fullmatch(pattern, name)), None)
-        if spec is None:
-            where = "the model's rules (sharding.RULES for the decoder)"
-            raise UserError(f"no sharding rule matches parameter {name!r} {leaf.shape}; add one to {where}")
-        if len(spec) > len(leaf.shape):
-            raise UserError(f"the sharding rule for {name!r} has {len(spec)} axes, the parameter {len(leaf.shape)}")
+        spec = spec_of(_name(path), leaf, rules)
         sizes = [_size(mesh, axis) for axis in spec]
         fits = [
             axis if devices and size % devices == 0 else None
@@ -129,6 +142,37 @@ def param_shardings(mesh: Mesh, params: Params, rules: Sequence[tuple[str, P]] |
     return jax.tree_util.tree_map_with_path(one, params)
 
 
+def what_stays_whole(mesh: Mesh, params: Params, rules: Sequence[tuple[str, P]] | None = None) -> list[str]:
+    """A sentence for every axis of the mesh that does not divide all that its rules would have it divide.
+
+    Args:
+      mesh, params, rules: as in `param_shardings`.
+
+    Returns:
+      What stays whole along each such axis, and how much that is on a device.
+    """
+    meant: dict[str, list[tuple[str, Any, bool]]] = {}  # axis -> parameters that it is to divide, and whether it does
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        for entry, size in zip(spec_of(_name(path), leaf, rules), leaf.shape, strict=False):
+            for axis in _axes(entry):
+                meant.setdefault(axis, []).append((_name(path), leaf, size % _size(mesh, entry) == 0))
+    sentences = []
+    for axis, parameters in meant.items():
+        whole = [(name, leaf) for name, leaf, divided in parameters if not divided]
+        if not whole:
+            continue
+        gib = sum(leaf.size * leaf.dtype.itemsize for _, leaf in whole) / 2**30
+        name, leaf = max(whole, key=lambda one: one[1].size)
+        what = f"{len(whole)} of {len(parameters)} parameters, such as {name} {list(leaf.shape)}"
+        what = what if len(whole) < len(parameters) else "any parameter"
+        sentences.append(f"mesh.{axis}={mesh.shape[axis]} does not divide {what}; {gib:.2g} GiB stay whole on a device")
+    return sentences
+
+
+def _name(path: Sequence[Any]) -> str:
+    return "/".join(str(key.key) for key in path)
+
+
 def born(mesh: Mesh, make: Callable[..., Params], *args: Any) -> Params:
     """The parameters that make(*args) gives, made where they belong: no device ever holds them whole."""
     return jax.jit(make, out_shardings=param_shardings(mesh, jax.eval_shape(make, *args)))(*args)
@@ -136,8 +180,12 @@ def born(mesh: Mesh, make: Callable[..., Params], *args: Any) -> Params:
 
 def _size(mesh: Mesh, axis: str | tuple[str, ...] | None) -> int:
     """Devices along an entry of a spec: an axis, several, or none (0)."""
-    names = (axis,) if isinstance(axis, str) else axis or ()
+    names = _axes(axis)
     return math.prod(mesh.shape[name] for name in names) if names else 0
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def state_shardings(

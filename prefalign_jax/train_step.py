@@ -123,9 +123,10 @@ def make_train_step(
         micro-steps does not.
 
     Returns:
-      The step; like every jitted function it has `lower`. Its batch has M micro-steps as leading axis; its metrics are
-      scalars: loss, grad_norm (before clipping), learning_rate and the loss's own, averaged like the loss over the
-      pairs that they apply to.
+      The step; like every jitted function it has `lower`, and step.jitted(state, batch) is the jitted function that it
+      calls for such states and batches. Its batch has M micro-steps as leading axis; its metrics are scalars: loss,
+      grad_norm (before clipping), learning_rate and the loss's own, averaged like the loss over the pairs that they
+      apply to.
     """
 
     def logps(params: Params, reference: Params | None, micro: tuple[PreferenceBatch, jax.Array | None]):
@@ -210,7 +211,7 @@ def make_train_step(
 
     placed = None
 
-    def place(state: TrainState, batch: PreferenceBatch):
+    def jitted(state: TrainState, batch: PreferenceBatch):
         nonlocal placed
         if placed is None:  # the shardings need the structure of a state and a batch
             states = state_shardings(mesh, state, optimizer, model.rules)
@@ -223,11 +224,12 @@ def make_train_step(
             )
         return placed
 
-    def place_and_run(state: TrainState, batch: PreferenceBatch):
-        return place(state, batch)(state, batch)
+    def run(state: TrainState, batch: PreferenceBatch):
+        return jitted(state, batch)(state, batch)
 
-    place_and_run.lower = lambda state, batch: place(state, batch).lower(state, batch)
-    return place_and_run
+    run.jitted = jitted
+    run.lower = lambda state, batch: jitted(state, batch).lower(state, batch)
+    return run
 
 
 def join(record: PairLogps) -> PairLogps:
@@ -255,7 +257,7 @@ def make_eval_step(
       mesh: deals the rows of a batch to its devices; None computes on one.
 
     Returns:
-      The jitted function. Its batch has a leading axis of one micro-step.
+      The function; `jitted` of it is the jitted one that it calls. Its batch has a leading axis of one micro-step.
     """
 
     # What is per pair goes to every device, so that each of several processes has it.
@@ -263,4 +265,8 @@ def make_eval_step(
     def on_devices(params: Params, reference: Params | None, batch: PreferenceBatch):
         return both_logps(model, loss, params, reference, jax.tree.map(lambda x: x[0], batch), chunk)
 
-    return lambda params, reference, batch: on_devices(params, reference, place_batch(mesh, batch))
+    def run(params: Params, reference: Params | None, batch: PreferenceBatch):
+        return on_devices(params, reference, place_batch(mesh, batch))
+
+    run.jitted = on_devices
+    return run

@@ -27,6 +27,7 @@ from prefalign_jax.sharding import (
     place_batch,
     spread,
     state_shardings,
+    what_stays_whole,
 )
 from prefalign_jax.train_step import init_state, make_train_step
 from prefalign_jax.types import PairLogps, TrainState, UserError
@@ -180,6 +181,20 @@ def test_an_axis_that_does_not_divide_leaves_its_dimension_whole(shape, spec):
     found = param_shardings(MESH, leaf, [("x", P("fsdp", "tensor"))])
     assert full_spec(found["x"], 2) == spec
     jax.device_put(np.ones(shape), found["x"])  # JAX refuses a sharding that does not divide
+
+
+def test_an_axis_that_divides_nothing_is_told_with_what_stays_whole():
+    params = {"a": np.zeros((12, 10), np.float32), "b": np.zeros((2**14, 15), np.float32), "c": np.zeros(7)}
+    rules = (("a|b", P("fsdp", "tensor")), ("c", P()))
+    mesh = {tensor: make_mesh({"fsdp": -1, "tensor": tensor}, jax.devices()[:4]) for tensor in (1, 2, 4)}
+    assert what_stays_whole(mesh[1], params, rules) == []
+    (said,) = what_stays_whole(mesh[2], params, rules)
+    kept = 4 * 15 * 2**14 / 2**30
+    assert said == (
+        f"mesh.tensor=2 does not divide 1 of 2 parameters, such as b [16384, 15]; {kept:.2g} GiB stay whole on a device"
+    )
+    (said,) = what_stays_whole(mesh[4], params, rules)
+    assert said.startswith("mesh.tensor=4 does not divide any parameter; 0.00092 GiB stay")
 
 
 # The state

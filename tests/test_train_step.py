@@ -115,9 +115,7 @@ def test_the_step_compiles_once_a_shape_and_donates_its_state():
         old = state
         state, metrics = step(state, batch)
     assert all(x.is_deleted() for x in jax.tree.leaves((old.params, old.opt_state)))
-    (place,) = (cell.cell_contents for cell in step.__closure__)
-    compiled = next(cell.cell_contents for cell in place.__closure__ if hasattr(cell.cell_contents, "_cache_size"))
-    assert compiled._cache_size() == 1
+    assert step.jitted(state, batch)._cache_size() == 1
     assert int(state.step) == 3 and np.isfinite(metrics["loss"])
 
 

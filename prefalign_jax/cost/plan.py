@@ -26,7 +26,8 @@ from prefalign_jax.models.families import from_hf
 from prefalign_jax.models.loading import drawn_params
 from prefalign_jax.models.lora import Lora, init_adapters
 from prefalign_jax.options import choose, given
-from prefalign_jax.sharding import packing_of, shapes_of, state_shardings
+from prefalign_jax.processes import note
+from prefalign_jax.sharding import packing_of, shapes_of, state_shardings, what_stays_whole
 from prefalign_jax.tables import aligned
 from prefalign_jax.types import Pair, PairLogps, Params, PreferenceBatch, Sides, TrainState, UserError
 
@@ -99,6 +100,8 @@ def plan(
     full = ("score",) if "reward" in experiment.loss.needs else ()
     lora = Lora(**given(config.lora), full=full) if config.lora.rank else None
     model = decoder_of(config, shape, mesh, lora)
+    for sentence in what_stays_whole(mesh, jax.eval_shape(model.init, jax.random.key(0)), model.rules):
+        note(sentence)
     optimizer, train_step = step_of(experiment, model, mesh, lambda step: jnp.float32(config.learning_rate))
     state = blank_state(experiment, shape, optimizer, lora)
     batch = blank_batch(experiment, mesh, prompt, response)
