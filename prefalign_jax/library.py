@@ -26,6 +26,7 @@ from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pairs import Pairs, as_pairs
 from prefalign_jax.data.pipeline import eval_batches, make_pair_set, mismatched
 from prefalign_jax.data.records import Text
+from prefalign_jax.data.remarks import lines
 from prefalign_jax.experiment import read
 from prefalign_jax.generation import generate
 from prefalign_jax.generation.sampling import Sampling
@@ -35,6 +36,7 @@ from prefalign_jax.losses import NEEDS, BoundLoss, make_loss
 from prefalign_jax.models.endings import split_stops, stop_ids
 from prefalign_jax.options import choose, did_you_mean, flatten
 from prefalign_jax.policy import Policy
+from prefalign_jax.processes import note
 from prefalign_jax.sharding import mesh_of, packing_of, place_batch
 from prefalign_jax.types import LanguageModel, Pair, PairLogps, Params, PreferenceBatch, UserError
 
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
 # What `tokenize` takes of a config's `data`, and where the user finds some of the rest.
 OPTIONS = ("split", "limit", "format", "clean", "cleaning", "flip_labels", "ascii_quotes", "keep_end", "cache_dir")
+OPTIONS += ("chat_template_kwargs", "template_may_drop", "date", "special_in_text")
 ELSEWHERE = {
     "path": "it is the first argument",
     "chat_template": "write load_tokenizer(path, chat_template=...)",
@@ -147,6 +150,8 @@ def tokenize(
     config = experiment(loss.name, max_length=max_length, too_long=too_long, data=data_options)
     how = dataclasses.replace(read(config, complete=False, data=source), loss=loss)
     pairs, counts = tokenized_sources(how.sources, tokenizer, how, TRAINING)
+    for line in lines(counts.noticed, how.config.data.special_in_text == "split"):
+        note(line)
     dropped = dict(added([*counts.lost[TRAINING], *(step.dropped for step in counts.cleaning)]))
     if not pairs:
         raise UserError(f"{source}: no {loss.unit} left, dropped {listed(dropped)}; max_length is {max_length}")

@@ -7,7 +7,9 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from prefalign_jax.data import remarks
 from prefalign_jax.data.cleaning import Stage
+from prefalign_jax.data.remarks import Remarks
 
 TRAINING, HELD_OUT = "training", "held out"  # parts
 
@@ -39,6 +41,7 @@ class Counts:
       cleaning: what became of the training records.
       flippable, flipped: pairs whose label might have been flipped, and those whose label was.
       chat: whether there are messages.
+      noticed: of the records that were tokenized, those that were dropped too.
     """
 
     lost: dict[str, list[collections.Counter]]
@@ -50,10 +53,12 @@ class Counts:
     flippable: int = 0
     flipped: int = 0
     chat: bool = False
+    noticed: Remarks = dataclasses.field(default_factory=Remarks)
 
     def as_json(self) -> dict[str, Any]:
         """What `from_json` takes."""
-        return {**vars(self), "cleaning": [stage._asdict() for stage in self.cleaning]}
+        stages = [stage._asdict() for stage in self.cleaning]
+        return {**vars(self), "cleaning": stages, "noticed": self.noticed.as_json()}
 
     def stages(self, part: str) -> dict[str, list[Stage]]:
         """What became of the records, up to their tokenization.
@@ -106,5 +111,6 @@ def from_json(about: Mapping[str, Any]) -> Counts:
             "lost": {part: list(map(counter, counts)) for part, counts in about["lost"].items()},
             "tokenizing": {part: counter(counts) for part, counts in about["tokenizing"].items()},
             "cleaning": [Stage(**stage) for stage in about["cleaning"]],
+            "noticed": remarks.from_json(about["noticed"]),
         }
     )
