@@ -6,12 +6,10 @@ calls its function. Of two objects under one name Python would keep the one that
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import inspect
+from typing import Any
 
 
 class CallableModule(types.ModuleType):
@@ -25,8 +23,6 @@ class CallableModule(types.ModuleType):
 
     @property
     def __signature__(self) -> inspect.Signature:
-        import inspect
-
         return inspect.signature(self._find())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -92,6 +92,10 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     c.data.split = "train"  # of a hub dataset
     c.data.limit = maybe(int)  # records to read
     c.data.format = maybe(str)  # of its rows, a key of data/formats.py; None tells each row's from its fields
+    # What rows call things, with dots into objects: {"prompt": "info.post"}, or prompt=info.post,chosen=good as text.
+    c.data.columns = maybe(object)
+    c.data.map_fn = maybe(str)  # module:function, from a row to a row, a list of rows, or None to leave it out
+    c.data.ignore = maybe(str)  # fields with a meaning that are to be left out, with commas; message.FIELD: of messages
     # Instead of a path: several sources, each a dict with a path and other fields of data/mixture.py's `Source`.
     c.data.mix = maybe(tuple)
     # Training pairs whose prompt is held out: drop, or report; None drops them, but for eval_path without mix.
@@ -100,6 +104,7 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     c.data.eval_split = "test"
     c.data.eval_limit = maybe(int)
     c.data.eval_fraction = 0.0  # without eval_path: part of the training prompts that is held out
+    c.data.eval_seed = maybe(int)  # draws the held-out prompts; None takes the run's seed
     c.data.flip_labels = 0.0  # part of the training pairs whose responses are swapped, to study noise in the labels
     # Steps of data/cleaning.py by name, in this order, separated by commas: 'exact_duplicates,role_markers'. They clean
     # the training data; an option that is None keeps the step's default.
@@ -113,10 +118,6 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     # Deal shuffled pairs to batches so that all hold about as many tokens, which saves padding; None does as shuffle.
     c.data.balance = maybe(bool)
     c.data.chat_template = maybe(str)  # chatml, zephyr, a .jinja file; None takes the tokenizer's own
-    c.data.chat_template_kwargs = maybe(object)  # variables of the template: {"enable_thinking": False}, or its JSON
-    c.data.template_may_drop = maybe(str)  # parts that the template may leave out, with commas: reasoning,system
-    c.data.date = maybe(str)  # YYYY-MM-DD, for templates that print the date; None is the day that the run begins
-    c.data.special_in_text = "keep"  # special tokens that a row's text spells: keep as tokens, or split into text
     c.data.ascii_quotes = False  # curly quotes and dashes to ASCII, for vocabularies that lack them
     c.data.keep_end = False  # train on what the template writes after the end-of-turn token, as TRL's DPO does
     c.data.layout = "tree"  # tree: the prompt once; ordinary: a copy of it for each side
@@ -181,8 +182,7 @@ def parse_arg(arg: str, **fields: Any) -> ConfigDict:
             name, text = next(iter(fields)), part
         if name not in fields:
             raise UserError(
-                f"config argument {name!r} is unknown; {did_you_mean(name, fields)}it takes {', '.join(fields)}; "
-                "fields are set by --config.FIELD=VALUE"
+                f"config argument {name!r} is unknown; {did_you_mean(name, fields)}it takes {', '.join(fields)}"
             )
         if name in choices:
             choose(name, text, dict.fromkeys(choices[name]))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import collections
-import datetime
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,9 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from prefalign_jax.data.alphabet import Alphabet
 from prefalign_jax.data.chat import iter_pairs
-from prefalign_jax.data.cleaning import BoundStep, Loses, Stage, benchmark_names, clean
+from prefalign_jax.data.cleaning import BoundStep, Stage, benchmark_names, clean
 from prefalign_jax.data.counts import HELD_OUT, TRAINING, Counts, added, from_json, listed, new_counts
 from prefalign_jax.data.datasheet import ReadFrom, make_datasheet, read_from
 from prefalign_jax.data.mixture import (
@@ -25,14 +22,13 @@ from prefalign_jax.data.mixture import (
     prompt_keys,
     read_source,
     source_digest,
+    source_prompts,
 )
 from prefalign_jax.data.pairs import Origin, Pairs, digest_of, from_list
 from prefalign_jax.data.pipeline import PairSet, mismatched
-from prefalign_jax.data.records import Prompt, Record, ascii_quotes, flip_labels, iter_prompts, read_prompts
+from prefalign_jax.data.records import Record, Text, ascii_quotes, flip_labels, read_prompts
 from prefalign_jax.data.records import draw as draw_number
-from prefalign_jax.data.remarks import Remarks, lines
-from prefalign_jax.data.rows import content_digest, count_rows, read_rows
-from prefalign_jax.data.template import prints_date
+from prefalign_jax.data.rows import content_digest, count_rows, files_left_out
 from prefalign_jax.data.token_cache import Made, cached_tokens, token_key
 from prefalign_jax.experiment import Experiment
 from prefalign_jax.files import user_cache
@@ -55,8 +51,7 @@ class Data(NamedTuple):
       read_from: every file or data set that was read, benchmarks of the cleaning included.
       stages: for 'training' and 'held out' what became of the records, part by part.
       chat: whether there are messages, which go through the chat template.
-      noticed: for 'training' and 'held out' what was noticed of the records of its sources; what is held out of the
-        training sources is under 'training'.
+      unread: for 'training' and 'held out' {field: rows} that nobody reads.
     """
 
     training: Pairs
@@ -66,7 +61,7 @@ class Data(NamedTuple):
     read_from: list[ReadFrom]
     stages: dict[str, list[Stage]]
     chat: bool
-    noticed: dict[str, Remarks]
+    unread: dict[str, dict[str, int]]
 
 
 def load_pairs(experiment: Experiment, tokenizer: Any) -> Data:
@@ -84,12 +79,17 @@ def load_pairs(experiment: Experiment, tokenizer: Any) -> Data:
     """
     config, data, unit = experiment.config, experiment.config.data, experiment.loss.unit
     trained, others = experiment.sources_for("train"), experiment.sources_for("eval")
+    for source in trained:
+        if left := files_left_out(source.name, source.part):
+            shown = ", ".join(f"{name} ({split})" for name, split in [*left.items()][:4])
+            note(f"{source.name}: not read for training{', among others' * (len(left) > 4)}: {shown}")
     training, counts = tokenized_sources(trained, tokenizer, experiment, TRAINING)
-    stages, read, noticed = counts.stages(TRAINING), counts.read, {TRAINING: counts.noticed}
+    stages, read = counts.stages(TRAINING), counts.read
+    unread = {TRAINING: dict(added(counts.unread)), HELD_OUT: {}}
     if others:
         held_out, more = tokenized_sources(others, tokenizer, experiment, HELD_OUT)
         counts.lost[HELD_OUT], read = more.lost[HELD_OUT], read + more.read
-        stages[HELD_OUT], noticed[HELD_OUT] = more.stages(HELD_OUT)[HELD_OUT], more.noticed
+        stages[HELD_OUT], unread[HELD_OUT] = more.stages(HELD_OUT)[HELD_OUT], dict(added(more.unread))
     else:
         held_out, training = training.select(training.held_out), training.select(~training.held_out)
     lost = counts.lost
@@ -121,7 +121,7 @@ def load_pairs(experiment: Experiment, tokenizer: Any) -> Data:
     reasons = {part: listed(some) for part, some in dropped.items()}
     changed = listed(added(step.repaired for step in counts.cleaning))
     changed = "" if changed == "none" else f"; changed {changed}"
-    note(f"training data: {len(training)} {unit}; dropped {reasons[TRAINING]}{changed}")
+    note(f"training data: {len(training)} {unit}; dropped {reasons[TRAINING]}{changed}{counts.remarks()}")
     about = []
     if experiment.mixed:
         for number, source in enumerate(trained):
@@ -130,10 +130,7 @@ def load_pairs(experiment: Experiment, tokenizer: Any) -> Data:
             about.append({"source": str(source), unit: there, "share": share, "dropped": lost[TRAINING][number]})
             note(f"  {source}: {there} ({share:.1%}); dropped {listed(lost[TRAINING][number])}")
     if held_out or others:
-        note(f"held out data: {len(held_out)} {unit}; dropped {reasons[HELD_OUT]}")
-    for part, remarks in noticed.items():
-        for line in lines(remarks, config.data.special_in_text == "split"):
-            note(f"{part} data: {line}")
+        note(f"held out data: {len(held_out)} {unit}; dropped {reasons[HELD_OUT]}{more.remarks() if others else ''}")
     name = "data.mix" if experiment.mixed else trained[0].name
     if not training:
         raise UserError(
@@ -148,7 +145,7 @@ def load_pairs(experiment: Experiment, tokenizer: Any) -> Data:
     places = [read_from(source.name, source.part, ROLES[source.use], next(rows)) for source in trained + others]
     places += [read_from(source.name, source.part, ROLES["test"]) for source in experiment.sources_for("test")]
     places += [read_from(name, "test", "benchmark") for name in benchmark_names(experiment.cleaning)]
-    return Data(training, held_out, dropped, about, places, stages, counts.chat, noticed)
+    return Data(training, held_out, dropped, about, places, stages, counts.chatted > 0, unread)
 
 
 def tokenized_sources(
@@ -167,19 +164,16 @@ def tokenized_sources(
     """
     config, data, kind = experiment.config, experiment.config.data, experiment.loss.record_kind
     steps = experiment.cleaning if which == TRAINING else ()
-    chat = experiment.chat
-    if prints_date(tokenizer):
-        chat = chat._replace(day=chat.day or datetime.date.today())
-    options = dict(max_length=config.max_length, too_long=config.too_long, keep_end=data.keep_end, chat=chat)
+    options = dict(max_length=config.max_length, too_long=config.too_long, keep_end=data.keep_end)
     drawn = data.eval_fraction, data.flip_labels, data.eval_limit if data.eval_fraction else None
     path = None
     if data.cache_dir != "":
-        directory = Path(data.cache_dir or user_cache() / "tokens")
+        directory = Path(data.cache_dir or user_cache() / "tokens").expanduser()
         what = dict(
             sources=list(map(source_digest, sources)), kind=kind, drawn=drawn, ascii=data.ascii_quotes, **options
         )
         if any(drawn) or any(source.fraction < 1 for source in sources):
-            what["seed"] = config.seed
+            what["seed"] = config.seed, held_out_seed(experiment)
         if steps:
             others = [source_digest(source) for source in experiment.sources_for("eval")]
             what["cleaning"] = list(steps), [content_digest(name, "test") for name in benchmark_names(steps)], others
@@ -191,9 +185,7 @@ def tokenized_sources(
 
         def chunks() -> Iterator[Pairs]:
             with Progress(None if None in rows else sum(rows), f"{which} record") as progress:
-                loses = Alphabet(tokenizer).loses
-                records = source_records(sources, experiment, counts, steps, progress, loses)
-                pairs = iter_pairs(records, tokenizer, remarks=counts.noticed, **options)
+                pairs = iter_pairs(source_records(sources, experiment, counts, steps, progress), tokenizer, **options)
                 while some := list(itertools.islice(pairs, CHUNK)):
                     for record, pair in some:
                         if isinstance(pair, str):
@@ -216,7 +208,6 @@ def source_records(
     counts: Counts,
     steps: Sequence[BoundStep] = (),
     progress: Progress | None = None,
-    loses: Loses = lambda record: False,
 ) -> Iterator[Record]:
     """The records of some sources as they are tokenized: read, marked if held out, cleaned, labels flipped.
 
@@ -226,7 +217,6 @@ def source_records(
       counts: of these sources; added to as the iterator goes on.
       steps: of cleaning; with any, all records are read before the first one comes.
       progress: of the reading.
-      loses: whether the tokenizer loses a character of a record, for the steps of cleaning that ask.
     """
     data, seed = experiment.config.data, experiment.config.seed
     kind = experiment.loss.record_kind
@@ -236,14 +226,14 @@ def source_records(
 
     def as_read() -> Iterator[Record]:
         done = itertools.count(1)
-        fraction, limit = data.eval_fraction, data.eval_limit
+        fraction, limit, drawn_by = data.eval_fraction, data.eval_limit, held_out_seed(experiment)
         for number, source in enumerate(sources):
             part = HELD_OUT if source.use == "eval" else TRAINING
-            for record in read_source(source, number, counts.lost[part][number], seed=seed, **kind):
+            for record in read_source(source, number, counts.tally(part, number), seed=seed, **kind):
                 counts.read[number] += 1
                 if progress and (count := next(done)) % 1024 == 0 and count > SHOWN:
                     progress.update(count)
-                if fraction and source.use == "train" and draw_number(seed, record.prompt) < fraction:
+                if fraction and source.use == "train" and draw_number(drawn_by, record.prompt) < fraction:
                     if limit and counts.held >= limit:
                         counts.over += 1
                         continue
@@ -260,13 +250,8 @@ def source_records(
         prompts = [record.prompt for record in held_out]
         for source in experiment.sources_for("eval"):
             if any(step.options.get("held_out_too") for step in steps):
-                prompts += [
-                    one.prompt for one in iter_prompts(read_rows(source.name, source.part), collections.Counter())
-                ]
-        training = [record for record in records if not record.held_out]
-        kept, counts.cleaning = clean(
-            training, steps, prompts, watched, lambda record: loses(ascii_quotes(record) if ascii_ else record)
-        )
+                prompts += [one.prompt for one in source_prompts(source)]
+        kept, counts.cleaning = clean([record for record in records if not record.held_out], steps, prompts, watched)
         yield from held_out
         yield from (record._replace(margin=math.nan) if scored else record for record in kept)
 
@@ -276,8 +261,15 @@ def source_records(
             (record,), flipped = flip_labels([record], flip, seed)
             counts.flipped += flipped
             counts.flippable += 1
-        counts.chat = counts.chat or not isinstance(record.prompt, str)
+        counts.plain += isinstance(record.prompt, str)
+        counts.chatted += not isinstance(record.prompt, str)
         yield ascii_quotes(record) if ascii_ else record
+
+
+def held_out_seed(experiment: Experiment) -> int:
+    """By which prompts are held out: the same for runs that differ in their seed, if data.eval_seed is set."""
+    seed = experiment.config.data.eval_seed
+    return experiment.config.seed if seed is None else seed
 
 
 def watched(records: list[Record], what: str) -> Iterable[Record]:
@@ -314,13 +306,12 @@ def datasheet_of(experiment: Experiment, data: Data, training: PairSet, tokenize
         chat=data.chat,
         tokenizer=tokenizer,
         digest=digest_of(data.training),
-        noticed=data.noticed,
     )
 
 
-def load_prompts(path: str, limit: int | None) -> list[Prompt]:
+def load_prompts(path: str, limit: int | None) -> list[Text]:
     """Reads prompts to sample from; says on stderr what was dropped and why."""
     prompts, dropped = read_prompts(path, limit=limit)
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
     note(f"{path}: {len(prompts)} prompts; dropped {reasons}")
-    return prompts
+    return [one.prompt for one in prompts]

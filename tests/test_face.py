@@ -155,11 +155,9 @@ def test_an_experiment_has_its_fields():
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"learningrate": 1.0}, "no field 'learningrate'; did you mean 'learning_rate'"),
-        ({"num_train_epochs": 3}, "no field 'num_train_epochs'; write epochs=3"),
-        ({"beta": 0.1}, "no field 'beta'; write loss.beta;"),
-        ({"shuffle": True}, "no field 'shuffle'; did you mean 'data.shuffle'"),
-        ({"data.pth": "x"}, "no field 'data.pth'; did you mean 'data.path'"),
+        ({"learningrate": 1.0}, "no field 'learningrate', did you mean 'learning_rate'"),
+        ({"beta": 0.1}, "no field 'beta', did you mean 'loss.beta'"),
+        ({"data.pth": "x"}, "no field 'data.pth', did you mean 'data.path'"),
         ({"data": {"pth": "x"}}, "no field 'data.pth'"),
         ({"data": "x"}, "no field 'data'"),
         ({"steps": "ten"}, "steps='ten' is not of type int"),
@@ -273,8 +271,7 @@ def test_a_mistake_about_data(tokenizer, call, says):
 
 def naive(policy, prompt, response) -> float:
     """The log-probability of a response, from the logits of its whole text."""
-    text = np.concatenate([prompt, response])
-    ids = np.pad(text, (0, 64 - len(text)))[None]  # what comes after changes nothing, and one shape is compiled
+    ids = np.concatenate([prompt, response])[None]
     places = np.arange(ids.size)[None]
     hidden = policy.model.hidden(policy.params, ids, places, np.ones_like(ids), np.zeros_like(ids))[0]
     table = jax.nn.log_softmax(hidden @ policy.model.head(policy.params).T)
@@ -415,32 +412,3 @@ def test_samples_are_texts_by_prompt(policy):
 def test_a_mistake_in_sampling(policy, prompts, options, says):
     with pytest.raises(UserError, match=re.escape(says)):
         pa.sample(policy, prompts, **options)
-
-
-# Training, and what the pages show.
-
-
-def blocks(page: str, after: str = "") -> str:
-    """The Python of a page, where MODEL stands for a model that is here."""
-    text = (pathlib.Path(__file__).parents[1] / page).read_text(encoding="utf-8")
-    code = re.findall(r"^```python\n(.*?)^```", text[text.index(after) :], re.DOTALL | re.MULTILINE)
-    return "\n".join(code[:1] if after else code).replace('"MODEL"', repr(str(MODEL)))
-
-
-def test_the_ten_lines_of_the_readme(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shown: dict = {}
-    code = blocks("README.md", "<!-- library -->")
-    exec(code, shown)
-    np.testing.assert_allclose(shown["value"], np.log(2), rtol=1e-5)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(shown["gradient"]))
-    assert shown["result"].step == 10 and (tmp_path / "runs" / "two_rows" / "export" / "config.json").exists()
-    assert len(code.strip().splitlines()) <= 13 and pa.load(tmp_path / "runs" / "two_rows").model
-
-
-def test_the_page_on_the_library(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shown: dict = {}
-    exec(blocks("docs/library.md"), shown)
-    np.testing.assert_allclose(shown["value"], np.log(2), rtol=1e-5)
-    assert np.isfinite(shown["values"]).all() and shown["result"].params

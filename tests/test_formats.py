@@ -302,6 +302,98 @@ PAIRS = {
         BAD,
         None,
     ),
+    "OpenAI's preference fine-tuning": (
+        "openai_preference",
+        {
+            "input": {"messages": [{"role": "system", "content": "Be brief."}, user(Q)], "parallel_tool_calls": True},
+            "preferred_output": [assistant("Air scatters blue.")],
+            "non_preferred_output": [assistant("Paint.")],
+        },
+        [("system", "Be brief."), *ASKED],
+        GOOD,
+        BAD,
+        None,
+    ),
+    "torchtune": (
+        "torchtune",
+        {
+            "chosen_conversations": [user(Q), assistant("Air scatters blue.")],
+            "rejected_conversations": [user(Q), assistant("Paint.")],
+        },
+        ASKED,
+        GOOD,
+        BAD,
+        None,
+    ),
+    "axolotl, chat_template.default": (
+        "messages_preference",
+        {"messages": ORPO_TURNS, "chosen": assistant("Air scatters blue."), "rejected": assistant("Paint.")},
+        [("user", "Hi."), ("assistant", "Hello."), *ASKED],
+        GOOD,
+        BAD,
+        None,
+    ),
+    "axolotl, chatml.ultra": (
+        "common",
+        {
+            "system": "Be brief.",
+            "prompt": Q,
+            "chosen": [user(Q), assistant("Air scatters blue.")],
+            "rejected": [user(Q), assistant("Paint.")],
+        },
+        [("system", "Be brief."), *ASKED],
+        GOOD,
+        BAD,
+        None,
+    ),
+    "axolotl, chatml.argilla": (
+        "argilla",
+        {
+            "system": "Be brief.",
+            "instruction": Q,
+            "chosen_response": "Air scatters blue.",
+            "rejected_response": "Paint.",
+        },
+        [("system", "Be brief."), *ASKED],
+        GOOD,
+        BAD,
+        None,
+    ),
+    "LLaMA-Factory": (
+        "alpaca_preference",
+        {
+            "system": "Be brief.",
+            "instruction": "Why is it blue?",
+            "input": "The sky.",
+            "history": [["Hi.", "Hello."]],
+            "chosen": "Air scatters blue.",
+            "rejected": "Paint.",
+        },
+        [("system", "Be brief."), ("user", "Hi."), ("assistant", "Hello."), ("user", "Why is it blue?\n\nThe sky.")],
+        GOOD,
+        BAD,
+        None,
+    ),
+    "LLaMA-Factory, a list as output": (
+        "alpaca",
+        {"instruction": Q, "input": "", "output": ["Air scatters blue.", "Paint."]},
+        ASKED,
+        GOOD,
+        BAD,
+        None,
+    ),
+    "mlx-lm-lora": (
+        "common",
+        {
+            "prompt": Q,
+            "chosen": {"messages": [assistant("Air scatters blue.")]},
+            "rejected": {"messages": [assistant("Paint.")]},
+        },
+        ASKED,
+        GOOD,
+        BAD,
+        None,
+    ),
     "ShareGPT turns with chosen and rejected": (
         "sharegpt",
         {
@@ -456,7 +548,12 @@ def test_labelled_completions_of_kto_mix(tmp_path):
     assert said(records[0].prompt) == [("user", "Hi."), ("assistant", "Hello."), *ASKED]
 
 
-ALPACA = {"instruction": Q, "input": "", "output": "Air scatters blue.", "text": f"Below is ...\n{Q}\n..."}
+ALPACA = {
+    "instruction": Q,
+    "input": "",
+    "output": "Air scatters blue.",
+    "text": f"### Instruction:\n{Q}\n\n### Response:\nAir scatters blue.",
+}
 SHAREGPT = {
     "id": "QWJhYvA_0",
     "conversations": [
@@ -471,8 +568,13 @@ SHAREGPT = {
     ("name", "row", "prompt"),
     [
         ("alpaca", ALPACA, ASKED),
+        ("alpaca", {**ALPACA, "history": [["Hi.", "Hello."]]}, [("user", "Hi."), ("assistant", "Hello."), *ASKED]),
         ("alpaca", {**ALPACA, "input": "In one line."}, [("user", f"{Q}\n\nIn one line.")]),
+        ("instruction", {"instruction": Q, "completion": "Air scatters blue."}, ASKED),
+        ("instruction_response", {"instruction": Q, "response": "Air scatters blue."}, ASKED),
+        ("question", {"question": Q, "completion": "Air scatters blue.", "system": ""}, ASKED),
         ("sharegpt", SHAREGPT, ASKED),
+        ("sharegpt", {"conversations": [user(Q), assistant("Air scatters blue.")]}, ASKED),
         ("sharegpt", {**SHAREGPT, "system": "Be brief."}, [("system", "Be brief."), *ASKED]),
         # HuggingFaceH4/ultrachat_200k
         ("common", {"prompt": Q, "prompt_id": "0", "messages": [user(Q), assistant("Air scatters blue.")]}, ASKED),
@@ -530,14 +632,17 @@ def test_tools_and_calls(tmp_path, tools):
 
 MALFORMED = [
     ({**SHP, "labels": 2}, "field 'labels': expected one of 0, 1, found a number 2"),
-    ({**SHP, "labels": "1"}, "field 'labels': expected one of 0, 1, found a string '1'"),
+    ({**SHP, "labels": "A"}, "field 'labels': expected one of 0, 1, found a string 'A'"),
     ({**SHP, "human_ref_A": 3}, "field 'human_ref_A': expected a string, found a number 3"),
-    ({**SHP, "score_ratio": math.nan}, "field 'score_ratio': expected a finite number, found a number nan"),
+    ({**SHP, "score_ratio": math.nan}, "field 'score_ratio': expected a finite number (float32), found a number nan"),
     ({**SAFE, "better_response_id": 2}, "field 'better_response_id': expected one of 0, 1"),
     ({**PANDALM, "annotator2": 3}, "field 'annotator2': expected one of 0, 1, 2, found a number 3"),
     ({**PANDALM, "input": 3}, "field 'input': expected a string, found a number 3"),
     ({**ALPACA_EVAL, "preference": 3}, "field 'preference': expected a number from 1 to 2, or 0 for a tie"),
-    ({**ALPACA_EVAL, "preference": True}, "field 'preference': expected a finite number, found a boolean True"),
+    (
+        {**ALPACA_EVAL, "preference": True},
+        "field 'preference': expected a finite number (float32), found a boolean",
+    ),
     ({**TLDR, "info": "x"}, "field 'info': expected an object, found a string 'x'"),
     ({**TLDR, "summaries": [{"text": "x"}]}, "field 'summaries': expected two summaries"),
     ({**TLDR, "summaries": [None, None]}, "field 'summaries[0]': expected an object with 'text', found nothing"),
@@ -545,11 +650,11 @@ MALFORMED = [
     ({"instruction": Q, "completions": "x"}, "field 'completions': expected a list, found a string 'x'"),
     ({"instruction": Q, "completions": [None]}, "field 'completions[0]': expected an object with 'response'"),
     ({"conversations": "x"}, "field 'conversations': expected a list of turns, found a string 'x'"),
-    ({"conversations": [{"role": "user"}]}, "field 'conversations[0]': expected a turn with 'from' and 'value'"),
-    ({"conversations": [{"from": "me", "value": "x"}]}, "field 'conversations[0].from': expected one of 'human'"),
-    ({"conversations": [{"from": ["gpt"], "value": "x"}]}, "field 'conversations[0].from': expected one of 'human'"),
+    ({"conversations": [{"role": "user"}]}, "field 'conversations[0]': expected a message with 'role' and 'content'"),
+    ({"conversations": [{"from": "me", "value": "x"}]}, "field 'conversations[0].role': expected one of system"),
+    ({"conversations": [{"from": ["gpt"], "value": "x"}]}, "field 'conversations[0].role': expected a string"),
     ({"qid": 1, "question": Q, "answers": [{"text": "x"}]}, "expected an object with 'text', 'pm_score'"),
-    (helpsteer(Q, "x", "4"), "field 'helpfulness': expected a finite number, found a string '4'"),
+    (helpsteer(Q, "x", "4!"), "field 'helpfulness': expected a finite number (float32), found a string '4!'"),
 ]
 
 
@@ -598,4 +703,5 @@ def test_a_file_may_mix_formats(tmp_path):
 
 def test_every_format_is_tested():
     tested = {name for name, *_ in PAIRS.values()} | {"pandalm", "alpaca_eval", "alpaca", "helpsteer"}
+    tested |= {"instruction", "instruction_response", "question"}
     assert tested | {"pku_saferlhf_safer"} == set(FORMATS)

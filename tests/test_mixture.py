@@ -12,6 +12,7 @@ from prefalign_jax import load_data
 from prefalign_jax.cli import experiments
 from prefalign_jax.config import defaults
 from prefalign_jax.data.mixture import Source, in_proportion, normalised, prompt_key, read_source, source_digest
+from prefalign_jax.data.records import Tally
 from prefalign_jax.experiment import read as read_experiment
 from prefalign_jax.types import UserError
 
@@ -35,8 +36,8 @@ def write(path, rows):
 
 
 def read(source, number=0, **kind):
-    dropped = collections.Counter()
-    return list(read_source(source, number, dropped, **kind)), {k: v for k, v in dropped.items() if v}
+    tally = Tally()
+    return list(read_source(source, number, tally, **kind)), {k: v for k, v in tally.dropped.items() if v}
 
 
 def config_of(tmp_path, mix=None, loss="dpo", **data):
@@ -113,7 +114,8 @@ def test_filter_columns_and_map_fn(tmp_path, monkeypatch):
 def test_columns_name_the_common_format_even_where_another_is_there(tmp_path):
     row = {"instruction": "q", "output": "theirs", "text": "x", "a": "yes", "b": "no"}
     path = write(tmp_path / "rows.jsonl", [row])
-    (record,), _ = read(Source(path, columns={"prompt": "instruction", "chosen": "a", "rejected": "b"}))
+    source = Source(path, columns={"prompt": "instruction", "chosen": "a", "rejected": "b"}, ignore=("output", "text"))
+    (record,), _ = read(source)
     assert record[:3] == ("q", "yes", "no")
 
 
@@ -291,7 +293,9 @@ def test_from_the_cache_no_row_is_read_and_a_changed_file_is_read_again(load, tm
         (({"path": "a", "limit": 0},), {}, r"data.mix\[0\].limit=0 must be positive"),
         (({"path": "a", "weight": math.nan},), {}, r"data.mix\[0\].weight=nan must be positive"),
         (({"path": "a", "weight": "1"},), {}, r"data.mix\[0\].weight='1' is no number"),
-        (({"path": "a", "columns": "x"},), {}, r"data.mix\[0\].columns='x' is no mapping"),
+        (({"path": "a", "columns": 3},), {}, r"data.mix\[0\].columns=3 is no mapping"),
+        (({"path": "a", "columns": "x"},), {}, r"data.mix\[0\].columns='x': write NAME=THEIRS"),
+        (({"path": "a", "ignore": 3},), {}, r"data.mix\[0\].ignore=3: write names of fields"),
         (({"path": "a", "weight": 1}, {"path": "b"}), {}, "give every training source a weight or none; b has none"),
         (({"path": "a", "use": "eval"},), {}, "data.mix has no source with use='train'"),
         (

@@ -104,6 +104,10 @@ def test_other_field_names(tmp_path):
         ({"prompt": TURN, "completion": [assistant("c")], "label": True}, (TURN, [assistant("c")], [], True)),
         ({"messages": [*TURN, assistant("c")], "label": False}, (TURN, [assistant("c")], [], False)),
         ({"completion": HH + " yes", "label": False}, (HH, " yes", "", False)),
+        # As pandas and CSV write labels, and as LLaMA-Factory calls them.
+        ({"prompt": "p", "completion": "c", "label": 0.0}, ("p", "c", "", False)),
+        ({"prompt": "p", "completion": "c", "label": "True"}, ("p", "c", "", True)),
+        ({"prompt": "p", "completion": "c", "kto_tag": "0"}, ("p", "c", "", False)),
         # Parquet fills in the fields of the other form.
         ({**dict.fromkeys(PAIR), "prompt": "p", "completion": "c", "label": False}, ("p", "c", "", False)),
     ],
@@ -123,7 +127,7 @@ NO_PAIRS = {
 
 def test_a_pair_read_as_unpaired_is_its_chosen_then_its_rejected(tmp_path):
     """In every format, with weight and place, whatever else the row has; what is no pair is dropped once."""
-    rows = [row for row, _ in FORMATS.values()] + [{**PAIR, "weight": 3, "label": False, "completion": "x"}]
+    rows = [row for row, _ in FORMATS.values()] + [{**PAIR, "weight": 3, "source": "x"}]
     path = write(tmp_path / "data.jsonl", [*rows[:3], *NO_PAIRS.values(), *rows[3:]])
     pairs, dropped = read_records(path)
     assert len(pairs) == len(rows) and dropped == dict.fromkeys(NO_PAIRS, 1)
@@ -177,10 +181,10 @@ FORMS = "expected one of the fields completion, response, messages with a label,
         *(
             ({"prompt": "p", "completion": "c", "label": label}, f"or false (or 1 or 0), found {found}")
             for label, found in [
-                ("true", "a string 'true'"),
+                ("maybe", "a string 'maybe'"),
                 (2, "a number 2"),
                 (-1, "a number -1"),
-                (1.0, "a number 1.0"),
+                (1.5, "a number 1.5"),
                 (math.nan, "a number nan"),
                 ([True], "a list [True]"),
             ]
@@ -241,7 +245,7 @@ def test_scores_follow_the_names_of_the_responses(tmp_path):
             "or rating_chosen and rating_rejected, or chosen-rating and rejected-rating, "
             "found prompt, chosen, rejected, score_chosen, rejected_score",
         ),
-        ({"margin": "1"}, "field 'margin': expected a finite number (float32), found a string '1'"),
+        ({"margin": "1 "}, "field 'margin': expected a finite number (float32), found a string '1 '"),
         ({"margin": True}, "field 'margin': expected a finite number (float32), found a boolean True"),
         ({"margin": math.nan}, "field 'margin': expected a finite number (float32), found a number nan"),
         ({"margin": -math.inf}, "field 'margin'"),
@@ -328,31 +332,30 @@ MALFORMED = {
     "bad JSON": (b'{"prompt": ', "expected one JSON object"),
     "bad UTF-8": (b'{"prompt": "\xff"}', "can't decode byte 0xff"),
     "array": (b'["p", "c"]', "expected a JSON object, found a list ['p', 'c']"),
-    "no response": (b'{"prompt": "p", "chosen": "c"}', "field 'rejected': expected a string or a list of messages"),
-    "null response": (b'{"prompt": "p", "chosen": null, "rejected": "r"}', "field 'chosen'"),
+    "no response": (
+        b'{"prompt": "p", "chosen": "c"}',
+        "expected prompt, chosen, rejected, found prompt, chosen; ",
+    ),
+    "null response": (b'{"prompt": "p", "chosen": null, "rejected": "r"}', "--config.data.columns=chosen=FIELD"),
     "number": (b'{"prompt": "p", "chosen": "c", "rejected": 3}', "field 'rejected'", "found a number 3"),
     "wrong prompt": (b'{"prompt": {"a": 1}, "chosen": "c", "rejected": "r"}', "field 'prompt'", "found an object"),
     "mixed sides": (
         b'{"prompt": "p", "chosen": "c", "rejected": [{"role": "assistant", "content": "r"}]}',
         "field 'rejected': expected a string, as in 'chosen', found a list",
     ),
-    "messages as the prompt of strings": (
-        b'{"prompt": [{"role": "user", "content": "p"}], "chosen": "c", "rejected": "r"}',
-        "field 'prompt': expected a string",
-    ),
     "implicit prompt": (b'{"chosen": "ab c", "rejected": "ab d"}', "expected a field 'prompt'", "HH-RLHF"),
     "no assistant in a transcript": (b'{"chosen": "\\n\\nHuman: a", "rejected": "\\n\\nHuman: b"}', "'prompt'"),
     "bad role": (
         b'{"prompt": "p", "chosen": [{"role": "bot", "content": "c"}], "rejected": []}',
-        "field 'chosen[0].role': expected one of system, developer, user, assistant, tool, found a string 'bot'",
+        "field 'chosen[0].role': expected one of system, developer, user, assistant, tool (or human, gpt",
     ),
     "not role and content": (
-        b'{"prompt": "p", "chosen": [{"from": "gpt", "value": "c"}], "rejected": []}',
+        b'{"prompt": "p", "chosen": [{"speaker": "gpt", "value": "c"}], "rejected": []}',
         "field 'chosen[0]': expected a message with 'role' and 'content'",
     ),
     "content is no string": (
         b'{"prompt": "p", "chosen": [{"role": "assistant", "content": ["c"]}], "rejected": []}',
-        "field 'chosen[0].content': expected a string, found a list ['c']",
+        "field 'chosen[0].content[0]': expected a part with 'type' and 'text', found a string 'c'",
     ),
     "ends with the user": (
         b'{"chosen": [{"role": "user", "content": "c"}], "rejected": [{"role": "user", "content": "c"}]}',
@@ -413,9 +416,9 @@ def test_missing_path(tmp_path, monkeypatch, name):
 
 
 def test_wrong_kind_of_file_and_no_rows(tmp_path):
-    (tmp_path / "data.csv").write_text("prompt,chosen\n")
-    with pytest.raises(UserError, match=r"data.csv: expected a .jsonl, .jsonl.gz or .parquet file"):
-        read_records(tmp_path / "data.csv")
+    (tmp_path / "data.txt").write_text("prompt,chosen\n")
+    with pytest.raises(UserError, match=r"data.txt: expected a .jsonl, .json, .csv, .tsv, .parquet or .arrow file"):
+        read_records(tmp_path / "data.txt")
     with pytest.raises(UserError, match=r"no record is left \(there was no row\)"):
         read(tmp_path)
     with pytest.raises(UserError, match="one or two field names"):

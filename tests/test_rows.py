@@ -57,7 +57,8 @@ STOPS = {
     "mixed schemas": (
         "a.jsonl",
         LINE + b'{"prompt": "p", "good": "c", "bad": "r"}\n',
-        ", row 2: field 'chosen': expected a string or a list of messages, found nothing",
+        ", row 2: expected prompt, chosen, rejected, found prompt, good, bad; if others hold them, write "
+        "--config.data.columns=chosen=good,rejected=bad",
     ),
     "mixed schemas in one row": (
         "a.jsonl",
@@ -204,8 +205,8 @@ def test_rows_are_counted_where_that_costs_little(tmp_path):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     parquet.write_table(pyarrow.Table.from_pylist([PAIR] * 5), tmp_path / "d.parquet")
-    counts = {name: count_rows(tmp_path / name) for name in (*files, "d.parquet", "missing.jsonl")}
-    assert counts == {"a.jsonl": 3, "b.jsonl.gz": None, "c.json": None, "d.parquet": 5, "missing.jsonl": None}
+    counts = {name: count_rows(tmp_path / name) for name in (*files, "d.parquet")}
+    assert counts == {"a.jsonl": 3, "b.jsonl.gz": None, "c.json": None, "d.parquet": 5}
     assert count_rows(tmp_path) is None
     (tmp_path / "b.jsonl.gz").unlink(), (tmp_path / "c.json").unlink()
     assert count_rows(tmp_path) == 8

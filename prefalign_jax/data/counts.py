@@ -7,9 +7,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from prefalign_jax.data import remarks
 from prefalign_jax.data.cleaning import Stage
-from prefalign_jax.data.remarks import Remarks
+from prefalign_jax.data.records import Tally
 
 TRAINING, HELD_OUT = "training", "held out"  # parts
 
@@ -29,6 +28,21 @@ def listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count) or "none"
 
 
+def listed_fields(unread: Mapping[str, int]) -> str:
+    """Names of fields with the rows that have them, those of equal counts together.
+
+    Example:
+      >>> listed_fields({"id": 300, "source": 300, "note": 2})
+      'id, source (300 rows each), note (2 rows)'
+    """
+    groups: dict[int, list[str]] = {}
+    for name, count in sorted(unread.items(), key=lambda item: -item[1]):
+        if count:
+            groups.setdefault(count, []).append(name)
+    rows = {count: f"{count} row{'s' * (count > 1)}{' each' * (len(some) > 1)}" for count, some in groups.items()}
+    return ", ".join(f"{', '.join(some)} ({rows[count]})" for count, some in groups.items())
+
+
 @dataclasses.dataclass
 class Counts:
     """Counts that grow while some sources are read, cleaned and tokenized.
@@ -36,29 +50,43 @@ class Counts:
     Attributes:
       lost: part -> for each source {reason: records}.
       tokenizing: part -> {reason: records}, those of `lost` that tokenization left out.
+      unread: for each source {field: rows} that nobody reads.
+      notes: for each source {what: records} that are read in part.
       read: [sources] records.
       held, over: records held out, and those beyond the limit of held-out records.
       cleaning: what became of the training records.
       flippable, flipped: pairs whose label might have been flipped, and those whose label was.
-      chat: whether there are messages.
-      noticed: of the records that were tokenized, those that were dropped too.
+      chatted, plain: records that are messages, and those that are plain text.
     """
 
     lost: dict[str, list[collections.Counter]]
     tokenizing: dict[str, collections.Counter]
+    unread: list[collections.Counter]
+    notes: list[collections.Counter]
     read: list[int]
     held: int = 0
     over: int = 0
     cleaning: list[Stage] = dataclasses.field(default_factory=list)
     flippable: int = 0
     flipped: int = 0
-    chat: bool = False
-    noticed: Remarks = dataclasses.field(default_factory=Remarks)
+    chatted: int = 0
+    plain: int = 0
+
+    def tally(self, part: str, source: int) -> Tally:
+        """What the reading of a source counts."""
+        return Tally(self.lost[part][source], self.unread[source], self.notes[source])
+
+    def remarks(self) -> str:
+        """What is read in part or not at all, for the line that says what was dropped."""
+        notes = dict(added(self.notes))
+        if self.chatted and self.plain:
+            notes["as plain text, the others as messages"] = self.plain
+        unread = listed_fields(added(self.unread))
+        return (f"; {listed(notes)}" if notes else "") + (f"; not used: {unread}" if unread else "")
 
     def as_json(self) -> dict[str, Any]:
         """What `from_json` takes."""
-        stages = [stage._asdict() for stage in self.cleaning]
-        return {**vars(self), "cleaning": stages, "noticed": self.noticed.as_json()}
+        return {**vars(self), "cleaning": [stage._asdict() for stage in self.cleaning]}
 
     def stages(self, part: str) -> dict[str, list[Stage]]:
         """What became of the records, up to their tokenization.
@@ -93,6 +121,8 @@ def new_counts(sources: int) -> Counts:
     return Counts(
         lost={part: [counter() for _ in range(sources)] for part in (TRAINING, HELD_OUT)},
         tokenizing={part: counter() for part in (TRAINING, HELD_OUT)},
+        unread=[counter() for _ in range(sources)],
+        notes=[counter() for _ in range(sources)],
         read=[0] * sources,
     )
 
@@ -110,7 +140,8 @@ def from_json(about: Mapping[str, Any]) -> Counts:
             **about,
             "lost": {part: list(map(counter, counts)) for part, counts in about["lost"].items()},
             "tokenizing": {part: counter(counts) for part, counts in about["tokenizing"].items()},
+            "unread": list(map(counter, about["unread"])),
+            "notes": list(map(counter, about["notes"])),
             "cleaning": [Stage(**stage) for stage in about["cleaning"]],
-            "noticed": remarks.from_json(about["noticed"]),
         }
     )

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from prefalign_jax.data.cleaning import BoundStep, Stage
 from prefalign_jax.data.memory import MemoryRows
 from prefalign_jax.data.pipeline import PairSet
-from prefalign_jax.data.remarks import Remarks, lines
 from prefalign_jax.data.rows import content_digest
 from prefalign_jax.data.statistics import length_bias, quantiles
 from prefalign_jax.files import whole, write_json
@@ -69,7 +68,6 @@ def make_datasheet(
     chat: bool,
     tokenizer: Any,
     digest: str,
-    noticed: Mapping[str, Remarks] = {},
 ) -> dict[str, Any]:
     """What is known of the data once they are tokenized; nothing is read or tokenized again.
 
@@ -82,7 +80,6 @@ def make_datasheet(
       chat: whether there are messages, which go through the chat template.
       tokenizer: Hugging Face tokenizer.
       digest: of the training pairs.
-      noticed: what was noticed of the records, by part.
 
     Returns:
       JSON values.
@@ -101,7 +98,6 @@ def make_datasheet(
         "sources": [one._asdict() for one in read],
         "mixture": list(mixture),
         "stages": {part: [stage._asdict() for stage in some] for part, some in stages.items()},
-        "noticed": {part: lines(some) for part, some in noticed.items() if lines(some)},
         "cleaning": {step.name: step.options for step in steps},
         "seed": config["seed"],
         "tokenizer": {
@@ -114,9 +110,6 @@ def make_datasheet(
             "name": (fields["chat_template"] or "the tokenizer's own") if chat else None,
             "sha256": hashlib.sha256(str(template).encode()).hexdigest() if template else None,
             "text": template,
-            "kwargs": fields["chat_template_kwargs"],
-            "date": fields["date"],
-            "may_drop": fields["template_may_drop"],
         },
         "max_length": config["max_length"],
         "too_long": config["too_long"],
@@ -175,8 +168,6 @@ def as_markdown(sheet: Mapping[str, Any], level: int = 2) -> str:
             counts = {**stage["dropped"], **{f"{reason} (changed)": n for reason, n in stage["repaired"].items()}}
             rows.append((part, stage["name"], stage["before"], stage["after"], _counts(counts)))
     out.append(markdown(("part", "stage", "in", "out", "left out, by reason"), rows))
-    for part, some in sheet["noticed"].items():
-        out.append(f"Noticed of the {part} data:\n\n" + "\n".join(f"- {line}" for line in some))
     if options := {name: given for name, given in sheet["cleaning"].items() if given}:
         out.append("Options: " + "; ".join(f"{name} {_words(given)}" for name, given in options.items()) + ".")
     out.append(f"{mark} Tokens")

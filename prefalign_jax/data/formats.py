@@ -5,6 +5,10 @@ with a label), a `margin` by which the chosen response is better, a `weight`. FO
 fields are compared; a row that has all fields of one, and none that it excludes, is of that format, and every other row
 is taken for the common one. So a file may mix formats: each row is told apart by itself.
 
+A reader takes the fields of its format. All others stay beside what it makes, so that weight, label, tools, system
+prompt and history mean the same in every format, and what nobody reads is found (`fields.account`). Parts of a field
+that a reader leaves out stay too, under a name such as 'completions[].critique'; None marks a field that it took.
+
 Where a data set gives instruction and answers as strings, prompt and responses become messages, since their roles are
 known: the chat template says how they are joined. Text that is continued (TL;DR posts) stays text.
 
@@ -14,22 +18,17 @@ over pairs is then the expectation that was meant.
 
 from __future__ import annotations
 
+import functools
 import math
-import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from prefalign_jax.data.messages import read_text
+from prefalign_jax.data.values import Dropped, Malformed, choice, empty, expected, missing, name_of, number, string
 
 Row = Mapping[str, Any]
 
 HARD = 1e-6  # a soft preference is no more certain than 1 - HARD where it becomes a margin
-
-
-class Malformed(ValueError):
-    """A row breaks its format; whoever reads adds where."""
-
-
-class Dropped(Exception):
-    """A well-formed row is no pair; its one argument is the reason that is counted."""
 
 
 class Format(NamedTuple):
@@ -39,6 +38,7 @@ class Format(NamedTuple):
       read: row -> rows of the common format; of a `group`, [rows] -> rows.
       fields: a row of this format has them all, none null.
       without: and none of these.
+      also: fields that it reads where a row has them.
       group: consecutive rows with the same value in this field are read together.
       pairs: it makes pairs of what are demonstrations as they stand, so it is detected only where pairs are wanted.
     """
@@ -46,6 +46,7 @@ class Format(NamedTuple):
     read: Callable[[Any], list[Row]]
     fields: tuple[str, ...]
     without: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
     group: str | None = None
     pairs: bool = False
 
@@ -64,11 +65,53 @@ def detect(row: Row, pairs: bool = True) -> str:
       >>> detect({"history": "Q", "human_ref_A": "a", "human_ref_B": "b", "labels": 1})
       'shp'
     """
-    there = {field for field, value in row.items() if value is not None}
+    return _detect(frozenset(field for field, value in row.items() if value is not None), pairs)
+
+
+@functools.lru_cache(maxsize=1024)
+def _detect(there: frozenset[str], pairs: bool) -> str:
     for name, one in FORMATS.items():
         if there.issuperset(one.fields) and there.isdisjoint(one.without) and (pairs or not one.pairs):
             return name
     return "common"
+
+
+def in_common(name: str, row: Row, rows: Sequence[Row]) -> list[Row]:
+    """Rows of a published format in the common one, with all that the format does not name.
+
+    Args:
+      name: a key of FORMATS.
+      row: the one that is read, of a group the first.
+      rows: all of the group, or that one.
+
+    Raises:
+      Malformed: it is not of this format, or a field that it does not name says again what it says.
+      Dropped: it is no pair.
+    """
+    form = FORMATS[name]
+    if name == "common":
+        return [row]
+    others = {field: value for field, value in row.items() if field not in (*form.fields, *form.also)}
+    for other in rows[1:]:
+        for field in ("weight", "system", "history", "tools", "chat_template_kwargs"):
+            if other.get(field) != row.get(field):
+                raise Malformed(
+                    f"field {field!r}: rows with the same {form.group!r} are read together, and differ in it"
+                )
+    out = []
+    for one in form.read(rows if form.group else row):
+        for field in others.keys() & one.keys():
+            again = one[field] is not others[field] and not missing(one[field]) and not empty(others[field])
+            if field != "weight" and again:
+                raise Malformed(
+                    f"field {name_of(field)!r}: format {name!r} makes it of other fields; "
+                    f"write data.ignore={name_of(field)}, or data.format=common to read it instead of those"
+                )
+        both = {**others, **one}
+        if not missing(others.get("weight")) and not missing(one.get("weight")):
+            both["weight"] = one["weight"] * number(others["weight"], "weight")
+        out.append(both)
+    return out
 
 
 def _user(text: str, system: str | None = None) -> list[dict]:
@@ -77,43 +120,6 @@ def _user(text: str, system: str | None = None) -> list[dict]:
 
 def _assistant(text: Any, field: str) -> list[dict]:
     return [{"role": "assistant", "content": string(text, field)}]
-
-
-def string(value: Any, field: str) -> str:
-    """The value, which must be a string."""
-    if not isinstance(value, str):
-        raise expected("a string", value, field)
-    return value
-
-
-def number(value: Any, field: str) -> float:
-    """The value, which must be a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
-        raise expected("a finite number", value, field)
-    return float(value)
-
-
-def choice(value: Any, of: Sequence[Any], field: str) -> Any:
-    """The value, which must be one of those given."""
-    if not isinstance(value, int | float | str) or value not in of:
-        raise expected(f"one of {', '.join(map(repr, of))}", value, field)
-    return value
-
-
-def expected(what: str, found: Any, field: str = "") -> Malformed:
-    """The error of a field that holds something else."""
-    return Malformed((f"field {field!r}: " if field else "") + f"expected {what}, found {show(found)}")
-
-
-def show(value: Any) -> str:
-    """A value for a message, shortened."""
-    return "nothing" if value is None or value == [] else f"{kind(value)} {reprlib.repr(value)}"
-
-
-def kind(value: Any) -> str:
-    """The JSON type of a value, for a message."""
-    names = {str: "a string", list: "a list", dict: "an object", bool: "a boolean", int: "a number", float: "a number"}
-    return names.get(type(value), type(value).__name__)
 
 
 def answers(row: Row, prompt: Any, names: Sequence[str], better: int, margin: float | None = None) -> list[Row]:
@@ -163,12 +169,25 @@ def _objects(row: Row, field: str, keys: Sequence[str]) -> list[Mapping]:
     return value
 
 
+def _between(items: Sequence[Any], field: str) -> Row:
+    """The mark of answers that are in no pair."""
+    return {f"{field}[] between best and worst": True} if len(items) > 2 else {}
+
+
+def _left(items: Iterable[Mapping], field: str, keys: Sequence[str]) -> Row:
+    """What a reader leaves out of the objects of a list, under names that say where it stands."""
+    names = {name for item in items for name, value in item.items() if name not in keys and not empty(value)}
+    return {f"{field}[].{name_of(name)}": True for name in sorted(names, key=str)}
+
+
+def _with(rows: list[Row], *more: Row) -> list[Row]:
+    return [{**row, **{name: value for one in more for name, value in one.items()}} for row in rows]
+
+
 def _instruction(row: Row, field: str = "instruction") -> str:
     """Instruction and input, a line between them; the input may be missing, empty or, from pandas, NaN."""
     text, given = string(row.get(field), field), row.get("input")
-    if given is None or given == "" or (isinstance(given, float) and math.isnan(given)):
-        return text
-    return f"{text}\n\n{string(given, 'input')}"
+    return text if empty(given) else f"{text}\n\n{string(given, 'input')}"
 
 
 def ultrafeedback(row: Row) -> list[Row]:
@@ -177,13 +196,16 @@ def ultrafeedback(row: Row) -> list[Row]:
     Not by `overall_score`, which is 10 where 1 was meant in known rows; it is read only where the other is missing.
     """
     rated = _objects(row, "completions", ("response",))
-    found = []
+    texts, scores, left = [], [], []
     for i, one in enumerate(rated):
-        names = [name for name in ("fine-grained_score", "overall_score") if one.get(name) is not None]
+        names = [name for name in ("fine-grained_score", "overall_score") if not missing(one.get(name))][:1]
         if names:
-            found.append((one["response"], number(one[names[0]], f"completions[{i}].{names[0]}")))
+            texts.append(one["response"])
+            scores.append(number(one[names[0]], f"completions[{i}].{names[0]}"))
+        left.append(_left([one], "completions", ("response", *names)))
     prompt = _user(string(row.get("instruction"), "instruction"))
-    return best_and_worst(prompt, [t for t, _ in found], [s for _, s in found], "completions.response")
+    pairs = best_and_worst(prompt, texts, scores, "completions.response")
+    return _with(pairs, *left, _between(rated, "completions"))
 
 
 def shp(row: Row) -> list[Row]:
@@ -204,14 +226,16 @@ def stack_exchange(row: Row) -> list[Row]:
     given = _objects(row, "answers", ("text", "pm_score"))
     scores = [number(one["pm_score"], f"answers[{i}].pm_score") for i, one in enumerate(given)]
     prompt = _user(string(row.get("question"), "question"))
-    return best_and_worst(prompt, [one["text"] for one in given], scores, "answers.text")
+    pairs = best_and_worst(prompt, [one["text"] for one in given], scores, "answers.text")
+    return _with(pairs, _left(given, "answers", ("text", "pm_score")), _between(given, "answers"))
 
 
 def pandalm(row: Row) -> list[Row]:
     """PandaLM's test set: annotators say 1 or 2, or 0 for a tie; the probability is their mean, a tie half a vote."""
-    names = [name for name in row if name.startswith("annotator") and row[name] is not None]
+    names = [name for name in row if name.startswith("annotator") and not missing(row[name])]
     votes = [(0.5, 1.0, 0.0)[choice(row[name], (0, 1, 2), name)] for name in names]
-    return soft(row, _user(_instruction(row)), ("response1", "response2"), sum(votes) / len(votes))
+    pairs = soft(row, _user(_instruction(row)), ("response1", "response2"), sum(votes) / len(votes))
+    return _with(pairs, dict.fromkeys(names))
 
 
 def alpaca_eval(row: Row) -> list[Row]:
@@ -281,62 +305,102 @@ def summarize_from_feedback(row: Row) -> list[Row]:
         prompt = f"Article: {string(info.get('article'), 'info.article')}\n\nTL;DR:"
     better = choice(row.get("choice"), (0, 1), "choice")
     texts = [" " + string(one["text"], f"summaries[{i}].text").strip() for i, one in enumerate(pair)]
-    return [{"prompt": prompt, "chosen": texts[better], "rejected": texts[1 - better]}]
+    left = _left(pair, "summaries", ("text",)) | _left([info], "info", ("subreddit", "title", "post", "article"))
+    return _with([{"prompt": prompt, "chosen": texts[better], "rejected": texts[1 - better]}], left)
 
 
 def orca(row: Row) -> list[Row]:
-    """Intel/orca_dpo_pairs and its descendants: a system prompt, which may be empty, beside question and answers."""
-    field = "question" if row.get("question") is not None else "input"
-    system = None if row.get("system") is None else string(row["system"], "system")
-    return answers(row, _user(string(row.get(field), field), system), ("chosen", "rejected"), 0)
+    """Intel/orca_dpo_pairs and its descendants, axolotl's chatml.intel and chatml.icr: question (or input), answers."""
+    field = "input" if missing(row.get("question")) else "question"
+    return [{"prompt": _user(string(row.get(field), field)), "chosen": row["chosen"], "rejected": row["rejected"]}]
+
+
+def argilla(row: Row) -> list[Row]:
+    """axolotl's chatml.argilla: a prompt under one of four names, chosen_response and rejected_response."""
+    field = next((name for name in ("prompt", "input", "question") if not missing(row.get(name))), "instruction")
+    sides = {side: row[f"{side}_response"] for side in ("chosen", "rejected")}
+    return [{field: None, "prompt": _user(string(row.get(field), field)), **sides}]
 
 
 def alpaca(row: Row) -> list[Row]:
-    """tatsu-lab/alpaca: instruction, input (may be empty) and output; a demonstration."""
-    return [{"prompt": _user(_instruction(row)), "completion": _assistant(row.get("output"), "output")}]
+    """tatsu-lab/alpaca: instruction, input (may be empty) and output; a demonstration.
+
+    LLaMA-Factory's older preference files have a list as output, the better answer first.
+    """
+    prompt, output = _instruction(row), row.get("output")
+    if isinstance(output, list):
+        if len(output) != 2:
+            raise expected("an answer, or the list of the better and the worse one", output, "output")
+        return [{"prompt": _user(prompt), "chosen": output[0], "rejected": output[1]}]
+    pair = {"prompt": _user(prompt), "completion": _assistant(output, "output")}
+    # The published file writes all of it out again as `text`.
+    again = isinstance(row.get("text"), str) and row["instruction"] in row["text"] and output in row["text"]
+    return [pair | {"text": None}] if again else [pair]
 
 
-_SPEAKERS = {
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "chatgpt", "assistant", "bing", "bard", "model"), "assistant"),
-    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
-    "system": "system",
-}
+def alpaca_preference(row: Row) -> list[Row]:
+    """LLaMA-Factory's preference files: instruction, input, chosen and rejected."""
+    return [{"prompt": _user(_instruction(row)), "chosen": row["chosen"], "rejected": row["rejected"]}]
 
 
-def _turn(turn: Any, field: str) -> dict:
-    if not isinstance(turn, Mapping) or not {"from", "value"} <= turn.keys():
-        raise expected("a turn with 'from' and 'value'", turn, field)
-    speaker = choice(turn["from"], tuple(_SPEAKERS), f"{field}.from")
-    return {"role": _SPEAKERS[speaker], "content": string(turn["value"], f"{field}.value")}
+def instruction(row: Row) -> list[Row]:
+    """axolotl's KTO files: an instruction (or question) and a completion (or response), labelled or not."""
+    prompt = _instruction(row, "question" if missing(row.get("instruction")) else "instruction")
+    completion = row.get("response") if missing(row.get("completion")) else row["completion"]
+    return [{"prompt": _user(prompt), "completion": completion}]
+
+
+def messages_preference(row: Row) -> list[Row]:
+    """axolotl's chat_template.default: `messages` and two last answers, each a message, a string or a conversation.
+
+    Whole conversations in chosen and rejected hold the messages themselves; then `messages` may only repeat them.
+    """
+    sides = {side: row[side] for side in ("chosen", "rejected")}
+    chosen = read_text(row["chosen"], "chosen")
+    if not isinstance(chosen, str) and chosen and chosen[0]["role"] != "assistant":
+        return [{**sides, "messages": row["messages"]}]
+    return [{"prompt": row["messages"], **sides}]
+
+
+def openai_preference(row: Row) -> list[Row]:
+    """OpenAI's preference fine-tuning: input with messages and tools, preferred and non-preferred output."""
+    given = row["input"]
+    if not isinstance(given, Mapping) or "messages" not in given:
+        raise expected("an object with 'messages'", given, "input")
+    sides = {"chosen": row["preferred_output"], "rejected": row["non_preferred_output"]}
+    left = _left([given], "input", ("messages", "tools"))
+    return [{"prompt": given["messages"], **sides, "tools": given.get("tools"), **left}]
+
+
+def torchtune(row: Row) -> list[Row]:
+    """torchtune's preference files: two whole conversations."""
+    return [{side: row[f"{side}_conversations"] for side in ("chosen", "rejected")}]
 
 
 def sharegpt(row: Row) -> list[Row]:
-    """ShareGPT's `conversations` of {from, value}, with a `system` beside it or not; what follows the last answer is
-    left out. Beside it may stand `chosen` and `rejected` turns: then it is the prompt of a pair.
+    """ShareGPT's `conversations`; what follows the last answer is left out and counted. Beside them may stand `chosen`
+    and `rejected` turns: then they are the prompt of a pair.
     """
-    turns = row["conversations"]
-    if not isinstance(turns, list):
-        raise expected("a list of turns", turns, "conversations")
-    messages = [_turn(turn, f"conversations[{i}]") for i, turn in enumerate(turns)]
-    if row.get("system"):
-        messages = [{"role": "system", "content": string(row["system"], "system")}, *messages]
-    if row.get("chosen") is not None:
-        return [{"prompt": messages, **{side: [_turn(row.get(side), side)] for side in ("chosen", "rejected")}}]
-    while messages and messages[-1]["role"] != "assistant":
-        messages.pop()
-    if len(messages) < 2:
+    if not missing(row.get("chosen")):
+        return [{"prompt": row["conversations"], **{side: row.get(side) for side in ("chosen", "rejected")}}]
+    messages = read_text(row["conversations"], "conversations")
+    if isinstance(messages, str):
+        raise expected("a list of turns", row["conversations"], "conversations")
+    last = next((i for i, message in reversed([*enumerate(messages)]) if message["role"] == "assistant"), 0)
+    if not last:
         raise Dropped("no answer")
-    return [{"messages": messages, "tools": row.get("tools")}]
+    left = {"conversations[] after the last answer": True} if last + 1 < len(messages) else {}
+    return [{"messages": messages[: last + 1], **left}]
 
 
+_SIDES = ("chosen", "rejected")
 FORMATS: dict[str, Format] = {
-    "ultrafeedback": Format(ultrafeedback, ("instruction", "completions"), without=("chosen",)),
-    "shp": Format(shp, ("history", "human_ref_A", "human_ref_B", "labels")),
+    "ultrafeedback": Format(ultrafeedback, ("instruction", "completions"), without=_SIDES),
+    "shp": Format(shp, ("history", "human_ref_A", "human_ref_B", "labels"), also=("score_ratio",)),
     "stack_exchange_paired": Format(stack_exchange_paired, ("question", "response_j", "response_k")),
-    "stack_exchange": Format(stack_exchange, ("question", "answers", "qid"), without=("chosen",)),
-    "pandalm": Format(pandalm, ("instruction", "response1", "response2", "annotator1")),
-    "alpaca_eval": Format(alpaca_eval, ("instruction", "output_1", "output_2", "preference")),
+    "stack_exchange": Format(stack_exchange, ("question", "answers", "qid"), without=_SIDES),
+    "pandalm": Format(pandalm, ("instruction", "response1", "response2", "annotator1"), also=("input",)),
+    "alpaca_eval": Format(alpaca_eval, ("instruction", "output_1", "output_2", "preference"), also=("input",)),
     "pku_saferlhf": Format(pku_saferlhf, ("prompt", "response_0", "response_1", "better_response_id")),
     "helpsteer2_preference": Format(
         helpsteer2_preference, ("prompt", "response_1", "response_2", "preference_strength")
@@ -346,10 +410,18 @@ FORMATS: dict[str, Format] = {
         helpsteer, ("prompt", "response", "helpfulness", "verbosity"), ("chosen", "label"), group="prompt", pairs=True
     ),
     "summarize_from_feedback": Format(summarize_from_feedback, ("info", "summaries", "choice")),
+    "openai_preference": Format(openai_preference, ("input", "preferred_output", "non_preferred_output")),
+    "torchtune": Format(torchtune, ("chosen_conversations", "rejected_conversations")),
     "sharegpt": Format(sharegpt, ("conversations",), without=("messages", "prompt")),
-    "orca": Format(orca, ("system", "question", "chosen", "rejected"), without=("prompt", "conversations")),
-    "orca_input": Format(orca, ("system", "input", "chosen", "rejected"), without=("prompt", "conversations")),
-    "alpaca": Format(alpaca, ("instruction", "output"), without=("chosen", "prompt", "messages")),
+    "messages_preference": Format(messages_preference, ("messages", *_SIDES), without=("prompt",)),
+    "argilla": Format(argilla, ("chosen_response", "rejected_response"), without=_SIDES, also=("prompt",)),
+    "alpaca_preference": Format(alpaca_preference, ("instruction", *_SIDES), without=("prompt",), also=("input",)),
+    "orca": Format(orca, ("question", *_SIDES), without=("prompt",)),
+    "orca_input": Format(orca, ("input", *_SIDES), without=("prompt",)),
+    "alpaca": Format(alpaca, ("instruction", "output"), without=("chosen", "prompt", "messages"), also=("input",)),
+    "instruction": Format(instruction, ("instruction", "completion"), without=("prompt", "chosen"), also=("input",)),
+    "instruction_response": Format(instruction, ("instruction", "response"), ("prompt", "chosen"), ("input",)),
+    "question": Format(instruction, ("question", "completion"), without=("prompt", "chosen"), also=("input",)),
     # Of rows with the fields of an earlier one; to be named.
     "pku_saferlhf_safer": Format(pku_saferlhf_safer, ("prompt", "response_0", "response_1", "safer_response_id")),
     "common": Format(lambda row: [row], ()),

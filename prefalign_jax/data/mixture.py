@@ -30,9 +30,11 @@ import numpy as np
 from prefalign_jax.data.formats import FORMATS
 from prefalign_jax.data.memory import MemoryRows
 from prefalign_jax.data.pairs import Pairs
-from prefalign_jax.data.records import Record, Rows, Text, draw, iter_prompts, iter_records
+from prefalign_jax.data.records import Prompt, Reading, Record, Rows, Tally, Text, draw, iter_prompts, iter_records
 from prefalign_jax.data.rows import content_digest, read_rows
-from prefalign_jax.options import choose, did_you_mean
+from prefalign_jax.data.splits import TEST, VALIDATION, split_of
+from prefalign_jax.data.values import name_of, names
+from prefalign_jax.options import choose, did_you_mean, split_names
 from prefalign_jax.types import Place, UserError, one_line
 
 USES = ("train", "eval", "test")
@@ -50,6 +52,8 @@ class Source(NamedTuple):
       columns: name in the common format -> the row's own, with dots into objects ('info.post').
       filter: field -> value, or list of values, that rows must have there.
       map_fn: 'module:function', from a row to a row, a list of rows, or None to leave it out; called last.
+      ignore: fields, of the row as it then is, that are read as if they were not there; 'message.FIELD' for one of
+        every message.
       fraction: part of the records that is taken, drawn by the seed.
       limit: records at most, the first ones.
       weight: the source's share of the training pairs, relative to the other sources'.
@@ -63,6 +67,7 @@ class Source(NamedTuple):
     columns: Mapping[str, str] | None = None
     filter: Mapping[str, Any] | None = None
     map_fn: str | None = None
+    ignore: tuple[str, ...] = ()
     fraction: float = 1.0
     limit: int | None = None
     weight: float | None = None
@@ -89,21 +94,15 @@ def sources_of(data: Mapping[str, Any]) -> list[Source]:
       UserError: naming the source, its field, and what it takes.
     """
     if data["mix"] is None:
-        of = {"format": data["format"]}
-        sources = [Source(data["path"], split=data["split"], limit=data["limit"], **of)] if data["path"] else []
+        both = {name: data[name] for name in _SHARED}
+        sources = []
+        if data["path"]:
+            sources.append(_source(both | _named(data, "path", "split", "limit"), "data"))
         if data["eval_path"]:
-            sources.append(Source(data["eval_path"], "eval", data["eval_split"], limit=data["eval_limit"], **of))
-        if data["format"] is not None:
-            choose("data.format", data["format"], FORMATS)
+            fields = {name.removeprefix("eval_"): data[name] for name in ("eval_path", "eval_split", "eval_limit")}
+            sources.append(_source(both | fields | {"use": "eval"}, "data"))
         return sources
-    of_sources = {
-        "path": None,
-        "split": "train",
-        "limit": None,
-        "format": None,
-        "eval_path": None,
-        "eval_split": "test",
-    }
+    of_sources = dict.fromkeys(("path", "limit", "eval_path", *_SHARED)) | {"split": "train", "eval_split": "test"}
     if not data["eval_fraction"]:
         of_sources["eval_limit"] = None
     for name, unset in of_sources.items():
@@ -119,15 +118,40 @@ def sources_of(data: Mapping[str, Any]) -> list[Source]:
     return sources
 
 
+_SHARED = ("format", "columns", "map_fn", "ignore")  # fields of data that both of its sources take
+
+
+def _named(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: fields[name] for name in names}
+
+
+def _pairs_of(text: str, field: str) -> dict[str, str]:
+    """What 'name=theirs,other=theirs' writes."""
+    pairs = [item.partition("=") for item in split_names(text)]
+    if any(not name or not theirs for name, _, theirs in pairs):
+        raise UserError(
+            f"{field}={text!r}: write NAME=THEIRS,NAME=THEIRS, as in prompt=question,chosen=good,rejected=bad"
+        )
+    return {name.strip(): theirs.strip() for name, _, theirs in pairs}
+
+
 def _source(fields: Any, place: str) -> Source:
-    names = Source._fields
+    known = Source._fields
     fields = _plain(fields)
-    if not isinstance(fields, Mapping) or not isinstance(fields.get("path"), str):
-        raise UserError(f"{place}: expected a dict with 'path' and any of {', '.join(names[1:])}, found {fields!r}")
+    if isinstance(fields, Mapping):
+        if isinstance(fields.get("columns"), str):
+            fields = {**fields, "columns": _pairs_of(fields["columns"], f"{place}.columns")}
+        if isinstance(fields.get("ignore"), str):
+            fields = {**fields, "ignore": split_names(fields["ignore"])}
+    if not isinstance(fields, Mapping) or not isinstance(fields.get("path"), str | MemoryRows):
+        raise UserError(f"{place}: expected a dict with 'path' and any of {', '.join(known[1:])}, found {fields!r}")
     for name in fields:
-        if name not in names:
-            raise UserError(f"{place}: no field {name!r}, {did_you_mean(name, names)}there are {', '.join(names)}")
+        if name not in known:
+            raise UserError(f"{place}: no field {name!r}, {did_you_mean(name, known)}there are {', '.join(known)}")
     source = Source(**{name: value for name, value in fields.items() if value is not None})
+    if not isinstance(source.ignore, list | tuple) or not all(isinstance(name, str) for name in source.ignore):
+        raise UserError(f"{place}.ignore={source.ignore!r}: write names of fields, with commas between them")
+    source = source._replace(ignore=tuple(source.ignore))
     choose(f"{place}.use", source.use, dict.fromkeys(USES))
     if source.format is not None:
         choose(f"{place}.format", source.format, FORMATS)
@@ -147,7 +171,7 @@ def _source(fields: Any, place: str) -> Source:
     for name in ("fraction", "limit"):
         if source.use == "test" and getattr(source, name) != Source._field_defaults[name]:
             raise UserError(f"{place}.{name} applies to use='train' and 'eval': all prompts of a test set are kept out")
-    if source.use == "train" and re.match(r"test|valid|eval", source.part):
+    if place != "data" and source.use == "train" and split_of(source.part) in (VALIDATION, TEST):
         raise UserError(
             f"{place}: the split {source.part!r} is for measuring; set its use to 'eval' or 'test', or name another"
         )
@@ -223,46 +247,57 @@ def _field(row: Mapping, name: str, where: Place, what: str) -> Any:
     value: Any = row
     for part in name.split("."):
         if not isinstance(value, Mapping) or part not in value:
-            raise UserError(f"{where}: {what}: no field {name!r}, found {', '.join(map(str, row))}")
+            raise UserError(f"{where}: {what}: no field {name!r}, found {names(row)}")
         value = value[part]
     return value
 
 
-def read_source(
-    source: Source, number: int, dropped: collections.Counter, *, seed: int = 0, **kind: Any
-) -> Iterator[Record]:
+def _reading(source: Source, **kind: Any) -> Reading:
+    """How the adapted rows of a source are read."""
+    form = source.format or ("common" if source.columns or source.map_fn else None)
+    filtered = tuple({part for name in source.filter or () for part in (name, name.partition(".")[0])})
+    return Reading(format=form, ignore=source.ignore, beside=filtered, **kind)
+
+
+def read_source(source: Source, number: int, tally: Tally, *, seed: int = 0, **kind: Any) -> Iterator[Record]:
     """The records of a source, one at a time.
 
     Args:
       source: where from.
       number: of the source, for `Record.source`.
-      dropped: what is left out is counted here by reason, as the iterator goes on.
+      tally: what is left out, and what is not read, is counted here as the iterator goes on.
       seed: of what a fraction takes; a record's fate depends on its texts and the seed alone.
       **kind: options of `iter_records`.
 
     Returns:
       An iterator over the records, those of use='eval' marked as held out.
     """
-    rows = adapted(read_rows(source.name, source.part), source, dropped)
-    form = source.format or ("common" if source.columns or source.map_fn else None)
-    records = iter_records(rows, dropped, format=form, **kind)
+    rows = adapted(read_rows(source.name, source.part), source, tally.dropped)
+    records = iter_records(rows, tally, **_reading(source, **kind)._asdict())
 
     def taken() -> Iterator[Record]:
         for record in records:
             texts = [record.prompt, record.chosen, record.rejected]
             if source.fraction < 1 and draw(f"fraction {seed}", texts) >= source.fraction:
-                dropped["left out by the fraction"] += 1
+                tally.dropped["left out by the fraction"] += 1
             else:
                 yield record._replace(source=number, held_out=source.use == "eval")
+        for name in source.ignore:
+            if source.use == "train" and not tally.unread[name]:
+                raise UserError(f"{source.name}: data.ignore: no row has the field {name_of(name)!r}")
 
     return itertools.islice(taken(), source.limit)
 
 
+def source_prompts(source: Source) -> Iterator[Prompt]:
+    """The prompts of a source, to be kept out of others."""
+    rows = adapted(read_rows(source.name, source.part), source, collections.Counter())
+    return iter_prompts(rows, Tally(), _reading(source))
+
+
 def prompt_keys(source: Source) -> np.ndarray:
     """The keys of the prompts of a test set, uint64, sorted."""
-    rows = adapted(read_rows(source.name, source.part), source, collections.Counter())
-    prompts = iter_prompts(rows, collections.Counter())
-    return np.unique(np.array([prompt_key(one.prompt) for one in prompts], np.uint64))
+    return np.unique(np.array([prompt_key(one.prompt) for one in source_prompts(source)], np.uint64))
 
 
 def normalised(prompt: Text) -> str:

@@ -1,33 +1,56 @@
 """Any preference file -> records: prompt, chosen and rejected as text or as messages, with their provenance.
 
 A row that cannot be a pair (empty, identical, with two different prompts or scored the other way round) is dropped and
-counted by its reason; a row that is malformed stops the run with its file, row and field. Nothing else is left out.
+counted by its reason; a row that is malformed, or says something that nobody reads, stops the run with its file, row
+and field. Fields whose meaning is not known are counted by name. Nothing else is left out.
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import hashlib
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prefalign_jax.data.formats import FORMATS, Dropped, Malformed, detect, expected, kind, show
+from prefalign_jax.data.fields import PAIRS, PROMPTS, SUPERVISED, UNPAIRED, account, account_messages, mapping
+from prefalign_jax.data.formats import FORMATS, detect, in_common
+from prefalign_jax.data.messages import FLAGS, Messages, Text, obeyed, read_history, read_text, read_tools
 from prefalign_jax.data.rows import read_rows
+from prefalign_jax.data.values import (
+    SMALLEST,
+    Dropped,
+    Malformed,
+    empty,
+    expected,
+    kind,
+    missing,
+    names,
+    number,
+    parsed,
+    plain,
+    scalar,
+    show,
+    string,
+    truth,
+)
 from prefalign_jax.types import Place, UserError
 
-Messages = list[dict[str, Any]]  # [{'role': ..., 'content': ...}, ...]
-Text = str | Messages
 Rows = Iterable[tuple[Place, Any]]  # rows with their places
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
 
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # the turns of an HH-RLHF transcript
 _COMPLETIONS = ("completion", "response", "messages")  # what rows with one response may call it
-_LARGEST = 1e38  # float32 holds the difference of two such numbers
+_BETWEEN = re.compile(r"\b(human|user|assistant|system|im_start|im_end|inst)\b|[\W_]", re.IGNORECASE)
+_LABELS = ("label", "kto_tag")  # what rows may call the label
+_SCORES = ("score_{}", "{}_score", "rating_{}", "{}-rating")  # of a response
+_MESSAGE = "message."  # begins the name of a field of messages
+# What every kind of row may have beside its responses.
+_BESIDE = frozenset(("prompt", "system", "history", "tools", "chat_template_kwargs", "weight"))
 
 _ASCII = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "..."})
 
@@ -52,6 +75,21 @@ class Record(NamedTuple):
     held_out: bool = False
 
 
+@dataclasses.dataclass
+class Tally:
+    """What is counted while rows are read.
+
+    Attributes:
+      dropped: {reason: records}.
+      unread: {field: rows} that nobody reads and whose meaning is not known, or does not matter to this kind of data.
+      notes: {what: records} that are read in part.
+    """
+
+    dropped: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    unread: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    notes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+
+
 def read_records(
     path: str | Path,
     *,
@@ -62,6 +100,7 @@ def read_records(
     margin: bool = False,
     columns: Sequence[str] = (),
     format: str | None = None,
+    ignore: Sequence[str] = (),
 ) -> tuple[list[Record], dict[str, int]]:
     """Reads preference pairs, demonstrations or labelled completions from a file, a directory or the Hugging Face hub.
 
@@ -75,9 +114,10 @@ def read_records(
     called 'messages', of which the last message is the response, or have nothing but a 'text'.
     Unpaired rows hold a prompt, a 'completion', 'response' or 'messages', and a 'label', true or false (or 1 or 0). One
     with chosen and rejected, in any format of pairs, is two records: the chosen labelled true, the rejected false.
+    Beside them may stand 'system', a system prompt, and 'history', what was said before: then strings are messages too.
     A field 'weight' is how much the record counts, 'tools' (a list, or its JSON) what may be called,
-    'chat_template_kwargs' (an object, or its JSON) what the chat template is told; every other field that `columns`
-    does not name is ignored. An assistant message that calls tools may have no content.
+    'chat_template_kwargs' (an object, or its JSON) what the chat template is told. Another field that is known to mean
+    something stops the reading (`fields.MEANINGS`). An assistant message that calls tools may have no content.
 
     Args:
       path: a file, a directory or a hub name, see `rows.read_rows`.
@@ -93,6 +133,7 @@ def read_records(
       columns: names of further fields to keep with the record, such as where the pair comes from; strings, numbers or
         truth values.
       format: a key of FORMATS that all rows have; None tells each row's from its fields.
+      ignore: fields that are read as if they were not there; 'message.FIELD' is one of every message.
 
     Returns:
       The records in the order of the rows, and the number of rows dropped for each reason.
@@ -100,108 +141,142 @@ def read_records(
     Raises:
       UserError: an option does not apply, the data cannot be read, a row is malformed, or no record is left.
     """
-    dropped = collections.Counter()
-    options = dict(responses=responses, unpaired=unpaired, margin=margin, columns=columns)
-    records = list(itertools.islice(iter_records(read_rows(path, split), dropped, format=format, **options), limit))
+    tally = Tally()
+    options = dict(responses=responses, unpaired=unpaired, margin=margin, columns=columns, format=format, ignore=ignore)
+    records = list(itertools.islice(iter_records(read_rows(path, split), tally, **options), limit))
     if not records:
-        counts = ", ".join(f"{reason}: {n}" for reason, n in dropped.items()) or "there was no row"
+        counts = ", ".join(f"{reason}: {n}" for reason, n in tally.dropped.items()) or "there was no row"
         raise UserError(f"{path}: no record is left ({counts})")
-    for number, name in enumerate(columns):
-        if all(record.columns[number][1] is None for record in records):
+    for place, name in enumerate(columns):
+        if all(record.columns[place][1] is None for record in records):
             raise UserError(f"{path}: no row has the field {name!r}")
-    return records, dict(dropped)
+    return records, dict(tally.dropped)
 
 
-def iter_records(
-    rows: Rows,
-    dropped: collections.Counter,
-    *,
-    responses: Sequence[str] = ("chosen", "rejected"),
-    unpaired: bool = False,
-    margin: bool = False,
-    columns: Sequence[str] = (),
-    format: str | None = None,
-) -> Iterator[Record]:
+class Reading(NamedTuple):
+    """How rows are read: the options of `read_records`."""
+
+    responses: Sequence[str] = ("chosen", "rejected")
+    unpaired: bool = False
+    margin: bool = False
+    columns: Sequence[str] = ()
+    format: str | None = None
+    ignore: Sequence[str] = ()
+    beside: Sequence[str] = ()  # fields that something else reads, such as a filter
+
+    @property
+    def kind(self) -> str:
+        """What the records are."""
+        return UNPAIRED if self.unpaired else PAIRS if len(self.responses) == 2 else SUPERVISED
+
+
+_PAIRS = Reading()
+
+
+def iter_records(rows: Rows, tally: Tally, **options: Any) -> Iterator[Record]:
     """The records of rows, one at a time, so that data larger than memory can be read.
 
     Args:
       rows: with their places.
-      dropped: the rows that give no record are counted here by reason, as the iterator goes on.
-      responses, unpaired, margin, columns, format: as in `read_records`.
+      tally: what gives no record, and what is not read, is counted here as the iterator goes on.
+      **options: responses, unpaired, margin, columns, format, ignore, as in `read_records`.
 
     Raises:
       UserError: an option does not apply, or, from the iterator, a row is malformed.
     """
-    if not unpaired and not 1 <= len(responses) <= 2:
-        raise UserError(f"responses: expected one or two field names, found {list(responses)}")
-    if margin and (unpaired or len(responses) == 1):
-        raise UserError(f"margin: applies to pairs; leave it out for {'unpaired' if unpaired else 'supervised'} data")
-    return _records(rows, dropped, responses, unpaired, margin, columns, format)
+    reading = Reading(**options)
+    if not reading.unpaired and not 1 <= len(reading.responses) <= 2:
+        raise UserError(f"responses: expected one or two field names, found {list(reading.responses)}")
+    if reading.margin and reading.kind != PAIRS:
+        raise UserError(f"margin: applies to pairs; leave it out for {reading.kind} data")
+    return _records(rows, tally, reading)
 
 
-def _records(rows, dropped, responses, unpaired, margin, columns, format) -> Iterator[Record]:
-    for where, row, common in in_common(rows, dropped, format, pairs=unpaired or len(responses) == 2):
+def _records(rows: Rows, tally: Tally, reading: Reading) -> Iterator[Record]:
+    for where, row, common in common_rows(rows, tally, reading):
         for one in common:
-            names = responses if one is row else ("chosen", "rejected")[: len(responses)]
+            responses = reading.responses if one is row else ("chosen", "rejected")[: len(reading.responses)]
+            made = ("margin",) if one is not row and "margin" not in row else ()  # by the format, out of what it read
             try:
-                found = _unpaired(one) if unpaired else [_record(one, names, margin)]
-                kept = tuple((name, _plain(row.get(name), name)) for name in columns)
+                if reading.unpaired:
+                    found = _unpaired(one, reading, tally, made)
+                else:
+                    found = [_record(one, responses, reading, tally, made)]
+                kept = tuple((name, scalar(row.get(name), name)) for name in reading.columns)
             except Malformed as error:
                 raise UserError(f"{where}: {error}") from None
             except Dropped as reason:
-                dropped[str(reason)] += 1
+                tally.dropped[str(reason)] += 1
             else:
                 yield from (record._replace(where=where, columns=kept) for record in found)
 
 
-def in_common(
-    rows: Rows, dropped: collections.Counter, format: str | None = None, *, pairs: bool = True
+def _without(rows: Rows, reading: Reading, unread: collections.Counter) -> Rows:
+    """The rows without the fields that are ignored, which are counted."""
+    ignored = [name for name in reading.ignore if not name.startswith(_MESSAGE)]
+    if not ignored:
+        return rows
+
+    def rest(row: Any) -> Any:
+        if not isinstance(row, Mapping):
+            return row
+        unread.update(name for name in ignored if not empty(row.get(name)))
+        return {name: value for name, value in row.items() if name not in ignored}
+
+    return ((where, rest(row)) for where, row in rows)
+
+
+def common_rows(
+    rows: Rows, tally: Tally, reading: Reading, kind: str = ""
 ) -> Iterator[tuple[Place, Mapping, Sequence[Mapping]]]:
     """Brings rows of published formats into the common one.
 
     Args:
       rows: with their places.
-      dropped: the rows that are left out are counted here by reason, as the iterator goes on.
-      format: a key of FORMATS, or None to tell each row's.
-      pairs: whether pairs are wanted, or labelled completions, not demonstrations.
+      tally: the rows that are left out are counted here by reason, as the iterator goes on.
+      reading: how they are read.
+      kind: what for, if it is not `reading.kind`.
 
     Returns:
       An iterator over (its place, the row, its rows in the common format); of a group the first row.
     """
     group: list[tuple[Place, Mapping]] = []
+    pairs = (kind or reading.kind) in (PAIRS, UNPAIRED)
 
-    def read(where: Place, row: Mapping, name: str, given: Any) -> tuple[Place, Mapping, Sequence[Mapping]]:
-        form = FORMATS[name]
+    def read(name: str, given: Sequence[tuple[Place, Mapping]]) -> tuple[Place, Mapping, Sequence[Mapping]]:
+        (where, row), fields = given[0], FORMATS[name].fields
         try:
-            if any(row.get(field) is None for field in form.fields):
-                raise Malformed(f"format {name!r} has the fields {', '.join(form.fields)}, found {_names(row)}")
-            return where, row, form.read(given)
+            if any(row.get(field) is None for field in fields):
+                raise Malformed(f"format {name!r} has the fields {', '.join(fields)}, found {names(row)}")
+            return where, row, in_common(name, row, [row for _, row in given])
         except Malformed as error:
             raise UserError(f"{where}: {error}") from None
         except Dropped as reason:
-            dropped[str(reason)] += 1
+            tally.dropped[str(reason)] += 1
             return where, row, ()
 
     def read_group() -> tuple[Place, Mapping, Sequence[Mapping]]:
-        (where, row), given = group[0], [row for _, row in group]
+        given = group.copy()
         group.clear()
         if len(given) > 2:
-            dropped["neither best nor worst of its prompt"] += len(given) - 2
-        return read(where, row, grouped, given)
+            tally.dropped["neither best nor worst of its prompt"] += len(given) - 2
+        return read(grouped, given)
 
     grouped = ""
-    for where, row in rows:
+    for where, row in _without(rows, reading, tally.unread):
         if not isinstance(row, Mapping):
             raise UserError(f"{where}: {expected('a JSON object', row)}")
-        name = format or detect(row, pairs)
+        name = reading.format or detect(row, pairs)
         field = FORMATS[name].group
         if group and (name != grouped or row.get(field) != group[0][1].get(field)):
             yield read_group()
         if field:
             grouped = name
             group.append((where, row))
+        elif name == "common":
+            yield where, row, (row,)
         else:
-            yield read(where, row, name, row)
+            yield read(name, [(where, row)])
     if group:
         yield read_group()
 
@@ -214,12 +289,6 @@ class Prompt(NamedTuple):
     where: Place
     tools: tuple[dict[str, Any], ...] = ()  # as in a `Record`
     chat_template_kwargs: tuple[tuple[str, Any], ...] = ()
-
-
-def told(prompt: Prompt) -> dict[str, Any]:
-    """What a row with this prompt says beside it: its tools and what it tells the chat template, where it does."""
-    fields = {"tools": list(prompt.tools), "chat_template_kwargs": dict(prompt.chat_template_kwargs)}
-    return {name: value for name, value in fields.items() if value}
 
 
 def read_prompts(
@@ -237,8 +306,9 @@ def read_prompts(
     Raises:
       UserError: the data cannot be read, a row is malformed, or no prompt is left.
     """
-    known, dropped = {}, collections.Counter()
-    for one in iter_prompts(read_rows(path, split), dropped):
+    known, tally = {}, Tally()
+    dropped = tally.dropped
+    for one in iter_prompts(read_rows(path, split), tally):
         if len(known) == limit:
             break
         key = json.dumps([one.prompt, one.tools, one.chat_template_kwargs], sort_keys=True)
@@ -250,30 +320,36 @@ def read_prompts(
     return list(known.values()), dict(dropped)
 
 
-def iter_prompts(rows: Rows, dropped: collections.Counter) -> Iterator[Prompt]:
-    """The prompts of rows, one at a time; the rows without one are counted by reason."""
-    for where, row, common in in_common(rows, dropped, pairs=False):
+def iter_prompts(rows: Rows, tally: Tally, reading: Reading = _PAIRS) -> Iterator[Prompt]:
+    """The prompts of rows, one at a time; the rows without one are counted by reason.
+
+    Args:
+      rows: with their places.
+      tally: what gives no prompt, and what is not read, is counted here as the iterator goes on.
+      reading: the format of the rows, and what is ignored of them.
+    """
+    for where, given, common in common_rows(rows, tally, reading, kind=PROMPTS):
         if not common:
             continue
-        row, given = common[0], row
+        row = common[0]
         try:
-            answered = [name for name in ("chosen", "rejected", *_COMPLETIONS, "text") if row.get(name) is not None]
-            if answered or "prompt" not in row:
-                pair = {"chosen", "rejected"} <= set(answered)
-                prompt = _record(row, ("chosen", "rejected") if pair else ("chosen",)).prompt
-            else:
-                prompt = _text(row["prompt"], "prompt")
-            id = str(_plain(given.get("id"), "id") if given.get("id") is not None else "")
+            sides = [name for name in ("chosen", *_COMPLETIONS, "text") if not missing(row.get(name))][:1]
+            sides += ["rejected"] if sides == ["chosen"] and not missing(row.get("rejected")) else []
+            prompt, answers = _conversation(row, sides, reading, tally, trained=False)
+            used = {*_BESIDE, *_LABELS, *reading.beside, "id", "chosen", "rejected", *_COMPLETIONS, "text"}
+            account(row, used, PROMPTS, [prompt, *answers], tally.unread)
+            _check_answers(answers)
+            id = "" if missing(given.get("id")) else str(scalar(given["id"], "id"))
             one = Prompt(prompt, id, where, _tools(row, prompt), _template_kwargs(row, prompt))
         except Malformed as error:
             raise UserError(f"{where}: {error}") from None
         except Dropped as reason:
-            dropped[str(reason)] += 1
+            tally.dropped[str(reason)] += 1
             continue
         if prompt:
             yield one
         else:
-            dropped["no prompt"] += 1
+            tally.dropped["no prompt"] += 1
 
 
 def ascii_quotes(record: Record) -> Record:
@@ -343,124 +419,190 @@ def draw(seed: int | str, what: Any) -> float:
 # One row -> one record, or the two of a pair that is read as unpaired.
 
 
-def _unpaired(row: Mapping) -> list[Record]:
-    if row.get("chosen") is not None and row.get("rejected") is not None:
-        pair = _record(row, ("chosen", "rejected"))
+def _unpaired(row: Mapping, reading: Reading, tally: Tally, beside: Sequence[str]) -> list[Record]:
+    if not missing(row.get("chosen")) and not missing(row.get("rejected")):
+        pair = _record(row, ("chosen", "rejected"), reading, tally, beside)
         chosen = pair._replace(rejected=type(pair.rejected)())
         return [chosen, chosen._replace(chosen=pair.rejected, label=False)]
-    names = [name for name in _COMPLETIONS if row.get(name) is not None][:1]
-    if not names:
+    labels = [name for name in _LABELS if row.get(name) is not None][:1]
+    responses = [name for name in _COMPLETIONS if not missing(row.get(name))][:1]
+    if not responses:
         either = f"one of the fields {', '.join(_COMPLETIONS)} with a label, or chosen and rejected"
-        raise Malformed(f"expected {either}, found {_names(row)}")
-    label = row.get("label")
-    if not isinstance(label, int) or label not in (False, True):  # 0 and 1 equal these
-        raise expected("true or false (or 1 or 0)", label, "label")
-    return [_record(row, names)._replace(label=bool(label))]
+        raise Malformed(f"expected {either}, found {names(row)}; {_map(row, ('prompt', 'completion', 'label'))}")
+    label = truth(row[labels[0]] if labels else None, "label")
+    return [_record(row, responses, reading, tally, (*beside, *labels))._replace(label=label)]
 
 
-def _record(row: Mapping, responses: Sequence[str], scored: bool = False) -> Record:
+def _record(row: Mapping, responses: Sequence[str], reading: Reading, tally: Tally, beside: Sequence[str]) -> Record:
+    """The record of a row in the common format.
+
+    Args:
+      row: the row.
+      responses: the names of its responses; of supervised data those that others may stand for.
+      reading: how it is read.
+      tally: for what is not read.
+      beside: fields that were read besides.
+    """
     weight = _number(row, "weight", "a positive finite number", above=0.0)
-    margin = _margin(row, responses) if scored else math.nan
+    margin, scores = _margin(row, responses) if reading.margin else (math.nan, ())
+    fields = list(responses)
+    if reading.kind == SUPERVISED:
+        alternatives = (fields[0], *_COMPLETIONS, "text")
+        fields = [name for name in alternatives if not missing(row.get(name))][:1]
+        if not fields:
+            either = f"one of the fields {', '.join(alternatives[:-1])} or text"
+            raise Malformed(f"expected {either}, found {names(row)}; {_map(row, ('prompt', 'completion'))}")
+    prompt, sides = _conversation(row, fields, reading, tally)
+    used = {*_BESIDE, *fields, *scores, *beside, *reading.columns, *reading.beside} - (
+        {"prompt"} if fields == ["text"] else set()
+    )
+    account(row, used, reading.kind, [prompt, *sides], tally.unread)
+    told = dict(tools=_tools(row, prompt), chat_template_kwargs=_template_kwargs(row, prompt))
 
-    supervised = len(responses) == 1
-    names = list(responses)
-    if supervised:
-        alternatives = (names[0], *_COMPLETIONS)
-        names = [name for name in alternatives if row.get(name) is not None][:1]
-        if not names and row.get("text") is not None:
-            row, names = {"prompt": "", "text": row["text"]}, ["text"]
-        if not names:
-            raise Malformed(f"expected one of the fields {', '.join(alternatives)} or text, found {_names(row)}")
-    sides = [_text(row.get(name), name) for name in names]
-    prompt = None if row.get("prompt") is None else _text(row["prompt"], "prompt")
-    if len({type(side) for side in sides}) > 1:
-        raise expected(f"{kind(sides[0])}, as in {names[0]!r}", sides[1], names[1])
-
-    split = _split_strings if isinstance(sides[0], str) else _split_messages
-    prompt, sides = split(prompt, sides, names)
-    if any(not _content(side).strip() for side in sides):
-        raise Dropped("empty response")
-    if not supervised and sides[0] == sides[1]:
-        raise Dropped("identical responses")
+    _check_answers(sides)
     if margin < 0:
         raise Dropped("rejected scores higher")
-    rejected = type(sides[0])() if supervised else sides[1]
-    told = dict(tools=_tools(row, prompt), chat_template_kwargs=_template_kwargs(row, prompt))
+    if not isinstance(prompt, str):
+        account_messages([prompt, *sides], tally.unread)
+        if reading.kind == SUPERVISED and any(message["role"] == "assistant" for message in prompt):
+            tally.notes["with earlier answers, which are not trained"] += 1
+    rejected = sides[1] if len(sides) == 2 else type(sides[0])()
     return Record(prompt, sides[0], rejected, 1.0 if weight is None else weight, margin, **told)
 
 
-def _tools(row: Mapping, prompt: Text) -> tuple[dict[str, Any], ...]:
-    """The row's tools: a list of objects, or that as JSON, as Parquet files keep it."""
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        tools = _parsed(tools, "tools") if tools.strip() else None
-    if not tools:
-        return ()
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise expected("a list of objects, or its JSON", tools, "tools")
+def _conversation(
+    row: Mapping, fields: Sequence[str], reading: Reading, tally: Tally, *, trained: bool = True
+) -> tuple[Text, list[Text]]:
+    """(prompt, responses) of a row, wherever it keeps what comes before the responses.
+
+    Args:
+      row: in the common format.
+      fields: of the responses; none for a prompt alone.
+      reading: of which message fields are ignored.
+      tally: for those.
+      trained: whether the responses are to be trained, as weights and masks of messages may ask.
+    """
+    if lacking := [name for name in fields or ("prompt",) if row.get(name) is None]:
+        lacking = [*(["prompt"] if fields and row.get("prompt") is None else []), *lacking]
+        raise Malformed(f"expected {', '.join(('prompt', *fields))}, found {names(row)}; {_map(row, lacking)}")
+    sides = [read_text(row[name], name) for name in fields]
+    asked = None if missing(row.get("prompt")) else read_text(row["prompt"], "prompt")
+    prompt = "" if fields == ["text"] else asked
+    if len({type(side) for side in sides}) > 1:
+        raise expected(f"{kind(sides[0])}, as in {fields[0]!r}", row[fields[1]], fields[1])
+
+    before = _before(row)
+    strings = [*sides, *([] if prompt is None else [prompt])]
+    if isinstance(strings[0], str) and (before is not None or isinstance(prompt, list)):
+        if not prompt and before:
+            field = "system" if not empty(row.get("system")) else "history"
+            raise Malformed(f"field {field!r}: it goes through the chat template; write the rest as messages")
+        if prompt:
+            sides = [[{"role": "assistant", "content": side}] for side in sides]
+            prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not sides:
+        prompt = prompt or ""
+    elif isinstance(sides[0], str):
+        prompt, sides = _split_strings(prompt, sides, fields)
+    else:
+        prompt, sides = _split_messages(prompt, sides, fields)
     if isinstance(prompt, str):
+        return prompt, sides
+    leave = [name.removeprefix(_MESSAGE) for name in reading.ignore if name.startswith(_MESSAGE)]
+    for name in leave:
+        tally.unread[_MESSAGE + name] += any(name in message for part in (prompt, *sides) for message in part)
+    if leave or not trained:
+        leave += () if trained else FLAGS
+        prompt, *sides = ([_left_out(message, leave) for message in part] for part in (prompt, *sides))
+    prompt = obeyed(prompt, "prompt" if asked else fields[0], trained=False)
+    sides = [obeyed(side, name, trained=True) for side, name in zip(sides, fields, strict=True)]
+    return _joined(before or [], prompt), sides
+
+
+def _left_out(message: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name, value in message.items() if name not in names}
+
+
+def _before(row: Mapping) -> Messages | None:
+    """What a row's system prompt and history put before its prompt; None where it has neither field."""
+    if missing(row.get("system")) and missing(row.get("history")):
+        return None
+    system = "" if missing(row.get("system")) else string(row["system"], "system")
+    history = [] if empty(row.get("history")) else read_history(row["history"])
+    return _joined([{"role": "system", "content": system}] if system else [], history)
+
+
+def _joined(before: Messages, after: Messages) -> Messages:
+    """One conversation of two, with one system prompt."""
+    if before and after and before[0]["role"] == "system" and after[0]["role"] in ("system", "developer"):
+        if before[0] != after[0]:
+            raise Malformed(
+                f"field 'system': the conversation begins with another one, {show(after[0]['content'])}; "
+                "write data.ignore=system, or leave out one of them (data.map_fn)"
+            )
+        after = after[1:]
+    return [*before, *after]
+
+
+def _map(row: Mapping, wanted: Sequence[str]) -> str:
+    """What to write for a row of other columns."""
+    return f"if others hold them, write --config.data.columns={mapping(row, wanted)}"
+
+
+def _tools(row: Mapping, prompt: Text) -> tuple[dict[str, Any], ...]:
+    """The row's tools."""
+    tools = () if missing(row.get("tools")) else read_tools(row["tools"])
+    if tools and isinstance(prompt, str):
         raise Malformed("field 'tools': they go through the chat template; write the prompt as a list of messages")
-    return tuple(tools)
+    return tools
 
 
 def _template_kwargs(row: Mapping, prompt: Text) -> tuple[tuple[str, Any], ...]:
     """What the row tells the chat template: an object, or its JSON; Parquet's nulls are no value."""
-    told = row.get("chat_template_kwargs")
+    field = "chat_template_kwargs"
+    told = row.get(field)
     if isinstance(told, str):
-        told = _parsed(told, "chat_template_kwargs") if told.strip() else None
-    if told is not None and not isinstance(told, Mapping):
-        raise expected("an object, or its JSON", told, "chat_template_kwargs")
-    told = tuple((name, value) for name, value in (told or {}).items() if value is not None)
+        told = parsed(told, field) if told.strip() else None
+    if missing(told):
+        return ()
+    if not isinstance(told, Mapping):
+        raise expected("an object, or its JSON", told, field)
     if told and isinstance(prompt, str):
         raise Malformed("field 'chat_template_kwargs': there is no chat template for plain text; write messages")
-    return told
+    return tuple(plain(told, field).items())
 
 
-def _parsed(text: str, field: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise expected(f"JSON ({error})", text, field) from None
-
-
-def _margin(row: Mapping, responses: Sequence[str]) -> float:
+def _margin(row: Mapping, responses: Sequence[str]) -> tuple[float, tuple[str, ...]]:
+    """(by how much the chosen response is better, the fields that say so)."""
     margin = _number(row, "margin")
     if margin is not None:
-        return margin
-    forms = ("score_{}", "{}_score", "rating_{}", "{}-rating")
-    pairs = [[form.format(name) for name in responses] for form in forms]
-    for names in pairs:
-        better, worse = (_number(row, name) for name in names)
+        return margin, ("margin",)
+    pairs = [tuple(form.format(name) for name in responses) for form in _SCORES]
+    for fields in pairs:
+        better, worse = (_number(row, name) for name in fields)
         if better is not None and worse is not None:
-            return better - worse
-    either = ", or ".join(" and ".join(names) for names in (["margin"], *pairs))
-    raise Malformed(f"expected the field {either}, found {_names(row)}")
+            return better - worse, fields
+    either = ", or ".join(" and ".join(fields) for fields in (["margin"], *pairs))
+    raise Malformed(f"expected the field {either}, found {names(row)}; {_map(row, ('margin',))}")
 
 
 def _number(row: Mapping, field: str, what: str = "a finite number", above: float = -math.inf) -> float | None:
-    """The number in a field, or None where there is none; all numbers are float32 in the end."""
+    """The number in a field, or None where there is none."""
     value = row.get(field)
-    if value is None:
+    if missing(value) and not isinstance(value, float) or value == "":
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (value > above and abs(value) <= _LARGEST):
-        raise expected(f"{what} (float32)", value, field)
-    return float(value)
+    found = number(value, field, what, above)
+    if 0 < found < SMALLEST and above == 0:
+        raise expected(f"{what} that float32 does not hold as 0", value, field)
+    return found
 
 
-def _plain(value: Any, field: str) -> Any:
-    if value is not None and not isinstance(value, str | int | float):  # a truth value is an int
-        raise expected("a string, a number or a truth value", value, field)
-    return value
-
-
-def _split_strings(prompt: Text | None, sides: list[str], names: list[str]) -> tuple[str, list[str]]:
+def _split_strings(prompt: Text | None, sides: list[str], fields: Sequence[str]) -> tuple[str, list[str]]:
     """(prompt, responses), the prompt taken out of HH-RLHF transcripts where there is none."""
     if isinstance(prompt, str):
         return prompt, sides
-    if prompt is not None:
-        raise expected(f"a string, because {names[0]!r} is one", prompt, "prompt")
     prompts = []
-    for side, name in zip(sides, names, strict=True):
+    for side, name in zip(sides, fields, strict=True):
         if not side.startswith(_HUMAN) or _ASSISTANT not in side:
             raise Malformed(
                 f"expected a field 'prompt', or an HH-RLHF transcript ({_HUMAN!r} ... {_ASSISTANT!r} ...) in {name!r}; "
@@ -470,17 +612,19 @@ def _split_strings(prompt: Text | None, sides: list[str], names: list[str]) -> t
     return _same(prompts), [side[len(prompts[0]) :] for side in sides]
 
 
-def _split_messages(prompt: Text | None, sides: list[Messages], names: list[str]) -> tuple[Messages, list[Messages]]:
+def _split_messages(
+    prompt: Text | None, sides: list[Messages], fields: Sequence[str]
+) -> tuple[Messages, list[Messages]]:
     """(prompt, responses), each response one assistant message, wherever the row keeps the messages before it."""
     conversation = prompt is None or (isinstance(prompt, str) and any(s and s[0]["role"] != "assistant" for s in sides))
     if conversation:
-        for side, name in zip(sides, names, strict=True):
+        for side, name in zip(sides, fields, strict=True):
             if len(side) < 2 or side[-1]["role"] != "assistant":
                 raise expected("a conversation that ends with an assistant message", side, name)
         context = _same([side[:-1] for side in sides])
         # Beside whole conversations a string prompt only repeats one message or all; another text would go unread.
-        if prompt and not any(prompt.strip() in m["content"] or m["content"] in prompt for m in context):
-            raise expected(f"a message of {names[0]!r}, which holds the whole conversation", prompt, "prompt")
+        if prompt and not _repeats(prompt, [message["content"] for message in context]):
+            raise expected(f"a message of {fields[0]!r}, which holds the whole conversation", prompt, "prompt")
         return context, [side[-1:] for side in sides]
 
     if isinstance(prompt, str):
@@ -489,10 +633,19 @@ def _split_messages(prompt: Text | None, sides: list[Messages], names: list[str]
         raise expected("at least one message", prompt, "prompt")
     n = len(prompt)
     sides = [side[n:] if side[:n] == prompt else side for side in sides]
-    for side, name in zip(sides, names, strict=True):
+    for side, name in zip(sides, fields, strict=True):
         if [message["role"] for message in side] not in ([], ["assistant"]):
             raise expected("one assistant message (what comes before it belongs in the prompt)", side, name)
     return prompt, sides
+
+
+def _repeats(text: str, said: Sequence[str]) -> bool:
+    """Whether a text stands in one that was said, or is all of them with nothing but the names of roles between."""
+    if any(text.strip() in one for one in said):
+        return True
+    for one in said:
+        text = text.replace(one.strip(), "", 1)
+    return not _BETWEEN.sub("", text)
 
 
 def _same(prompts: list) -> Any:
@@ -501,62 +654,11 @@ def _same(prompts: list) -> Any:
     return prompts[0]
 
 
-def _text(value: Any, field: str) -> Text:
-    """A string or a list of messages, checked; a message loses the fields that are None (Parquet fills them in)."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise expected("valid Unicode", value[error.start : error.end], field) from None
-        return value
-    if not isinstance(value, list):
-        raise expected("a string or a list of messages", value, field)
-    return [_message(message, f"{field}[{i}]") for i, message in enumerate(value)]
-
-
-def _message(message: Any, field: str) -> dict[str, Any]:
-    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys() | _implied(message):
-        raise expected("a message with 'role' and 'content'", message, field)
-    if message["role"] not in ROLES:
-        raise expected(f"one of {', '.join(ROLES)}", message["role"], f"{field}.role")
-    out = {key: value for key, value in message.items() if value is not None}
-    if calls := out.get("tool_calls"):
-        out["tool_calls"] = _calls(calls, f"{field}.tool_calls")
-        out.setdefault("content", "")
-    else:
-        out.pop("tool_calls", None)
-    if not isinstance(out.get("content"), str):
-        raise expected("a string", message["content"], f"{field}.content")
-    _text(out["content"], f"{field}.content")
-    return out
-
-
-def _implied(message: Mapping) -> set[str]:
-    """A message that calls tools need not say anything."""
-    return {"content"} if message.get("tool_calls") else set()
-
-
-def _calls(calls: Any, field: str) -> list[dict[str, Any]]:
-    """Tool calls as templates take them: without null fields, and with arguments as objects, not as their JSON."""
-    if not isinstance(calls, list):
-        raise expected("a list of tool calls", calls, field)
-    out = []
-    for i, call in enumerate(calls):
-        if not isinstance(call, Mapping):
-            raise expected("a tool call", call, f"{field}[{i}]")
-        call = {key: value for key, value in call.items() if value is not None}
-        place, where = call, f"{field}[{i}]"
-        if "function" in call:
-            if not isinstance(call["function"], Mapping):
-                raise expected("an object with 'name' and 'arguments'", call["function"], f"{where}.function")
-            call["function"] = {key: value for key, value in call["function"].items() if value is not None}
-            place, where = call["function"], f"{where}.function"
-        if not isinstance(place.get("name"), str):
-            raise expected("a string", place.get("name"), f"{where}.name")
-        if isinstance(place.get("arguments"), str):
-            place["arguments"] = _parsed(place["arguments"], f"{where}.arguments")
-        out.append(call)
-    return out
+def _check_answers(sides: Sequence[Text]) -> None:
+    if any(not _content(side).strip() for side in sides):
+        raise Dropped("empty response")
+    if len(sides) == 2 and sides[0] == sides[1]:
+        raise Dropped("identical responses")
 
 
 def _content(side: Text) -> str:
@@ -564,7 +666,3 @@ def _content(side: Text) -> str:
     if isinstance(side, str):
         return side
     return "".join(message["content"] or ("call" if message.get("tool_calls") else "") for message in side)
-
-
-def _names(row: Mapping) -> str:
-    return ", ".join(str(name) for name, value in row.items() if value is not None) or "no field"

@@ -1,35 +1,41 @@
 """Any data file, directory or hub data set -> its rows, one at a time, each with its place.
 
-Nothing is held but the row at hand (a Parquet file's group of rows), so the size of a file does not matter. What is no
-row stops the reading with its file and row; what can be put right is:
+Nothing is held but the row at hand (a Parquet or Arrow file's group of rows), so the size of a file does not matter.
+What is no row stops the reading with its file and row; what can be put right is:
 
     a byte order mark, CRLF, empty lines     passed over
     .json that is one array                  its elements are the rows
     NaN                                      a number like others: fields that are read refuse it, others may hold it
+    .csv, .tsv                               the first line names the fields; every value is a string
 """
 
 from __future__ import annotations
 
 import codecs
+import csv
 import gzip
 import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from prefalign_jax.data.memory import MemoryRows
+from prefalign_jax.data.splits import left_out, split_files
+from prefalign_jax.data.values import cut, name_of
 from prefalign_jax.types import Place, UserError, one_line
 
 LARGEST_ROW = 16 * 2**20  # bytes of JSON; a longer row is no pair but a file without line ends
 
-_FILE = re.compile(r"\.(jsonl|ndjson|json)(\.gz)?$|\.parquet$")
+_FILE = re.compile(r"\.(jsonl|ndjson|json|csv|tsv)(\.gz)?$|\.(parquet|arrow|feather)$")
+_READABLE = ".jsonl, .json, .csv, .tsv, .parquet or .arrow"  # in words
 _ARRAY = re.compile(r"\.json(\.gz)?$")
-_LOOKS_LOCAL = re.compile(r"^[./~]|\.(jsonl?|ndjson|gz|zst|zip|parquet|arrow|csv|tsv|txt)$")
+_LOOKS_LOCAL = re.compile(r"^[./~]|\.(jsonl?|ndjson|gz|zst|zip|parquet|arrow|feather|csv|tsv|txt)$")
 _SAVED = ("dataset_dict.json", "state.json")  # of `datasets.save_to_disk`
 _CHUNK = 2**20
+_ROWS = 1024  # of an Arrow table as objects at once
 _NUMBER = "0123456789.eE+-"
 _SPACE = re.compile(r"\s*")
 
@@ -38,9 +44,9 @@ def read_rows(path: str | Path | MemoryRows, split: str = "train") -> Iterator[t
     """(its place, row) of every row.
 
     Args:
-      path: a .jsonl, .json or .parquet file (JSON gzipped or not); a directory of such files, of which those are read
-        whose name, or folder, begins with the split; a directory written by `datasets.save_to_disk`; or a hub name,
-        'owner/name' or 'owner/name:subset'; or rows in memory.
+      path: a .jsonl, .json, .csv, .tsv, .parquet or .arrow file (those of text gzipped or not); a directory of such
+        files, of which those of the split are read, see `splits.of_split`; a directory written by
+        `datasets.save_to_disk`; or a hub name, 'owner/name' or 'owner/name:subset'; or rows in memory.
       split: which part of a directory or hub data set; a single file is read whole.
 
     Returns:
@@ -49,17 +55,12 @@ def read_rows(path: str | Path | MemoryRows, split: str = "train") -> Iterator[t
     Raises:
       UserError: there is no such data, or a row is malformed; from the iterator, where it comes to it.
     """
-    if isinstance(path, MemoryRows):
-        return iter(path)
-    path = str(path)
-    local = Path(path).expanduser()
-    if local.is_dir() and any((local / name).exists() for name in _SAVED):
-        return _dataset_rows(path, _saved_dataset(path, split))
-    if local.exists():
-        return (row for file in split_files(local, split) for row in _file_rows(file))
-    if _LOOKS_LOCAL.search(path):
-        raise UserError(f"{path}: no such file or directory")
-    return _dataset_rows(path, _hub_dataset(path, split))
+    data = _data_at(path, split)
+    if isinstance(data, MemoryRows):
+        return iter(data)
+    if not isinstance(data, list):
+        return _dataset_rows(str(path), data)
+    return (row for file in data for row in _file_rows(file))
 
 
 def content_digest(path: str | Path | MemoryRows, split: str = "train") -> str:
@@ -71,42 +72,64 @@ def content_digest(path: str | Path | MemoryRows, split: str = "train") -> str:
     Returns:
       64 hexadecimal digits; they change with any byte, and hold on another machine and in another directory.
     """
-    if isinstance(path, MemoryRows):
-        return path.digest
-    path = str(path)
-    local = Path(path).expanduser()
-    digest = hashlib.sha256()
-    if local.is_dir() and any((local / name).exists() for name in _SAVED):
-        digest.update(_saved_dataset(path, split)._fingerprint.encode())
-    elif local.exists():
-        for file in split_files(local, split):
-            try:
-                with file.open("rb") as opened:
-                    digest.update(f"{file.name}\n{hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
-            except OSError as error:
-                raise UserError(f"{file}: expected a readable file, found {one_line(error)}") from None
-    elif _LOOKS_LOCAL.search(path):
-        raise UserError(f"{path}: no such file or directory")
-    else:
-        digest.update(_hub_dataset(path, split)._fingerprint.encode())
+    data, digest = _data_at(path, split), hashlib.sha256()
+    if isinstance(data, MemoryRows):
+        return data.digest
+    if not isinstance(data, list):
+        digest.update(data._fingerprint.encode())
+        return digest.hexdigest()
+    for file in data:
+        try:
+            with file.open("rb") as opened:
+                digest.update(f"{file.name}\n{hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+        except OSError as error:
+            raise UserError(f"{file}: expected a readable file, found {one_line(error)}") from None
     return digest.hexdigest()
 
 
 def count_rows(path: str | Path | MemoryRows, split: str = "train") -> int | None:
-    """How many rows `read_rows` will come to, where it can be told at once: not of gzipped files and arrays of JSON.
+    """How many rows `read_rows` will come to, where that can be told at once; else None.
 
     Empty lines are counted too, so it is for showing progress only.
     """
-    if isinstance(path, MemoryRows):
-        return len(path)
-    path = str(path)
-    local = Path(path).expanduser()
-    if local.is_dir() and any((local / name).exists() for name in _SAVED):
-        return len(_saved_dataset(path, split))
-    if not local.exists():
-        return None if _LOOKS_LOCAL.search(path) else len(_hub_dataset(path, split))
-    counts = [_count(file) for file in split_files(local, split)]
+    data = _data_at(path, split)
+    if not isinstance(data, list):
+        return len(data)
+    counts = [_count(file) for file in data]
     return None if None in counts else sum(counts)
+
+
+def files_left_out(path: str | Path | MemoryRows, split: str = "train") -> dict[str, str]:
+    """The data files of a directory that `read_rows` leaves out: {name: the split that it says}."""
+    local = None if isinstance(path, MemoryRows) else _local(path)
+    return left_out(local, split, _FILE) if local and not _is_saved(local) else {}
+
+
+def _data_at(path: str | Path | MemoryRows, split: str) -> list[Path] | MemoryRows | Any:
+    """The files, or the data set of `datasets`, that a path names; rows in memory as they are."""
+    if isinstance(path, MemoryRows):
+        return path
+    local = _local(path)
+    if local is None:
+        return _hub_dataset(str(path), split)
+    return _saved_dataset(str(path), local, split) if _is_saved(local) else split_files(local, split, _FILE, _READABLE)
+
+
+def _local(path: str | Path) -> Path | None:
+    """The file or directory of a path, None for a name of the hub."""
+    try:
+        local = Path(path).expanduser()
+        if local.exists():
+            return local
+    except (OSError, RuntimeError, ValueError) as error:  # a name that no file can have, a ~ of nobody
+        raise UserError(f"{cut(str(path))}: expected a file or directory, found {one_line(error)}") from None
+    if _LOOKS_LOCAL.search(str(path)):
+        raise UserError(f"{path}: no such file or directory")
+    return None
+
+
+def _is_saved(local: Path) -> bool:
+    return local.is_dir() and any((local / name).exists() for name in _SAVED)
 
 
 def _count(file: Path) -> int | None:
@@ -115,38 +138,12 @@ def _count(file: Path) -> int | None:
             import pyarrow.parquet
 
             return pyarrow.parquet.read_metadata(file).num_rows
-        if file.suffix == ".gz" or _ARRAY.search(file.name):
+        if file.suffix not in (".jsonl", ".ndjson"):
             return None
         with file.open("rb") as opened:
             return sum(block.count(b"\n") for block in iter(lambda: opened.read(_CHUNK), b""))
     except (OSError, ValueError):  # whoever reads it says what is wrong
         return None
-
-
-def split_files(path: Path, split: str) -> list[Path]:
-    """The file itself, or a directory's files of a split by the name of file or folder; unnamed ones are all 'train'.
-
-    Raises:
-      UserError: there is none, or the file is of no kind that is read.
-    """
-    if path.is_file():
-        if not _FILE.search(path.name):
-            raise UserError(f"{path}: expected a .jsonl, .jsonl.gz or .parquet file")
-        return [path]
-    files = sorted(f for f in path.rglob("*") if f.is_file() and _FILE.search(f.name))
-
-    def begins_with(words: str) -> list[Path]:
-        # 'train' is in 'train-00000-of-00001.parquet' and 'train.jsonl.gz', but not in 'train_prefs.jsonl'.
-        pattern = re.compile(rf"(^|/)({words})([-./]|_?\d)")
-        return [f for f in files if pattern.search(f.relative_to(path).as_posix())]
-
-    found = begins_with(re.escape(split))
-    if not found and split == "train" and not begins_with(r"(train|test|valid|validation|dev|eval)(_\w+)?"):
-        found = files
-    if not found:
-        there = ", ".join(f.relative_to(path).as_posix() for f in files[:4]) or "no .jsonl, .jsonl.gz or .parquet"
-        raise UserError(f"{path}: no file of the split {split!r}, found {there}; name another split or a file")
-    return found
 
 
 def json_rows(file: Path) -> Iterator[tuple[Place, Any]]:
@@ -180,7 +177,7 @@ def _object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(fields)
     if len(out) < len(fields):
         names = [name for name, _ in fields]
-        raise _Twice(f"the field {next(name for name in names if names.count(name) > 1)!r} twice")
+        raise _Twice(f"the field {name_of(next(name for name in names if names.count(name) > 1))!r} twice")
     return out
 
 
@@ -191,8 +188,12 @@ def _loads(line: bytes, where: Place) -> Any:
     try:
         return _DECODER.decode(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        found = getattr(error, "msg", None) or str(error)
-        raise UserError(f"{where}: expected one JSON object in UTF-8, found {found}") from None
+        raise UserError(f"{where}: expected one JSON object in UTF-8, found {_wrong(error)}") from None
+
+
+def _wrong(error: Exception) -> str:
+    """What the decoder of JSON met."""
+    return "too many levels" if isinstance(error, RecursionError) else getattr(error, "msg", None) or str(error)
 
 
 def _too_long(file: Path, number: int) -> UserError:
@@ -249,8 +250,7 @@ def _elements(file: Path, opened: BinaryIO) -> Iterator[tuple[Place, Any]]:
                 if len(text) - at > LARGEST_ROW:
                     raise _too_long(file, number + 1) from None
                 if isinstance(error, RecursionError) or not more():
-                    found = getattr(error, "msg", None) or str(error)
-                    raise UserError(f"{where}: expected a JSON array of objects, found {found}") from None
+                    raise UserError(f"{where}: expected a JSON array of objects, found {_wrong(error)}") from None
         at, number = end, number + 1
         yield where, row
         match next_character():
@@ -266,33 +266,99 @@ def _elements(file: Path, opened: BinaryIO) -> Iterator[tuple[Place, Any]]:
 
 
 def _file_rows(file: Path) -> Iterator[tuple[Place, Any]]:
-    return _parquet_rows(file) if file.suffix == ".parquet" else json_rows(file)
+    if file.suffix == ".parquet":
+        return _arrow_rows(file, _parquet_batches)
+    if file.suffix in (".arrow", ".feather"):
+        return _arrow_rows(file, _arrow_batches)
+    if ".csv" in file.suffixes or ".tsv" in file.suffixes:
+        return _table_rows(file)
+    return json_rows(file)
 
 
-def _parquet_rows(file: Path) -> Iterator[tuple[Place, Any]]:
+def _arrow_rows(file: Path, batches: Callable[[Path], Iterator[Any]]) -> Iterator[tuple[Place, Any]]:
     import pyarrow
-    import pyarrow.parquet
 
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield Place(str(file), number), row
+        for batch in batches(file):
+            for start in range(0, batch.num_rows, _ROWS):
+                for row in batch.slice(start, _ROWS).to_pylist():
+                    number += 1
+                    yield Place(str(file), number), row
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise UserError(f"{Place(str(file), number + 1)}: expected a readable file, found {one_line(error)}") from None
 
 
+def _parquet_batches(file: Path) -> Iterator[Any]:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.ParquetFile(file).iter_batches(_ROWS)
+
+
+def _arrow_batches(file: Path) -> Iterator[Any]:
+    """The batches of an Arrow file, or of a stream in a file, as `datasets` keeps them."""
+    import pyarrow
+
+    with pyarrow.memory_map(str(file)) as source:
+        try:
+            reader = pyarrow.ipc.open_file(source)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        except pyarrow.ArrowInvalid:
+            source.seek(0)
+            batches = pyarrow.ipc.open_stream(source)
+        yield from batches
+
+
+def _table_rows(file: Path) -> Iterator[tuple[Place, Any]]:
+    """The rows of a CSV or TSV file, counted from the first after the names."""
+    number, text = 0, {"encoding": "utf-8-sig", "newline": ""}
+
+    def lines(opened: TextIO) -> Iterator[str]:
+        while line := opened.readline(LARGEST_ROW + 1):
+            if len(line) > LARGEST_ROW:
+                raise _too_long(file, number + 1)
+            yield line
+
+    csv.field_size_limit(LARGEST_ROW)
+    try:
+        with gzip.open(file, "rt", **text) if file.suffix == ".gz" else file.open(**text) as opened:
+            table = csv.reader(lines(opened), delimiter="\t" if ".tsv" in file.suffixes else ",", strict=True)
+            head = next(table, [])
+            if twice := next((name for name in head if head.count(name) > 1), None):
+                raise UserError(f"{file}: two columns are called {name_of(twice)!r}; rename one")
+            for cells in table:
+                number += 1
+                if not cells:
+                    continue
+                if len(cells) != len(head):
+                    found = f"{len(cells)} values for {len(head)} columns"
+                    raise UserError(f"{Place(str(file), number)}: expected one value a column, found {found}")
+                yield Place(str(file), number), dict(zip(head, cells, strict=True))
+    except UserError:
+        raise
+    except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:
+        raise UserError(f"{Place(str(file), number + 1)}: expected a readable file, found {one_line(error)}") from None
+
+
 def _dataset_rows(name: str, dataset: Any) -> Iterator[tuple[Place, Any]]:
-    for number, row in enumerate(dataset, 1):
+    number = 0
+    rows = iter(dataset)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # the library raises whatever it likes
+            raise UserError(f"{Place(name, number + 1)}: expected a readable row, found {one_line(error)}") from None
+        number += 1
         yield Place(name, number), row
 
 
-def _saved_dataset(name: str, split: str) -> Any:
+def _saved_dataset(name: str, local: Path, split: str) -> Any:
     import datasets
 
     try:
-        dataset = datasets.load_from_disk(name)
+        dataset = datasets.load_from_disk(str(local))
     except Exception as error:  # the library raises whatever it likes
         raise UserError(f"{name}: cannot load the split {split!r}: {one_line(error)}") from None
     if not isinstance(dataset, datasets.DatasetDict):

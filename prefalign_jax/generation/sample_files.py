@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prefalign_jax.data.records import ROLES, Text
+from prefalign_jax.data.messages import ROLES, Text
 from prefalign_jax.data.rows import json_rows
 from prefalign_jax.files import read_json, whole
 from prefalign_jax.types import Place, UserError, one_line
