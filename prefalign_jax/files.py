@@ -244,7 +244,8 @@ def parse_json(text: str | bytes, shape: Shape = "anything", *, where: object) -
       prefalign_jax.types.UserError: a.json, field 'step': expected an integer, found '3'
     """
     try:
-        value = json.loads(text)
+        # An integer that no machine counts to is a number like others; Python would refuse to read or to convert it.
+        value = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 20 else float(digits))
         level = [value]
         for _ in range(DEEPEST):
             level = [x.values() if isinstance(x, dict) else x for x in level if isinstance(x, list | dict)]

@@ -7,6 +7,8 @@ import os
 import pathlib
 import re
 import signal
+import socket
+import socketserver
 import subprocess
 import sys
 import threading
@@ -375,16 +377,65 @@ def test_one_bad_answer_costs_its_own_verdict_and_no_other(server, ask, answer, 
     assert (result.wins, result.lost) == (2, {reason: 1})
 
 
-def test_a_server_that_trickles_is_a_timeout(server, ask, monkeypatch):
-    class Slow:
-        def read1(self, size):
-            time.sleep(0.03)
-            return b" "
+STATUS, LENGTH = b"HTTP/1.1 200 OK\r\n", b"Content-Length: 1000\r\n\r\n"
+DRIPPED = {  # what a server sends, and then again and again
+    "nothing": (b"", b""),
+    "a status line": (b"", b"H"),
+    "headers": (STATUS, b"A"),
+    "many headers": (STATUS, b"A: b\r\n"),
+    "continue": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "a body": (STATUS + LENGTH, b" "),
+    "a body without length": (STATUS + b"\r\n", b" "),
+    "no body": (STATUS + LENGTH, b""),
+    "an error's body": (b"HTTP/1.1 400 No\r\n" + LENGTH, b" "),
+}
 
-    monkeypatch.setattr(endpoint_module.Client, "read", (lambda read: lambda self, _: read(self, Slow()))(
-        endpoint_module.Client.read
-    ))  # fmt: skip
-    assert outcomes(ask(comparisons(1), timeout=0.1, retries=0)) == ["timeout"]
+
+@pytest.mark.parametrize("proxy", [False, True], ids=["direct", "proxy"])
+@pytest.mark.parametrize("dripped", DRIPPED)
+def test_an_exchange_ends_at_its_deadline_whatever_the_server_sends(tmp_path, monkeypatch, dripped, proxy):
+    first, again = DRIPPED[dripped]
+    over = threading.Event()
+
+    class Drips(socketserver.BaseRequestHandler):
+        def handle(self):
+            with contextlib.suppress(OSError):
+                self.request.recv(2**16)
+                self.request.sendall(first)
+                while not over.wait(0.05):
+                    self.request.sendall(again)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Drips) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        here = f"http://127.0.0.1:{server.server_address[1]}"
+        monkeypatch.setenv("no_proxy", "" if proxy else "*")
+        monkeypatch.setenv("http_proxy", here)
+        began = time.monotonic()
+        try:
+            url = "http://elsewhere.invalid/v1" if proxy else f"{here}/v1"
+            judge = endpoint(url, tmp_path / "r.jsonl", model="m", timeout=0.3, retries=0, threads=1)
+            reason = "HTTP 400" if "error" in dripped else "timeout"
+            assert outcomes(judge(comparisons(1))) == [reason]
+        finally:
+            took = time.monotonic() - began
+            over.set()
+            server.shutdown()
+            thread.join()
+    assert 0.6 <= took < 1.5  # two orders
+
+
+def test_the_deadline_holds_under_tls_too(tmp_path, monkeypatch):
+    """A server that takes the connection and never answers the handshake."""
+    monkeypatch.setenv("no_proxy", "*")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = f"https://127.0.0.1:{silent.getsockname()[1]}/v1"
+        judge = endpoint(url, tmp_path / "r.jsonl", model="m", timeout=0.2, retries=0, threads=1)
+        began = time.monotonic()
+        assert outcomes(judge(comparisons(1))) == ["timeout"]
+    assert time.monotonic() - began < 1.5
 
 
 @pytest.mark.parametrize(
@@ -468,7 +519,7 @@ def test_a_finished_reply_is_not_asked_again_whatever_else_is(server, ask):
     assert server.requests == [], "the same two texts the other way round are the same two questions"
     for change in (
         {"model": "other"},
-        {"template": "{prompt} <answer_A>\n{first}\n</answer_A> {second}"},
+        {"template": "{prompt} <answer_A>\n{first}\n</answer_A> {second} Verdict: A, Verdict: B"},
         {"body": '{"temperature": 1}'},
     ):
         server.requests.clear()
@@ -584,6 +635,10 @@ def test_a_key_in_the_wrong_place_is_not_shown(tmp_path, monkeypatch, name, valu
         ({"base_url": "http://me:secret@host/v1"}, "holds a user name or password"),
         ({"model": ""}, "no model named"),
         ({"template": "{prompt} {first}"}, "the template has no {second}"),
+        ({"template": "{prompt} {first} {second} Say [[A]] or [[B]]."}, "does not ask for 'Verdict: A'"),
+        ({"template": "{prompt} {first} {second} Verdict: [[A]] or Verdict: [[B]]"}, "does not ask for 'Verdict: A'"),
+        ({"template": "{prompt} {first} {second} Verdict: A or Verdict: Both"}, "does not ask for 'Verdict: B'"),
+        ({"template": "{prompt} {first} {second} Your verdict is: A or B"}, "does not ask for 'Verdict: A'"),
         ({"threads": 0}, "threads=0 is out of range"),
         ({"timeout": 0.0}, "timeout=0.0 is out of range"),
         ({"max_cost": 1.0}, "max_cost applies with prices"),
@@ -596,6 +651,70 @@ def test_endpoint_options_are_checked(tmp_path, options, says):
     with pytest.raises(UserError, match=re.escape(says)) as error:
         endpoint(options.pop("base_url"), tmp_path / "r.jsonl", **options)
     assert "secret" not in str(error.value)
+
+
+SPELLED = {  # a key, and how a reply may spell it
+    "sk/very+secret-1": ["sk/very+secret-1", "sk\\/very+secret-1", "sk%2Fvery%2bsecret-1", "sk\\\\/very+secret-1",
+                         "".join(f"\\u00{ord(c):02X}" for c in "sk/very+secret-1"), "\\u0073k/very\\u002bsecret-1"],
+    'k"e\\y': ['k\\"e\\\\y', 'k\\u0022e\\u005cy'],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "spelled"), [(key, one) for key, some in SPELLED.items() for one in some])
+@pytest.mark.parametrize("where", ["content", "error", "refusal", "finish"])
+def test_the_key_is_removed_however_a_reply_spells_it(server, ask, tmp_path, monkeypatch, key, spelled, where):
+    monkeypatch.setenv("JUDGE_KEY", key)
+    texts = {name: "echo SPELLED end" if name == where else "" for name in ("content", "error", "refusal", "finish")}
+    choice = {"finish_reason": texts["finish"], "message": {"content": texts["content"], "refusal": texts["refusal"]}}
+    body = {"error": {"message": texts["error"]}} if where == "error" else {"choices": [choice]}
+    server.answer = lambda *_: (400 if where == "error" else 200, {}, json.dumps(body).replace("SPELLED", spelled))
+    (found,) = ask(comparisons(1), key_env="JUDGE_KEY")
+    kept = (tmp_path / "replies.jsonl").read_text()
+    if where == "error":
+        assert found.reason == "HTTP 400: echo [key] end" and kept == ""
+    else:
+        assert kept.count("echo [key] end") == 2  # both orders
+
+
+def test_control_characters_of_a_server_are_not_shown(server, ask):
+    server.answer = lambda *_: (400, {}, json.dumps({"error": {"message": "a\x1b[2J\x1b]0;t\x07\x9b\u202eb\ud800 c"}}))
+    assert outcomes(ask(comparisons(1))) == ["HTTP 400: a?[2J?]0;t???b? c"]
+
+
+COUNTS = [10**4000, 10**5000, -1, 1.5, "7", None, True, [1]]
+
+
+@pytest.mark.parametrize("count", COUNTS, ids=lambda x: type(x).__name__)
+def test_a_count_of_tokens_that_is_none_is_unknown_and_harms_no_later_run(server, ask, tmp_path, count):
+    digits = "1" + "0" * (4000 if count == COUNTS[0] else 5000)
+    text = "COUNT" if type(count) is int and count > 0 else count
+    usage = json.dumps({"prompt_tokens": text, "completion_tokens": 1}).replace('"COUNT"', digits)
+    server.answer = lambda *args: (
+        200,
+        {},
+        prefers_long(*args)[2].replace('"usage": {', f'"usage": {usage}, "was": {{'),
+    )
+    assert outcomes(ask(comparisons(1))) == [1.0]
+    server.requests.clear()
+    assert outcomes(ask(comparisons(1))) == [1.0] and server.requests == []
+    # As an earlier version kept it.
+    kept = tmp_path / "replies.jsonl"
+    kept.write_text(kept.read_text().replace('"tokens_in": null', f'"tokens_in": {digits}'))
+    assert outcomes(ask(comparisons(1))) == [1.0] and server.requests == []
+    assert outcomes(ask(comparisons(2), max_tokens=100)) == [1.0, "not asked: the server reports no usage, which "
+                                                             "max_tokens and max_cost need"]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["null", "5", "[]", "{}", '{"content": 5}', "[" * 5000 + "]" * 5000])
+def test_what_is_no_reply_in_the_cache_is_asked_again(server, ask, tmp_path, value):
+    ask(comparisons(1))
+    kept = tmp_path / "replies.jsonl"
+    keys = [json.loads(line)["key"] for line in kept.read_text().splitlines()]
+    kept.write_text("".join(f'{{"key": "{key}", "value": {value}}}\n' for key in keys))
+    server.requests.clear()
+    assert outcomes(ask(comparisons(1))) == [1.0] and len(server.requests) == 2
+    server.requests.clear()
+    assert outcomes(ask(comparisons(1))) == [1.0] and server.requests == []
 
 
 # Win rates

@@ -11,21 +11,23 @@ import math
 import os
 import random
 import re
+import socket
 import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from prefalign_jax.files import parse_json
 from prefalign_jax.generation.sample_files import as_text
 from prefalign_jax.judges.cache import Cache, open_cache
 from prefalign_jax.judges.judge import Comparison, Judge, Verdict
 from prefalign_jax.progress import Progress
-from prefalign_jax.types import UserError
+from prefalign_jax.types import UserError, printable
 
 PAIRWISE = """\
 Two assistants, A and B, answered the same prompt. Decide which answer is better for the person who wrote the prompt: \
@@ -54,6 +56,8 @@ VERDICTS = {"a": 1.0, "b": 0.0, "tie": 0.5}
 GIVE_UP = 5  # requests in a row that failed for good, after which the server is taken for dead
 LONGEST_WAIT = 300.0  # seconds; a server that asks for more is not waited for
 LARGEST_REPLY = 2**24  # bytes
+REPLY = dict.fromkeys(("content", "refusal", "finish_reason"), "a string")  # as the cache keeps it
+REPLY |= dict.fromkeys(("tokens_in", "tokens_out"), "anything")
 _HOPELESS = (401, 403, 404)  # the next request would meet the same
 
 
@@ -103,7 +107,7 @@ def endpoint(
       template: the question, with {prompt}, {first} and {second} in it; the last line of the reply must be 'Verdict:
         A', 'Verdict: B' or 'Verdict: tie'.
       body: further fields of the request, a JSON object.
-      timeout: seconds without a whole reply.
+      timeout: seconds for a whole exchange, from the connection to the last byte of the reply.
       retries: after a time-out, a broken connection or reply, or HTTP 408, 409, 425, 429 and 5xx.
       backoff: seconds before the first retry, doubled for each later one, times a random factor in [0.5, 1.5]; at least
         what Retry-After says.
@@ -129,16 +133,22 @@ def endpoint(
     missing = [name for name in ("{prompt}", "{first}", "{second}") if name not in template]
     if missing:
         raise UserError(f"endpoint: the template has no {missing[0]}")
+    for verdict in ("A", "B"):
+        if not re.search(rf"verdict:[\s*_`\"']*{verdict}\b", template, re.IGNORECASE):
+            raise UserError(
+                f"endpoint: the template does not ask for 'Verdict: {verdict}', and no other form of a verdict is "
+                "read; let it end with 'Verdict: A', 'Verdict: B' and 'Verdict: tie', as the default template does"
+            )
     for name, value, least in (("timeout", timeout, 1e-3), ("retries", retries, 0), ("threads", threads, 1)):
         if value < least:
             raise UserError(f"endpoint: {name}={value} is out of range; write at least {least}")
     if max_cost < math.inf and not (price_in or price_out):
         raise UserError("endpoint: max_cost applies with prices; set price_in and price_out, for a million tokens each")
     try:
-        fields = json.loads(body)
-    except ValueError:
+        fields = parse_json(body, "an object", where="body")
+    except UserError:
         fields = None
-    if not isinstance(fields, dict) or fields.keys() & {"model", "messages", "stream", "n"}:
+    if fields is None or fields.keys() & {"model", "messages", "stream", "n"}:
         raise UserError(
             f"endpoint: body={body!r}: expected a JSON object such as {{'temperature': 0}}, without model, messages, "
             "stream and n"
@@ -152,7 +162,7 @@ def endpoint(
         questions = [fill(template, c, swapped) for c in asked for swapped in (False, True)]
         answers = []
         progress = Progress(len(questions), "reply")
-        with open_cache(cache) as replies, ThreadPoolExecutor(threads) as pool, progress:
+        with open_cache(cache, REPLY) as replies, ThreadPoolExecutor(threads) as pool, progress:
             client = Client(url, key, {**fields, "model": model}, replies, limits, timeout, retries, backoff)
             try:
                 for answer in pool.map(client.ask, questions):
@@ -231,7 +241,8 @@ class Client:
     ):
         self.url, self.key, self.fields, self.replies, self.limits = url, key, fields, replies, limits
         self.timeout, self.retries, self.backoff = timeout, retries, backoff
-        self.opener = urllib.request.build_opener(_NoRedirect)
+        self.opener = urllib.request.build_opener(_NoRedirect, _Http, _Https)
+        self.scrub = scrubber(key)
         self.lock, self.stopped = threading.Lock(), threading.Event()
         self.why, self.failed = "", 0
         self.requests = self.tokens_in = self.tokens_out = 0
@@ -284,12 +295,13 @@ class Client:
 
     def count(self, reply: Mapping[str, Any]) -> None:
         """Adds up a reply's tokens; a cap on what the server does not report could not be held."""
-        if reply["tokens_in"] is None or reply["tokens_out"] is None:
+        tokens_in, tokens_out = (_tokens(reply[name]) for name in ("tokens_in", "tokens_out"))
+        if tokens_in is None or tokens_out is None:
             if min(self.limits.tokens, self.limits.cost) < math.inf:
                 self.stop("not asked: the server reports no usage, which max_tokens and max_cost need")
             return
-        self.tokens_in += reply["tokens_in"]
-        self.tokens_out += reply["tokens_out"]
+        self.tokens_in += tokens_in
+        self.tokens_out += tokens_out
 
     def stop(self, why: str) -> None:
         """No request is begun from now on, and nobody waits for one."""
@@ -297,63 +309,114 @@ class Client:
         self.stopped.set()
 
     def send(self, data: bytes) -> dict[str, Any] | Failure:
-        """One request."""
+        """One request; its connection is cut at the deadline, whatever the server sends until then."""
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
         request = urllib.request.Request(self.url, data, headers, method="POST")
+        deadline = time.monotonic() + self.timeout
+        timer = threading.Timer(self.timeout, _cut, [request])
+        timer.daemon = True
+        timer.start()
         try:
             with self.opener.open(request, timeout=self.timeout) as response:
-                return self.parse(self.read(response))
+                found = self.parse(self.read(response))
         except urllib.error.HTTPError as error:
             text = ""
             with error, contextlib.suppress(OSError, http.client.HTTPException):
                 text = self.read(error)
             again = error.code in (408, 409, 425, 429) or error.code >= 500
-            reason = f"HTTP {error.code}{_message(text)}"
+            reason = f"HTTP {error.code}{_message(text, self.scrub)}"
             return Failure(reason, again, _retry_after(error.headers), error.code in _HOPELESS)
         except TimeoutError:
-            return Failure("timeout", again=True)
+            found = Failure("timeout", again=True)
         except urllib.error.URLError as error:
             timed_out = isinstance(error.reason, TimeoutError)
-            return Failure("timeout" if timed_out else "no connection", again=True)
+            found = Failure("timeout" if timed_out else "no connection", again=True)
         except (OSError, http.client.HTTPException):
-            return Failure("connection broken", again=True)
+            found = Failure("connection broken", again=True)
+        finally:
+            timer.cancel()
+        # What was cut looks broken, or even whole to the library.
+        return Failure("timeout", again=True) if isinstance(found, Failure) and time.monotonic() >= deadline else found
 
     def read(self, response: Any) -> str:
-        """The whole body, in time; whatever echoes the key loses it here, before anything keeps or shows the text."""
-        deadline = time.monotonic() + self.timeout
+        """The whole body."""
         body = b""
         while chunk := response.read1(2**16):
             body += chunk
             if len(body) > LARGEST_REPLY:
                 raise http.client.HTTPException("too large")
-            if time.monotonic() > deadline:
-                raise TimeoutError
-        text = body.decode("utf-8", "replace")
-        return text.replace(self.key, "[key]") if self.key else text
+        return body.decode("utf-8", "replace")
 
     def parse(self, text: str) -> dict[str, Any] | Failure:
-        """What is kept of a reply."""
+        """What is kept of a reply; whatever echoes the key loses it here, before anything keeps or shows the text."""
         try:
-            reply = json.loads(text)
+            reply = parse_json(text, where="reply")
             choice, usage = reply["choices"][0], reply.get("usage") or {}
             message = choice["message"]
             content, refusal = message.get("content") or "", message.get("refusal") or ""
             if not (isinstance(content, str) and isinstance(refusal, str)):
                 raise TypeError
-            tokens = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-            tokens_in, tokens_out = (n if isinstance(n, int) and n >= 0 else None for n in tokens)
+            tokens_in, tokens_out = (_tokens(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
             finish = choice.get("finish_reason")
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (ValueError, LookupError, TypeError, AttributeError):
             return Failure("malformed reply", again=True)
         return {
-            "content": content,
-            "refusal": refusal,
-            "finish_reason": finish if isinstance(finish, str) else "",
+            "content": self.scrub(content),
+            "refusal": self.scrub(refusal),
+            "finish_reason": self.scrub(finish) if isinstance(finish, str) else "",
             "tokens_in": tokens_in,
             "tokens_out": tokens_out,
         }
+
+
+def _tokens(count: Any) -> int | None:
+    """A number of tokens, None where this is none that anybody counted."""
+    return count if type(count) is int and 0 <= count < 2**53 else None
+
+
+def scrubber(key: str) -> Callable[[str], str]:
+    """text -> the text without the key, however it is spelled there: as it is, or escaped for JSON or for a URL.
+
+    Example:
+      >>> scrub = scrubber("k/1")
+      >>> print(scrub("k/1 k\\\\/1 \\\\u006b/1 k%2F1 k/2"))
+      [key] [key] [key] [key] k/2
+    """
+    forms = "".join(rf"(?:\\*{re.escape(c)}|\\+u00{ord(c):02x}|%{ord(c):02x})" for c in key)
+    return (lambda text: re.sub(forms, "[key]", text, flags=re.IGNORECASE)) if key else lambda text: text
+
+
+class _Cuttable(urllib.request.AbstractHTTPHandler):
+    """Leaves a request its connection and its socket, for `_cut`."""
+
+    def do_open(self, http_class: Any, request: urllib.request.Request, **options: Any) -> Any:
+        """As urllib's."""
+
+        class Connection(http_class):
+            def connect(self) -> None:
+                request.connection, request.socket = self, None
+                super().connect()
+                request.socket = self.sock  # it stays open for the body when the connection has let go of it
+
+        return super().do_open(Connection, request, **options)
+
+
+class _Http(_Cuttable, urllib.request.HTTPHandler):
+    """Without TLS."""
+
+
+class _Https(_Cuttable, urllib.request.HTTPSHandler):
+    """With TLS."""
+
+
+def _cut(request: Any) -> None:
+    """Ends an exchange from another thread: whoever waits for the socket sees its end."""
+    connection = getattr(request, "connection", None)
+    for one in filter(None, (connection and connection.sock, connection and request.socket)):
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(one, socket.SHUT_RDWR)  # not TLS's, which would wait for the server
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -377,13 +440,13 @@ def _key(name: str) -> str:
     return key
 
 
-def _message(text: str) -> str:
-    """': what the server says', in one short line, '' if it says nothing."""
+def _message(text: str, scrub: Callable[[str], str]) -> str:
+    """': what the server says', in one short line that steers no terminal, '' if it says nothing."""
     try:
-        message = json.loads(text)["error"]["message"]
-    except (ValueError, LookupError, TypeError):
+        message = parse_json(text, {"error": {"message": "a string"}}, where="reply")["error"]["message"]
+    except UserError:
         return ""
-    return f": {' '.join(message.split())[:100]}" if isinstance(message, str) and message.strip() else ""
+    return f": {printable(' '.join(scrub(message).split()))[:100]}" if message.strip() else ""
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:
@@ -395,5 +458,5 @@ def _retry_after(headers: Mapping[str, str]) -> float:
         pass
     try:
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0
