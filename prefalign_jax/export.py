@@ -26,7 +26,7 @@ from prefalign_jax.models.lora import Lora
 from prefalign_jax.models.peft_io import save_adapters
 from prefalign_jax.processes import agreed, by_first, is_first, note
 from prefalign_jax.tables import markdown
-from prefalign_jax.types import Params, UserError, one_line
+from prefalign_jax.types import Params, UserError, WriteError, one_line
 
 # What a card may say.
 CARD = {
@@ -138,6 +138,8 @@ def export_adapters(
     try:
         save_adapters(adapters, shape, lora, workdir / "adapters", base=model.path, quantized=model.quantize)
         note(f"adapters in PEFT's format in {workdir / 'adapters'}")
+    except WriteError:
+        raise
     except UserError as error:  # the format lacks such layers; the merged export has them
         note(str(error))
 

@@ -67,7 +67,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A file beside its place to write to, which is put there once all went well.
+    """A file beside its place to write to, which is put there once all went well; directories on its way are made.
 
     Raises:
       WriteError: it cannot be written; what was there before is left as it was.
@@ -75,6 +75,7 @@ def whole(path: Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")  # machines that share a disk share numbers too
     with writing(path):
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             part.touch(exist_ok=False)
             with marked(part):
                 yield part
@@ -87,6 +88,12 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text in UTF-8."""
     with whole(path) as part:
         part.write_text(text, encoding="utf-8", newline="")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes bytes."""
+    with whole(path) as part:
+        part.write_bytes(content)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -106,7 +106,8 @@ def open_writer(
     if not is_first():
         return Writer(None, None)
     path = Path(workdir) / f"{name}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     _keep_up_to(path, resume_step)
     board = None
     if tensorboard:
@@ -116,10 +117,11 @@ def open_writer(
             pass
         else:
             # One directory a writer: the names of event files have a resolution of one second.
-            board = tensorboardX.SummaryWriter(
-                str(path.parent / "tensorboard" / name), purge_step=resume_step + 1 if resume_step else 0
-            )
-    return Writer(path.open("a", buffering=1, encoding="utf-8"), board)  # line by line: a killed run loses at most one
+            events = path.parent / "tensorboard" / name
+            with writing(events):
+                board = tensorboardX.SummaryWriter(str(events), purge_step=resume_step + 1 if resume_step else 0)
+    with writing(path):
+        return Writer(path.open("a", buffering=1, encoding="utf-8"), board)  # by line: a killed run loses at most one
 
 
 def _keep_up_to(path: Path, last: int) -> None:
@@ -133,7 +135,8 @@ def _keep_up_to(path: Path, last: int) -> None:
         except UserError:
             return False
 
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if last else []
+    with writing(path):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if last else []
     write_text(path, "".join(line + "\n" for line in lines if stays(line)))
 
 

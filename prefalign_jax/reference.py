@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from prefalign_jax.data.pairs import digest_of
 from prefalign_jax.data.pipeline import PairSet, eval_batches
-from prefalign_jax.files import intact, remove_parts, sealed, writing
+from prefalign_jax.files import intact, remove_parts, sealed
 from prefalign_jax.logps import REFERENCE_NEEDS, VOCABULARY_CHUNK, preference_logps
 from prefalign_jax.processes import all_have, by_first, note
 from prefalign_jax.sharding import place_batch
@@ -157,8 +157,6 @@ def _read(path: Path) -> PairLogps | None:
 
 
 def _write(path: Path, logps: PairLogps) -> None:
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
     remove_parts(path.parent)
     sides = {
         f"{name}.{side}": value

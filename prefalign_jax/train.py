@@ -35,7 +35,7 @@ from prefalign_jax.processes import agreed, by_first, is_first, note, stop_reque
 from prefalign_jax.progress import Progress
 from prefalign_jax.sharding import make_mesh, place_batch, shapes_of
 from prefalign_jax.train_step import init_state, make_eval_step
-from prefalign_jax.types import LanguageModel, Params, UserError
+from prefalign_jax.types import LanguageModel, Params, UserError, one_line
 
 
 class Result(NamedTuple):
@@ -176,13 +176,21 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
         note(f"stopped at step {step} of {total}, saved; the same command goes on from there")
         return result
     if is_first():
-        plots.plot_curves(workdir)
+        draw_curves(workdir)
     if config.export.enabled:
         words = as_markdown(datasheet, level=3)
         export_run(experiment, params, model.config, tokenizer, workdir, data=words, metrics=means)
         if lora:
             export_adapters(experiment, state.params, lora, model.config, workdir)
     return result
+
+
+def draw_curves(workdir: Path) -> None:
+    """Draws curves.png, or says why not: a picture costs nobody a trained model."""
+    try:
+        plots.plot_curves(workdir)
+    except Exception as error:  # of whatever kind
+        note(f"{workdir / 'curves.png'} is not drawn: {one_line(error)}")
 
 
 class Log:

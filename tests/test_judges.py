@@ -20,6 +20,7 @@ import pytest
 import scipy.optimize
 
 from prefalign_jax import commands
+from prefalign_jax.files import locked
 from prefalign_jax.generation.sample_files import Sample, write_jsonl
 from prefalign_jax.judges import endpoint as endpoint_module
 from prefalign_jax.judges import page as page_module
@@ -422,7 +423,7 @@ def test_an_exchange_ends_at_its_deadline_whatever_the_server_sends(tmp_path, mo
             over.set()
             server.shutdown()
             thread.join()
-    assert 0.6 <= took < 1.5  # two orders
+    assert 0.6 <= took < 3  # two orders
 
 
 def test_the_deadline_holds_under_tls_too(tmp_path, monkeypatch):
@@ -435,7 +436,7 @@ def test_the_deadline_holds_under_tls_too(tmp_path, monkeypatch):
         judge = endpoint(url, tmp_path / "r.jsonl", model="m", timeout=0.2, retries=0, threads=1)
         began = time.monotonic()
         assert outcomes(judge(comparisons(1))) == ["timeout"]
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 3
 
 
 @pytest.mark.parametrize(
@@ -689,11 +690,8 @@ def test_a_count_of_tokens_that_is_none_is_unknown_and_harms_no_later_run(server
     digits = "1" + "0" * (4000 if count == COUNTS[0] else 5000)
     text = "COUNT" if type(count) is int and count > 0 else count
     usage = json.dumps({"prompt_tokens": text, "completion_tokens": 1}).replace('"COUNT"', digits)
-    server.answer = lambda *args: (
-        200,
-        {},
-        prefers_long(*args)[2].replace('"usage": {', f'"usage": {usage}, "was": {{'),
-    )
+    changed = f'"usage": {usage}, "was": {{'
+    server.answer = lambda *args: (200, {}, prefers_long(*args)[2].replace('"usage": {', changed))
     assert outcomes(ask(comparisons(1))) == [1.0]
     server.requests.clear()
     assert outcomes(ask(comparisons(1))) == [1.0] and server.requests == []
@@ -943,6 +941,12 @@ def test_the_command_writes_what_it_prints(judge, files, tmp_path):
     assert (summary["rate"]["mean"], summary["wins"], summary["first"]) == (1.0, 4, "a")
     assert win_rate(read_verdicts(tmp_path / "out" / "verdicts.jsonl")).wins == 4
     assert (tmp_path / "out" / "pairs.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_an_output_that_another_process_writes_is_refused(judge, files, tmp_path):
+    with locked(tmp_path / "out"):
+        status, _, err = judge(*files, "--judge=reward:more_words")
+    assert status == 2 and err.startswith("error: --out=") and "another run is writing there" in err
 
 
 def test_the_command_goes_on_where_an_endpoint_failed(judge, files, server, monkeypatch):

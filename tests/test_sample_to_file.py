@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from prefalign_jax import commands
 from prefalign_jax.commands import generate
 from prefalign_jax.data.chat import tokenize_prompts
+from prefalign_jax.files import hold
 from prefalign_jax.generation.sample_files import read_samples
 from prefalign_jax.generation.sampling import Sampling
 from prefalign_jax.models import hf_io
@@ -125,7 +127,7 @@ def test_mistakes_are_one_line(run, option, says, capsys):
 def test_a_file_of_something_else_is_not_appended_to(run, tmp_path, capsys):
     (tmp_path / "out.jsonl").write_text('{"a": 1}\n')
     assert run() == 2
-    assert "row 1: this is no sample" in capsys.readouterr().err
+    assert "row 1: it has no field 'prompt'; this is no sample" in capsys.readouterr().err
     assert (tmp_path / "out.jsonl").read_text() == '{"a": 1}\n'
 
 
@@ -144,3 +146,20 @@ def test_a_chat_prompt_ends_where_the_answer_begins(tiny_tokenizer):
     (ids,) = tokenize_prompts([PROMPTS[1]["prompt"]], tiny_tokenizer)
     assert tiny_tokenizer.decode(ids) == "<|im_start|>user\nIs the sky blue?<|im_end|>\n<|im_start|>assistant\n"
     assert ids.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    "row", ["3", "[]", '{"prompt": "a", "sample": "1"}', "[" * 5000 + "]" * 5000], ids=lambda x: x[:9]
+)
+def test_valid_json_of_another_shape_is_one_line(run, tmp_path, capsys, row):
+    (tmp_path / "out.jsonl").write_text(row + "\n")
+    assert run() == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: --out=") and "row 1" in error and len(error) < 300
+
+
+def test_a_file_that_another_process_writes_is_refused(run, tmp_path, capsys):
+    descriptor = hold(tmp_path / "out.jsonl")
+    assert run() == 2
+    os.close(descriptor)
+    assert "another process is writing there" in capsys.readouterr().err

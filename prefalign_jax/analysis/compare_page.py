@@ -32,7 +32,7 @@ from prefalign_jax.analysis.compare import (
     value_at,
 )
 from prefalign_jax.analysis.runs import Run, differing
-from prefalign_jax.files import whole
+from prefalign_jax.files import write_bytes
 from prefalign_jax.options import did_you_mean
 from prefalign_jax.pages.frame import render
 from prefalign_jax.pages.palette import look
@@ -166,7 +166,10 @@ def write_page(
         configs=[(run.name, _config(run)) for group in groups for run in group.runs],
     )
     beside = path.with_name(f"{path.stem}_pictures")
-    return [_put(path, page.encode()), *(_put(beside / f"{name}.png", image) for name, image in pictures.items())]
+    written = {path: page.encode(), **{beside / f"{name}.png": image for name, image in pictures.items()}}
+    for file, content in written.items():
+        write_bytes(file, content)
+    return [*written]
 
 
 def markdown(runs: Sequence[Run], group_by: Sequence[str] | None = None, metrics: Sequence[str] | None = None) -> str:
@@ -405,13 +408,3 @@ def _kinds(groups: Sequence[Group], metric: str, column: str) -> str:
     """What the bands of a picture are."""
     kinds = dict.fromkeys(curve.kind for group in groups if (curve := band(group, metric, column)))
     return "band: " + "; ".join(kinds) if kinds.keys() != {"one run"} else "one run each: no band"
-
-
-def _put(path: Path, content: bytes) -> Path:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as part:
-            part.write_bytes(content)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
-    return path

@@ -18,6 +18,7 @@ from prefalign_jax.analysis.tabular import (
     make_problem,
     population,
 )
+from prefalign_jax.files import whole
 from prefalign_jax.losses import make_loss
 from prefalign_jax.pages.palette import look
 from prefalign_jax.pages.pictures import styled
@@ -72,6 +73,6 @@ def draw_tabular_frontier(out: Path) -> str:
     axes.set_xlabel("KL(policy || reference), nats")
     axes.set_ylabel("expected true reward")
     axes.legend()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=120)
+    with whole(out) as part:
+        figure.savefig(part, format=out.suffix[1:], dpi=120)
     return markdown(head, rows)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from prefalign_jax.cli.experiments import set_fields
 from prefalign_jax.cli.parser import Parser
+from prefalign_jax.files import writing
 from prefalign_jax.options import given, split_names
 from prefalign_jax.types import UserError
 
@@ -35,10 +36,8 @@ def main(argv: Sequence[str]) -> None:
     from prefalign_jax.evaluation.measure import measure_models
     from prefalign_jax.evaluation.report import as_text, write_report
 
-    try:
+    with writing(f"--out={options.out}"):
         options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out={options.out} cannot be written: {error.strerror}") from None
     result = measure_models(
         experiment,
         reference=options.reference,

@@ -15,7 +15,7 @@ from prefalign_jax.data.memory import MemoryRows
 from prefalign_jax.data.pipeline import PairSet
 from prefalign_jax.data.rows import content_digest
 from prefalign_jax.data.statistics import length_bias, quantiles
-from prefalign_jax.files import whole, write_json
+from prefalign_jax.files import write_json, write_text
 from prefalign_jax.tables import markdown
 
 FORMAT = 1
@@ -133,8 +133,7 @@ def make_datasheet(
 def write_datasheet(workdir: Path, sheet: Mapping[str, Any]) -> None:
     """Writes datasheet.json and datasheet.md."""
     write_json(workdir / "datasheet.json", sheet)
-    with whole(workdir / "datasheet.md") as part:
-        part.write_text("# Training data\n\n" + as_markdown(sheet), encoding="utf-8")
+    write_text(workdir / "datasheet.md", "# Training data\n\n" + as_markdown(sheet))
 
 
 def as_markdown(sheet: Mapping[str, Any], level: int = 2) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prefalign_jax.data.pairs import PARTS, Pairs, join
-from prefalign_jax.files import intact, remove_parts, sealed, writing
+from prefalign_jax.files import intact, remove_parts, sealed
 from prefalign_jax.processes import note
 from prefalign_jax.types import WriteError
 
@@ -88,8 +88,6 @@ def cached_tokens(path: Path | None, make: Callable[[], Made]) -> tuple[Pairs, d
                     return _read(path)
             note(f"{path} is damaged; its pairs are tokenized anew")
         try:
-            with writing(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
             remove_parts(path.parent)
             with sealed(path) as part:
                 _write(part, *make())

@@ -10,7 +10,7 @@ from typing import Any
 
 from prefalign_jax.evaluation.held_out import FEW, Slice
 from prefalign_jax.evaluation.measure import Evaluation
-from prefalign_jax.files import whole, write_json
+from prefalign_jax.files import whole, write_json, write_text
 from prefalign_jax.intervals import Interval
 from prefalign_jax.pages.plots import plot_margins
 from prefalign_jax.pages.token_page import page
@@ -93,8 +93,7 @@ def write_report(out: Path, result: Evaluation, about: str, settings: Mapping[st
         written.append("margins.png")
     if result.examples:
         beta = loss.hyper.get("beta", 1.0) if "reference" in loss.needs else 1.0
-        with whole(out / "tokens.html") as part:
-            part.write_text(page(f"{loss.name}, token by token", about, result.examples, beta=beta), encoding="utf-8")
+        write_text(out / "tokens.html", page(f"{loss.name}, token by token", about, result.examples, beta=beta))
         written.append("tokens.html")
     return written
 

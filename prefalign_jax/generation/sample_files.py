@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from prefalign_jax.data.messages import ROLES, Text
 from prefalign_jax.data.rows import json_rows
 from prefalign_jax.files import read_json, whole
-from prefalign_jax.types import Place, UserError, one_line
+from prefalign_jax.types import Place, UserError
 
 
 class Sample(NamedTuple):
@@ -201,13 +201,8 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _write(path: str | Path, parts: Iterable[str]) -> None:
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as part, part.open("w", encoding="utf-8") as file:
-            file.writelines(parts)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {one_line(error)}") from None
+    with whole(Path(path)) as part, part.open("w", encoding="utf-8") as file:
+        file.writelines(parts)
 
 
 def _object(where: Place | str, row: Any) -> None:

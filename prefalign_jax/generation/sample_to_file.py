@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from prefalign_jax.data.chat import load_tokenizer, tokenize_prompts
 from prefalign_jax.data.records import Prompt, read_prompts
-from prefalign_jax.files import append, hold, writing
+from prefalign_jax.files import append, hold, parse_json, writing
 from prefalign_jax.generation.generate import Completion, stream, text_of
 from prefalign_jax.generation.sample_files import Sample
 from prefalign_jax.generation.sampling import Sampling
@@ -25,6 +25,9 @@ from prefalign_jax.processes import note
 from prefalign_jax.progress import Progress
 from prefalign_jax.sharding import make_mesh, param_shardings
 from prefalign_jax.types import UserError
+
+SAMPLE = {"prompt": "anything", "sample": "an integer"}  # of a row, what is read again
+SAMPLE |= {"model": "a string", "seed": "an integer", "settings": "an object"}
 
 
 class Draw(NamedTuple):
@@ -169,11 +172,11 @@ def held(out: Path, descriptor: int, run: Mapping[str, Any]) -> set[tuple[str, i
     done = set()
     for number, text in enumerate(whole[: whole.rfind(b"\n") + 1].splitlines(), 1):
         try:
-            row = json.loads(text)
-            done.add((_key(row["prompt"]), row["sample"]))
-            before = {name: row[name] for name in run}
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"--out={out}, row {number}: this is no sample; name another file") from None
+            row = parse_json(text, SAMPLE, where=f"--out={out}, row {number}")
+        except UserError as error:
+            raise UserError(f"{error}; this is no sample: name another file") from None
+        done.add((_key(row["prompt"]), row["sample"]))
+        before = {name: row[name] for name in run}
         for name, value in _flat(run).items():
             if (old := _flat(before).get(name)) != value:
                 raise UserError(f"--out={out}: its samples have {name}={old!r}, not {value!r}; name another file")
@@ -189,6 +192,7 @@ def _file(out: Path) -> Iterator[int]:
         raise UserError(f"--out={out} is a directory; name a file in it")
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
+    out = out.resolve()  # a link that is named is meant
     descriptor = hold(out)
     if descriptor is None:
         raise UserError(f"--out={out}: another process is writing there; wait for it, or name another file")

@@ -17,7 +17,7 @@ from prefalign_jax.data.pipeline import PairSet, batch_of, make_pair_set, train_
 from prefalign_jax.data.records import Tally
 from prefalign_jax.data.statistics import token_lengths
 from prefalign_jax.experiment import read
-from prefalign_jax.files import whole, write_json
+from prefalign_jax.files import write_json, write_text
 from prefalign_jax.inspection.data_page import page, pictures, shown_pairs, written_pair
 from prefalign_jax.inspection.data_report import as_text, make_report, tables_of
 from prefalign_jax.load_data import load_pairs, source_records, watched
@@ -86,10 +86,8 @@ def inspect(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     about = f"{len(data.training)} {kind} for {experiment.loss.name}; max_length {config.max_length}, "
     about += f"too_long {config.too_long}"
     text = page(f"Data of {', '.join(map(str, sources))}", about, tables, pictures(drawn, config.max_length), shown)
-    workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "data.json", report)
-    with whole(workdir / "data.html") as part:
-        part.write_text(text, encoding="utf-8")
+    write_text(workdir / "data.html", text)
     print(as_text(tables))
     note(f"{workdir / 'data.html'} shows {sum(len(some) for _, some in shown)} pairs token by token")
     return report

@@ -100,7 +100,6 @@ def make_pairs(config: ConfigDict, model_path: str, directory: Path, seed: int) 
         rows.append({**row, "prompt_number": number, "model": model_path, "reward": fields.reward, "seed": seed})
 
     def write() -> None:
-        directory.mkdir(parents=True, exist_ok=True)
         write_jsonl(directory / PAIRS, rows)
         write_json(directory / MADE, {"made": made, "pairs": len(rows), "left_out": dropped})  # last: all is there
 

@@ -102,7 +102,6 @@ def write_world(directory: Path, seed: int, *, texts: int, demonstrations: int, 
         "train": [pair(pick(), noise=True) for _ in range(pairs)],
         "held_out": [pair(topic, noise=False) for topic in held_out for _ in range(10)],
     }
-    directory.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
         write_text(directory / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 

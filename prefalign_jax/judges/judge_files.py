@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from prefalign_jax.files import locked
 from prefalign_jax.generation.sample_files import (
     Sample,
     read_alpaca_eval,
@@ -36,7 +37,8 @@ def judge_files(
       The table of the result.
 
     Raises:
-      UserError: a file cannot be read, the judge is unknown, or the samples have no prompt in common.
+      UserError: a file cannot be read, the judge is unknown, the samples have no prompt in common, or another process
+        is writing to `out`.
     """
     sides = [_read(path, questions) for path in (first, second)]
     comparisons, dropped = pair_samples(*sides)
@@ -44,13 +46,14 @@ def judge_files(
         raise UserError(f"{first} and {second} have no prompt in common: {dropped}")
     for reason, count in dropped.items():
         note(f"not compared: {count} {reason}")
-    verdicts = make_judge(judge, options, out)(comparisons)
     names = tuple(", ".join(sorted({sample.model for sample in side})) for side in sides)
-    result = win_rate.win_rate(verdicts)
-    write_verdicts(out / "verdicts.jsonl", verdicts)
-    summary = {"first": names[0], "second": names[1], "judge": judge, "options": [*options]}
-    write_jsonl(out / "summary.json", [{**summary, "not_compared": dropped, **win_rate.plain(result)}])
-    page.write_page(out / "pairs.html", verdicts, names, judge)
+    with locked(out, "--out"):
+        verdicts = make_judge(judge, options, out)(comparisons)
+        result = win_rate.win_rate(verdicts)
+        write_verdicts(out / "verdicts.jsonl", verdicts)
+        summary = {"first": names[0], "second": names[1], "judge": judge, "options": [*options]}
+        write_jsonl(out / "summary.json", [{**summary, "not_compared": dropped, **win_rate.plain(result)}])
+        page.write_page(out / "pairs.html", verdicts, names, judge)
     return win_rate.table(result, *names, judge)
 
 

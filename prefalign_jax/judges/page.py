@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from prefalign_jax.files import whole
+from prefalign_jax.files import write_text
 from prefalign_jax.generation.sample_files import as_text
 from prefalign_jax.judges.judge import Verdict
 from prefalign_jax.pages.frame import render
@@ -50,5 +50,4 @@ def page(verdicts: Sequence[Verdict], names: tuple[str, str], judge: str = "judg
 
 def write_page(path: str | Path, verdicts: Sequence[Verdict], names: tuple[str, str], judge: str = "judge") -> None:
     """Writes `page` to a file, which appears whole or not at all."""
-    with whole(Path(path)) as part:
-        part.write_text(page(verdicts, names, judge), encoding="utf-8")
+    write_text(Path(path), page(verdicts, names, judge))

@@ -150,7 +150,6 @@ def save_adapters(
         return
     metadata = {"format": "pt"} | ({"base_quantization": quantized} if quantized else {})
     directory = pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     with whole(directory / ADAPTER_CONFIG) as described, whole(directory / ADAPTER_WEIGHTS) as weights:
         write_json(described, settings)
         save_file(tensors, weights, metadata=metadata)
