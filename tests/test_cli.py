@@ -1,5 +1,8 @@
 """What every command does with its command line; tests/test_trl_mistakes.py has what users of TRL type."""
 
+import configparser
+import glob
+import importlib
 import os
 import pathlib
 import subprocess
@@ -354,6 +357,20 @@ def test_every_experiment_comes_with_the_package_and_says_what_it_is():
     assert all(experiments.summary(file).endswith(".") for file in known.values())
 
 
+def test_the_wheel_has_the_experiments_and_the_command():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    patterns = setup["options.package_data"]["prefalign_jax"].split()
+    packed = {
+        file for pattern in patterns for file in glob.glob(pattern, root_dir=ROOT / "prefalign_jax", recursive=True)
+    }
+    files = [path for path in (ROOT / "experiments").rglob("*.*") if "__pycache__" not in path.parts]
+    assert {str(path.relative_to(ROOT)) for path in files} <= packed
+    name, target = setup["options.entry_points"]["console_scripts"].strip().split(" = ")
+    module, _, function = target.partition(":")
+    assert (name, getattr(importlib.import_module(module), function)) == ("prefalign", commands.main)
+
+
 HEAVY = ("jax", "flax", "transformers", "datasets", "matplotlib", "orbax", "grain")
 QUICK = ["--help", *(f"{name} --help" for name in commands.COMMANDS), "train --workdri=w", "train --learning_rate=1"]
 
@@ -371,6 +388,12 @@ def test_help_and_a_mistyped_option_import_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", RUN, *QUICK], capture_output=True, text=True, check=True)
     loaded = [line for line in done.stdout.splitlines() if line.startswith(">")]
     assert loaded == [">"] * len(QUICK), dict(zip(QUICK, loaded, strict=True))
+
+
+def test_a_closed_pipe_is_no_fault():
+    command = f"{sys.executable} -m prefalign_jax list experiments | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode in (0, 141) and done.stderr == ""
 
 
 def test_scripts_are_a_name_and_one_call():

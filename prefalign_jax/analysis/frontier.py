@@ -44,19 +44,19 @@ def points_of(runs: Sequence[Run]) -> list[Point]:
     Raises:
       UserError: no run measured both reward and KL.
     """
-    found = defaultdict(list)
+    evaluations = defaultdict(list)
     for run in runs:
         loss = {key[5:]: value for key, value in run.config.items() if key.startswith("loss.") and value is not None}
         method = loss.pop("name", "?")
         strength = ", ".join(f"{key}={value}" for key, value in sorted(loss.items()))
         for row in run.held_out:
             if row.get(REWARD) is not None and row.get(KL) is not None:
-                found[method, strength, row["step"]].append((row[KL], row[REWARD]))
-    if not found:
+                evaluations[method, strength, row["step"]].append((row[KL], row[REWARD]))
+    if not evaluations:
         raise UserError("no run measured samples/reward and samples/kl; set samples.prompts and samples.reward")
     return [
         Point(method, strength, step, *np.mean(values, axis=0).tolist(), len(values))
-        for (method, strength, step), values in found.items()
+        for (method, strength, step), values in evaluations.items()
     ]
 
 
@@ -93,13 +93,13 @@ def reward_within(runs: Sequence[Run], limits: Sequence[float]) -> dict[str, lis
     """
     best = defaultdict(list)
     for seed in dict.fromkeys(run.config.get("seed") for run in runs):
-        mine = [run for run in runs if run.config.get("seed") == seed]
-        points = points_of(mine) if any(row.get(REWARD) is not None for run in mine for row in run.held_out) else []
+        same = [run for run in runs if run.config.get("seed") == seed]
+        points = points_of(same) if any(row.get(REWARD) is not None for run in same for row in run.held_out) else []
         for method in dict.fromkeys(point.method for point in points):
-            of = [point for point in points if point.method == method]
-            best[method].append([max((p.reward for p in of if p.kl <= x), default=np.nan) for x in limits])
+            its = [point for point in points if point.method == method]
+            best[method].append([max((p.reward for p in its if p.kl <= x), default=np.nan) for x in limits])
     columns = {method: np.array(rows).T for method, rows in best.items()}
-    return {method: [t_interval(x[np.isfinite(x)]) for x in of] for method, of in columns.items()}
+    return {method: [t_interval(x[np.isfinite(x)]) for x in column] for method, column in columns.items()}
 
 
 @styled
@@ -109,8 +109,8 @@ def draw_frontier(points: Sequence[Point], best: Sequence[tuple[int, float, floa
     axes = figure.add_subplot()
     methods = list(dict.fromkeys(point.method for point in points))
     for number, method in enumerate(methods):
-        mine = sorted((p.kl, p.reward) for p in points if p.method == method)
-        kl, reward = np.array(mine).T
+        reached = sorted((p.kl, p.reward) for p in points if p.method == method)
+        kl, reward = np.array(reached).T
         colour, style = look(number)
         axes.plot(kl, np.maximum.accumulate(reward), style, color=colour, alpha=0.8, lw=1.4, drawstyle="steps-post")
         axes.plot(kl, reward, MARKERS[number % len(MARKERS)], color=colour, ms=5, alpha=0.7, label=method)

@@ -12,7 +12,7 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -59,19 +59,24 @@ def locate(name: str) -> Path:
         return known[name]
     if not name:
         raise UserError("no experiment given; write --config=quickstart, for one (prefalign list has all)")
+    raise UserError(f"--config={name}{_instead_of(name, path, known)}")
+
+
+def _instead_of(name: str, path: Path, known: Iterable[str]) -> str:
+    """What is wrong with the name of an experiment, and what to write instead."""
     if match := re.fullmatch(r"([^,;\s]+)[,;\s]+(.+)", name):
-        raise UserError(f"--config={name}: a colon follows the experiment, --config={match[1]}:{match[2]}")
+        return f": a colon follows the experiment, --config={match[1]}:{match[2]}"
     if path.suffix in (".yaml", ".yml", ".json", ".toml"):
-        raise UserError(f"--config={name}: an experiment is a Python file with a get_config(), see prefalign list")
+        return ": an experiment is a Python file with a get_config(), see prefalign list"
     if path.with_name(f"{path.name}.py").is_file():
-        raise UserError(f"--config={name}: no such experiment; did you mean {path.with_name(f'{path.name}.py')}?")
+        return f": no such experiment; did you mean {path.with_name(f'{path.name}.py')}?"
     if path.is_dir():
-        raise UserError(f"--config={name} is a directory; name an experiment file in it")
+        return " is a directory; name an experiment file in it"
     stem = name.removesuffix(".py").removeprefix("experiments/")
     ends = [other for other in known if other.rpartition("/")[2] == stem.rpartition("/")[2]]
     hint = f"did you mean --config={ends[0]}? " if ends else did_you_mean(stem, known)
     what = "no such file" if path.suffix == ".py" else "no such experiment"
-    raise UserError(f"--config={name}: {what}; {hint}prefalign list has those that come with the package")
+    return f": {what}; {hint}prefalign list has those that come with the package"
 
 
 def load(file: Path) -> ModuleType:
