@@ -182,7 +182,8 @@ def parse_arg(arg: str, **fields: Any) -> ConfigDict:
             name, text = next(iter(fields)), part
         if name not in fields:
             raise UserError(
-                f"config argument {name!r} is unknown; {did_you_mean(name, fields)}it takes {', '.join(fields)}"
+                f"config argument {name!r} is unknown; {did_you_mean(name, fields)}it takes {', '.join(fields)}; "
+                "fields are set by --config.FIELD=VALUE"
             )
         if name in choices:
             choose(name, text, dict.fromkeys(choices[name]))
