@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -86,10 +88,7 @@ def assemble(experiment: Experiment, data: Data, tokenizer: Any, mesh: jax.shard
     compared = base  # what the loss compares the policy with
     if config.reference.path:
         other, compared = load_model(config, config.reference.path, mesh, tokens)
-        if other.config != model.config:
-            raise UserError(
-                f"reference.path={config.reference.path!r} has another shape than model.path; they must match"
-            )
+        _check_alike(config.reference.path, other, model, tokenizer, data)
         digests["weights in reference.path"] = params_digest(compared)
     if loaded:
         loaded = {**full_parameters(base, lora, drawn_dtype(config)), **loaded}
@@ -112,6 +111,31 @@ def assemble(experiment: Experiment, data: Data, tokenizer: Any, mesh: jax.shard
         make = functools.partial(init_adapters, jax.random.key(config.seed), lora=lora, dtype=drawn_dtype(config))
         params = jax.tree.map(jnp.copy, loaded) or born(mesh, make, kept)
     return Assembled(model, params, kept, lora, started, training, held_out, digests)
+
+
+UNREAD = ("init_std", "max_position", "vocab_padding")  # fields of a shape that change nothing of what is computed
+
+
+def _check_alike(path: str, other: LanguageModel, model: LanguageModel, tokenizer: Any, data: Data) -> None:
+    """Refuses a reference that computes in another way than the policy, or whose tokens mean other texts."""
+    for field in dataclasses.fields(model.config):
+        theirs, ours = getattr(other.config, field.name), getattr(model.config, field.name)
+        if theirs != ours and field.name not in UNREAD:
+            raise UserError(
+                f"reference.path={path!r} has {field.name}={theirs!r} where model.path has {ours!r}; they must match"
+            )
+    try:
+        reference_tokenizer = load_tokenizer(path)
+    except UserError:
+        note(f"reference.path={path!r} has no tokenizer, so that nobody can tell whether its tokens are the same")
+        return
+    for pair in itertools.islice(data.training, 16):
+        text = tokenizer.decode(np.concatenate([pair.prompt, pair.chosen]), skip_special_tokens=True)
+        ids = [one(text, add_special_tokens=False).input_ids for one in (tokenizer, reference_tokenizer)]
+        if ids[0] != ids[1]:
+            raise UserError(
+                f"reference.path={path!r} has another tokenizer than model.path: it reads {pair.where} as other tokens"
+            )
 
 
 def _kept(experiment: Experiment, base: Params, compared: Params) -> Params | None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,13 +18,14 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from prefalign_jax.exits import lost_peer
-from prefalign_jax.files import checksum, read_json, write_json, writing
+from prefalign_jax.files import checksum, read_json, write_json, write_text, writing
+from prefalign_jax.metrics import read_metrics
 from prefalign_jax.options import flatten
 from prefalign_jax.processes import agreed, by_first, gathered, is_first, note
 from prefalign_jax.sharding import shapes_of
-from prefalign_jax.types import TrainState, UserError, WriteError, one_line
+from prefalign_jax.types import Params, TrainState, UserError, WriteError, one_line
 
-# Fields that make a run what it is. The rest, such as its length or how often it logs, may change when it is resumed.
+# Fields that make a run what it is: another value would give finished steps or the order of the data another meaning.
 IDENTITY = (
     "loss",
     "lora",
@@ -33,10 +37,14 @@ IDENTITY = (
     "max_length",
     "too_long",
     "dtype",
+    "matmul_precision",
     "data",
 )
 FREE = ("data.eval_path", "data.eval_split", "data.eval_limit", "data.cache_dir", "reference.cache_dir")
-
+# Fields that may change when a run is resumed and change what comes: each change is said and kept in the history.
+TOLD = ("steps", "examples", "epochs", "learning_rate", "schedule", "warmup_steps", "warmup_examples", "warmup_epochs")
+TOLD += ("grad_clip", "micro_steps", "mesh", "vocabulary_chunk")
+HISTORY = "history.jsonl"  # in the workdir: where a run was resumed with other values
 
 MANIFEST = "manifest.json"  # in each checkpoint: its files with their checksums, and its evaluation metrics
 
@@ -49,6 +57,7 @@ class Checkpoints:
         self.pool = ThreadPoolExecutor(1, "checkpoint")
         self.saving: Future[None] | None = None
         self.latest = max(self.steps(), default=-1)  # saved or being saved, the same in all processes
+        self.resumed: Mapping[str, Any] = {}  # the config that a restored checkpoint was saved with
 
     def steps(self) -> list[int]:
         """What is on disk, in order."""
@@ -279,6 +288,7 @@ def restore(
     stored = metadata.custom_metadata or {}
     if "config" not in stored:
         raise UserError(f"cannot resume {where}: it is no checkpoint of this program; use another --workdir")
+    checkpoints.resumed = stored["config"]
     ours, theirs = flatten(config), flatten(stored["config"])
     for name in sorted(ours.keys() | theirs.keys(), key=lambda name: (not name.endswith("name"), name)):
         if name.split(".")[0] in IDENTITY and name not in FREE and ours.get(name) != theirs.get(name):
@@ -287,13 +297,7 @@ def restore(
                 "set it back or use another --workdir"
             )
     # Orbax, given other shapes, fails in many lines and leaves reads unfinished: so they are compared first.
-    ours, theirs = _shapes(state.params), _shapes(metadata.metadata["state"]["params"])
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            raise UserError(
-                f"cannot resume {where}: parameter {name} is {theirs.get(name, 'missing')} there and "
-                f"{ours.get(name, 'missing')} in this model; use the same model or another --workdir"
-            )
+    _check_shapes(f"cannot resume {where}", state.params, metadata.metadata["state"]["params"])
     for name, digest in digests.items():
         if stored.get("digests", {}).get(name) != digest:
             raise UserError(f"cannot resume {where}: the {name} have changed since; use another --workdir")
@@ -307,6 +311,119 @@ def restore(
             f"cannot resume {where}: its arrays cannot be read; use an earlier copy or another --workdir"
         ) from error
     return state._replace(**tree)
+
+
+def chosen(checkpoints: Checkpoints, which: str) -> int:
+    """The step of a kept checkpoint.
+
+    Args:
+      checkpoints: from `open_checkpoints`.
+      which: 'last', 'best' by the metric that they were opened with, or the number of a step.
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+    kept = checkpoints.steps()
+    where = f"{checkpoints.directory} has {', '.join(map(str, kept)) or 'no checkpoint'}"
+    if which == "best":
+        step = checkpoints.best() if checkpoints.best_metric else None
+        if step is None:
+            raise UserError(f"no checkpoint is known to be the best: set checkpoint.best_metric for that; {where}")
+    else:
+        step = kept[-1] if which == "last" and kept else int(which) if which.isdecimal() else None
+    if step not in kept:
+        raise UserError(f"there is no checkpoint {which!r}; {where}")
+    if damage := _damage(checkpoints.directory / str(step)):
+        raise UserError(f"the checkpoint of step {step} is damaged ({damage}); {where}")
+    return step
+
+
+def load_params(checkpoints: Checkpoints, step: int, like: Params) -> Params:
+    """The parameters of a checkpoint alone.
+
+    Args:
+      checkpoints: from `open_checkpoints`.
+      step: from `chosen`.
+      like: arrays or shapes with the structure and shardings of what was trained.
+
+    Raises:
+      UserError: they have other shapes, or cannot be read.
+    """
+    path = checkpoints.directory / str(step)
+    _check_shapes(f"cannot read {path}", like, ocp.checkpointables_metadata(path).metadata["state"]["params"])
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    try:
+        with context:
+            return ocp.load_checkpointables(path, {"state": {"params": shapes_of(like)}})["state"]["params"]
+    except Exception as error:  # Orbax raises many kinds, each over many lines
+        raise UserError(f"cannot read {path}: {one_line(error)}") from error
+
+
+def changes(checkpoints: Checkpoints, config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What a resumed run does in another way than before: {field of TOLD: (before, now)}, {} for a run that is new."""
+    if not checkpoints.resumed:
+        return {}
+    before, now = flatten(checkpoints.resumed), flatten(config)
+    names = [name for name in now if name.split(".")[0] in TOLD and name in before]
+    return {name: (before[name], now[name]) for name in names if before[name] != now[name]}
+
+
+def record_changes(workdir: Path, step: int, changed: Mapping[str, tuple[Any, Any]]) -> list[dict[str, Any]]:
+    """Keeps in the workdir at which step a run went on with other values.
+
+    Args:
+      workdir: of the run.
+      step: that it is resumed at, 0 for a new run.
+      changed: from `changes`.
+
+    Returns:
+      All that is kept, a row {'step': ..., 'changed': {field: [before, now]}} for each time.
+    """
+    path = Path(workdir) / HISTORY
+    rows = [row for row in (read_metrics(path) if step else []) if row["step"] < step]
+    rows += [{"step": step, "changed": {name: list(pair) for name, pair in changed.items()}}] if changed else []
+    if is_first() and (rows or path.exists()):
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+class Timer:
+    """When a run without save_steps saves: soon after its start, then after twice as long, at most 10 minutes apart.
+
+    Args:
+      every: save_steps; if it is set, time saves nothing.
+    """
+
+    FIRST, MOST = 10.0, 600.0  # seconds
+
+    def __init__(self, every: int | None):
+        self.wait = math.inf if every else self.FIRST
+        self.since = time.monotonic()
+
+    def due(self, asked: bool) -> bool:
+        """Whether it is time, the same in all processes.
+
+        Args:
+          asked: whether several processes are to agree on it at this step, which costs them a message.
+        """
+        if self.wait == math.inf or (jax.process_count() > 1 and not asked):
+            return False
+        return agreed(time.monotonic() - self.since >= self.wait)
+
+    def saved(self) -> None:
+        """Counts from now on."""
+        self.wait, self.since = min(2 * self.wait, max(self.MOST, self.wait)), time.monotonic()
+
+
+def _check_shapes(what: str, ours: Any, theirs: Any) -> None:
+    ours, theirs = _shapes(ours), _shapes(theirs)
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise UserError(
+                f"{what}: parameter {name} is {theirs.get(name, 'missing')} there and "
+                f"{ours.get(name, 'missing')} in this model; use the same model or another --workdir"
+            )
 
 
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:

@@ -140,12 +140,16 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     c.log_steps = 10
     c.profile_steps = maybe(str)  # FIRST:LAST, these steps are traced to WORKDIR/profile, for XProf and Perfetto
     c.eval_steps = maybe(int)  # None evaluates at the start and at the end
-    c.save_steps = maybe(int)  # None saves at the end, and when the run is told to stop
+    c.save_steps = maybe(
+        int
+    )  # Steps between checkpoints. None saves with each evaluation, and by time within 10 minutes.
     c.checkpoint = ConfigDict()
     c.checkpoint.keep = 2  # latest checkpoints kept
     c.checkpoint.best_metric = maybe(str)  # such as eval/loss: the best by it is kept as well
     c.checkpoint.best_mode = "min"  # min or max
-    c.export = ConfigDict({"enabled": True, "dtype": "float32"})
+    c.export = ConfigDict({"enabled": True})
+    c.export.dtype = "stored"  # Type of the exported weights: float32, bfloat16, float16, or stored, as in model.path.
+    c.export.checkpoint = "last"  # Which kept checkpoint is exported: last, best (checkpoint.best_metric), or a step.
     c.export.push_to = maybe(str)  # NAME/MODEL on the Hugging Face hub, made private if it is new; HF_TOKEN must be set
     c.tensorboard = True  # event files too, where tensorboardX is installed
     # train; sft_first: fine-tuning on the chosen responses before it; pairs: preference data of the policy's own, see
@@ -182,8 +186,7 @@ def parse_arg(arg: str, **fields: Any) -> ConfigDict:
             name, text = next(iter(fields)), part
         if name not in fields:
             raise UserError(
-                f"config argument {name!r} is unknown; {did_you_mean(name, fields)}it takes {', '.join(fields)}; "
-                "fields are set by --config.FIELD=VALUE"
+                f"config argument {name!r} is unknown; {did_you_mean(name, fields)}it takes {', '.join(fields)}"
             )
         if name in choices:
             choose(name, text, dict.fromkeys(choices[name]))

@@ -12,6 +12,7 @@ from typing import Any
 import optax
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from prefalign_jax.config import defaults
 from prefalign_jax.data.chat import TOO_LONG
 from prefalign_jax.data.cleaning import BoundStep, cleaning_steps
 from prefalign_jax.data.memory import MemoryRows, RowsOrPath, as_source
@@ -24,7 +25,7 @@ from prefalign_jax.models.decoder import ATTENTION, REMAT
 from prefalign_jax.models.hf_io import DTYPES as STORED
 from prefalign_jax.optim import SCHEDULES, make_optimizer, make_schedule
 from prefalign_jax.options import DTYPES, choose, flatten, given
-from prefalign_jax.types import UserError
+from prefalign_jax.types import UserError, one_line
 
 LENGTH = 1024  # tokens of a pair, where the config leaves max_length unset and the model has as many positions
 UNITS = ("steps", "examples", "epochs")  # of a duration
@@ -35,7 +36,7 @@ LEAKS = ("drop", "report")
 # What a field may be, beside None where that is its default.
 CHOICES: dict[str, Sequence[str] | Mapping[str, Any]] = {
     "dtype": DTYPES,
-    "export.dtype": STORED,
+    "export.dtype": (*STORED, "stored"),
     "too_long": TOO_LONG,
     "reference.kind": ("copy", "cached", "moving", "none"),
     "data.layout": ("tree", "ordinary"),
@@ -223,6 +224,25 @@ def _given_rows(config: ConfigDict, **arguments: RowsOrPath | None) -> dict[str,
     return rows
 
 
+def from_json(fields: Mapping[str, Any]) -> Experiment:
+    """The experiment of a run, from its config.json.
+
+    Args:
+      fields: what the file holds.
+
+    Raises:
+      UserError: it is not a run's.
+    """
+    fields = {name: value for name, value in fields.items() if name != "history"}
+    try:
+        config = defaults(fields["loss"]["name"])
+        with config.unlocked():
+            config.update({**fields, "examples": None, "epochs": None})  # `steps` is the length that they gave
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"config.json is no run's: {one_line(error)}") from error
+    return read(config, complete=False)
+
+
 def _plain(config: ConfigDict, loss: BoundLoss, cleaning: Sequence[BoundStep]) -> dict[str, Any]:
     """The config as JSON values, with what the loss, the cleaning, the optimizer and the reference will use."""
     plain = config.to_dict()
@@ -356,6 +376,15 @@ def _check_adapters(experiment: Experiment) -> None:
             raise UserError(f"lora.{name} is set without lora.rank, and there are no adapters")
 
 
+def _check_export(experiment: Experiment) -> None:
+    config = experiment.config
+    which = config.export.checkpoint
+    if which not in ("last", "best") and not which.isdecimal():
+        raise UserError(f"export.checkpoint={which!r}: write last, best, or the number of a step")
+    if which == "best" and not config.checkpoint.best_metric:
+        raise UserError("export.checkpoint='best' needs checkpoint.best_metric, such as eval/loss")
+
+
 def _check_reference(experiment: Experiment) -> None:
     loss, reference = experiment.loss, experiment.config.reference
     needed, kind = "reference" in loss.needs, reference.kind
@@ -423,6 +452,7 @@ CHECKS: tuple[Callable[[Experiment], None], ...] = (
     _check_optimization,
     _check_data,
     _check_adapters,
+    _check_export,
     _check_reference,
     _check_ends_of_responses,
     _check_job,

@@ -11,14 +11,14 @@ import copy
 import json
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import huggingface_hub
 import yaml
 
 from prefalign_jax.experiment import Experiment
-from prefalign_jax.files import write_json
+from prefalign_jax.files import write_json, write_text
 from prefalign_jax.models import hf_io
 from prefalign_jax.models.decoder import DecoderConfig
 from prefalign_jax.models.endings import end_of_turn, generation_config, special_tokens
@@ -40,6 +40,7 @@ CARD = {
     "hyper_parameters": "mapping: the loss's hyper-parameters",
     "data": "text or mapping: what the model was trained on",
     "metrics": "mapping: name to number",
+    "history": "where the run was resumed with other values, from checkpoint.record_changes",
     "config": "mapping: the run's whole configuration",
 }
 _SECRET = re.compile(r"token(?!s|iz)|secret|password|api_?key", re.IGNORECASE)
@@ -107,15 +108,19 @@ def export_run(
     *,
     data: str,
     metrics: Mapping[str, float],
+    history: Sequence[Mapping[str, Any]] = (),
+    directory: pathlib.Path | None = None,
 ) -> None:
-    """Exports what a run trained to WORKDIR/export, and pushes it to the hub if the config says so.
+    """Exports what a run trained, and pushes it to the hub if the config says so.
 
     Args:
       experiment: of the run.
       params, shape, tokenizer: as in `export`.
       workdir: of the run.
       data: what it was trained on, in words.
-      metrics: its last evaluation.
+      metrics: its evaluation at the step that is exported.
+      history: from `checkpoint.record_changes`.
+      directory: where to; None is WORKDIR/export.
 
     Raises:
       UserError: as `export` and `push`.
@@ -123,21 +128,33 @@ def export_run(
     config, loss = experiment.config, experiment.loss
     card = {"base_model": config.model.path, "data": data, "metrics": metrics, "config": experiment.plain}
     card |= {"loss": loss.name, "formula": loss.formula, "hyper_parameters": loss.hyper}
-    base = hf_io.resolve(config.model.path)
-    export(params, shape, tokenizer, workdir / "export", dtype=config.export.dtype, base=base, card=card)
-    note(f"exported to {workdir / 'export'}")
+    card |= {"name": (config.export.push_to or workdir.resolve().name).rpartition("/")[2], "history": history}
+    base, dtype = hf_io.resolve(config.model.path), config.export.dtype
+    if dtype == "stored":
+        dtype = "float32" if config.model.random_init else hf_io.stored_dtype(base)
+    directory = directory or workdir / "export"
+    export(params, shape, tokenizer, directory, dtype=dtype, base=base, card=card)
+    note(f"exported to {directory}")
     if config.export.push_to:
-        by_first(lambda: note(f"pushed to {push(workdir / 'export', config.export.push_to)}"))
+        by_first(lambda: note(f"pushed to {push(directory, config.export.push_to)}"))
 
 
 def export_adapters(
-    experiment: Experiment, adapters: Params, lora: Lora, shape: DecoderConfig, workdir: pathlib.Path
+    experiment: Experiment,
+    adapters: Params,
+    lora: Lora,
+    shape: DecoderConfig,
+    workdir: pathlib.Path,
+    directory: pathlib.Path | None = None,
 ) -> None:
     """Writes adapters in PEFT's format to WORKDIR/adapters, or says why that format cannot hold them."""
-    model = experiment.config.model
+    model, directory = experiment.config.model, directory or workdir / "adapters"
     try:
-        save_adapters(adapters, shape, lora, workdir / "adapters", base=model.path, quantized=model.quantize)
-        note(f"adapters in PEFT's format in {workdir / 'adapters'}")
+        save_adapters(adapters, shape, lora, directory, base=model.path, quantized=model.quantize)
+        if is_first():
+            card = adapter_card(model.path, model.quantize, workdir.resolve().name)
+            write_text(directory / "README.md", card)
+        note(f"adapters in PEFT's format in {directory}")
     except WriteError:
         raise
     except UserError as error:  # the format lacks such layers; the merged export has them
@@ -298,6 +315,8 @@ def model_card(card: Mapping[str, Any], *, title: str, scoring: str | None = Non
         sections += ["## Data", _table("", data) if isinstance(data, Mapping) else str(data)]
     if card.get("metrics"):
         sections += ["## Metrics", _table("metric", card["metrics"])]
+    if card.get("history"):
+        sections += ["## Resumed with other values", _history(card["history"])]
     if card.get("config"):
         plain = _set_fields(card["config"])
         sections += ["## Configuration", "```json\n" + json.dumps(plain, indent=2, default=str) + "\n```"]
@@ -317,6 +336,30 @@ def without_secrets(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_secrets(item) for item in value]
     return value
+
+
+def adapter_card(base: str, quantized: str | None, title: str) -> str:
+    """Writes README.md of adapters in PEFT's format: their base, and how it was stored while they were trained.
+
+    Args:
+      base: hub name or directory of the model that they belong to.
+      quantized: see config.model.quantize.
+      title: the model's name.
+
+    Returns:
+      Markdown with YAML front matter.
+    """
+    name, license_ = _origin({"base_model": base})
+    front = {"library_name": "peft", "base_model": name, "license": license_, "tags": ["prefalign_jax", "lora"]}
+    front = {key: value for key, value in front.items() if value}
+    text = "---\n" + yaml.safe_dump(front, sort_keys=False) + f"---\n\n# {title}\n\nLow-rank adapters in PEFT's format"
+    text += f" for {name}.\n" if name else ".\n"
+    if quantized:
+        text += (
+            f"\nThey were trained over a base whose kernels were stored as {quantized}. Load the base quantized in the "
+            "same way: over the full-precision base the model computes something slightly else.\n"
+        )
+    return text
 
 
 def _origin(card: Mapping[str, Any]) -> tuple[str, str | None]:
@@ -352,6 +395,11 @@ def _is_hub_name(name: str) -> bool:
     """Whether a name is the hub's: a path of the machine that trained the model means nothing to a reader."""
     suffixes = (".json", ".jsonl", ".gz", ".parquet", ".csv", ".tsv", ".arrow")
     return bool(_HUB_NAME.fullmatch(name)) and not pathlib.Path(name).exists() and not name.endswith(suffixes)
+
+
+def _history(rows: Sequence[Mapping[str, Any]]) -> str:
+    cells = [(row["step"], name, *map(str, pair)) for row in rows for name, pair in row["changed"].items()]
+    return markdown(("from step", "field", "before", "now"), cells)
 
 
 def _set_fields(value: Any) -> Any:

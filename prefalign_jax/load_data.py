@@ -52,7 +52,6 @@ class Data(NamedTuple):
       stages: for 'training' and 'held out' what became of the records, part by part.
       chat: whether there are messages, which go through the chat template.
       unread: for 'training' and 'held out' {field: rows} that nobody reads.
-      notes: for 'training' and 'held out' {what: records} that are read in part.
     """
 
     training: Pairs
@@ -63,7 +62,6 @@ class Data(NamedTuple):
     stages: dict[str, list[Stage]]
     chat: bool
     unread: dict[str, dict[str, int]]
-    notes: dict[str, dict[str, int]]
 
 
 def load_pairs(experiment: Experiment, tokenizer: Any) -> Data:
@@ -87,12 +85,11 @@ def load_pairs(experiment: Experiment, tokenizer: Any) -> Data:
             note(f"{source.name}: not read for training{', among others' * (len(left) > 4)}: {shown}")
     training, counts = tokenized_sources(trained, tokenizer, experiment, TRAINING)
     stages, read = counts.stages(TRAINING), counts.read
-    unread, notes = {TRAINING: dict(added(counts.unread))}, {TRAINING: counts.noted()}
+    unread = {TRAINING: dict(added(counts.unread)), HELD_OUT: {}}
     if others:
         held_out, more = tokenized_sources(others, tokenizer, experiment, HELD_OUT)
         counts.lost[HELD_OUT], read = more.lost[HELD_OUT], read + more.read
-        stages[HELD_OUT] = more.stages(HELD_OUT)[HELD_OUT]
-        unread[HELD_OUT], notes[HELD_OUT] = dict(added(more.unread)), more.noted()
+        stages[HELD_OUT], unread[HELD_OUT] = more.stages(HELD_OUT)[HELD_OUT], dict(added(more.unread))
     else:
         held_out, training = training.select(training.held_out), training.select(~training.held_out)
     lost = counts.lost
@@ -148,7 +145,7 @@ def load_pairs(experiment: Experiment, tokenizer: Any) -> Data:
     places = [read_from(source.name, source.part, ROLES[source.use], next(rows)) for source in trained + others]
     places += [read_from(source.name, source.part, ROLES["test"]) for source in experiment.sources_for("test")]
     places += [read_from(name, "test", "benchmark") for name in benchmark_names(experiment.cleaning)]
-    return Data(training, held_out, dropped, about, places, stages, counts.chatted > 0, unread, notes)
+    return Data(training, held_out, dropped, about, places, stages, counts.chatted > 0, unread)
 
 
 def tokenized_sources(
@@ -309,8 +306,6 @@ def datasheet_of(experiment: Experiment, data: Data, training: PairSet, tokenize
         chat=data.chat,
         tokenizer=tokenizer,
         digest=digest_of(data.training),
-        unread=data.unread,
-        notes=data.notes,
     )
 
 

@@ -28,14 +28,14 @@ from prefalign_jax.files import locked, write_json
 from prefalign_jax.load_data import datasheet_of, load_pairs
 from prefalign_jax.metrics import Writer, open_writer, read_metrics
 from prefalign_jax.models.hf_io import load_config, resolve
-from prefalign_jax.models.lora import merge
+from prefalign_jax.models.lora import Lora, merge
 from prefalign_jax.options import did_you_mean
 from prefalign_jax.pages import plots
 from prefalign_jax.processes import agreed, by_first, is_first, note, stop_requested, stop_signal
 from prefalign_jax.progress import Progress
 from prefalign_jax.sharding import make_mesh, place_batch, shapes_of
 from prefalign_jax.train_step import init_state, make_eval_step
-from prefalign_jax.types import LanguageModel, Params, UserError, one_line
+from prefalign_jax.types import LanguageModel, Params, TrainState, UserError, one_line
 
 
 class Result(NamedTuple):
@@ -105,17 +105,25 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
     checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", **config.checkpoint)
     stack.callback(checkpoints.close)
     state = checkpoint.restore(checkpoints, state, plain, digests)
-    if is_first():
-        write_json(workdir / "config.json", {**plain, "steps": total})  # not before it is known to be this run's
-        write_datasheet(workdir, datasheet)
     start = int(state.step)
+    if start > total:
+        return left_alone(workdir, start, total, model, merged(state, lora), tokenizer)
+    changed = checkpoint.changes(checkpoints, plain)
+    history = checkpoint.record_changes(workdir, start, changed)
+    if is_first():  # not before it is known to be this run's
+        write_json(workdir / "config.json", {**plain, "steps": total} | ({"history": history} if history else {}))
+        write_datasheet(workdir, datasheet)
     kept = start if start < total else start - 1  # a complete run's last evaluation is made again
     writers = dict(tensorboard=config.tensorboard)
     writer = stack.enter_context(contextlib.closing(open_writer(workdir, resume_step=start, **writers)))
     eval_writer = stack.enter_context(contextlib.closing(open_writer(workdir, "eval", resume_step=kept, **writers)))
     resumed = f", resumed at step {start}" if 0 < start < total else ", already complete" if start else ""
     pairs = f"{len(data.training)} {loss.unit}, {len(data.held_out)} held out"
-    note(f"{loss.name}: {pairs}, {total} steps of {config.batch_size}{resumed}")
+    saves = "" if config.save_steps else "; saved with each evaluation, and by time at most 10 minutes apart"
+    note(f"{loss.name}: {pairs}, {total} steps of {config.batch_size}{resumed}{saves}")
+    if changed:
+        words = (f"{name} {before} -> {now}" for name, (before, now) in changed.items())
+        note(f"resumed with other values: {', '.join(words)}")
 
     def evaluate_now(step: int) -> dict[str, float]:
         means = {}
@@ -139,6 +147,7 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
     batches = train_batches(training, **order, start=start, stop=total)
     abstract = shapes_of(state)
     meter = Meter(training, lambda batch: count_flops(train_step, abstract, shapes_of(batch)))
+    timer = checkpoint.Timer(config.save_steps)
     step, means, log = start, {}, Log(writer, stack.enter_context(Progress(total, "step", start=start)))
     with stop_signal() as stop, Tracer(experiment.profiled, start, workdir / "profile") as tracer:
         for step, batch in enumerate(meter.waited(batches), start + 1):
@@ -155,31 +164,34 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
                 break
             evaluating = due(step, config.eval_steps)
             # Only what is saved can be the best.
-            saving = due(step, config.save_steps) or (evaluating and config.checkpoint.best_metric)
+            saving = due(step, config.save_steps) or timer.due(logged)
+            saving |= evaluating and bool(not config.save_steps or config.checkpoint.best_metric)
             if evaluating or saving:
                 log.flush()  # this step's line is on disk before its checkpoint: a resumed run starts after it
                 with meter.paused():
                     means = evaluate_now(step) if evaluating else {}
                     if saving:
                         checkpoint.save(checkpoints, state, plain, digests, means)
+                        timer.saved()
         log.close()
         means = evaluate_now(step) if step == total else {}
         checkpoint.save(checkpoints, state, plain, digests, means)
         checkpoints.wait()
 
     # Finish.
-    evaluations = agreed(read_metrics(workdir / "eval.jsonl"))
-    before = evaluations[0] if evaluations and evaluations[0]["step"] == 0 else {}
-    params = merge(state.reference, state.params, lora) if lora else state.params
-    result = Result(step, step < total, before, means, model, params, tokenizer)
+    result = Result(step, step < total, first_evaluation(workdir), means, model, merged(state, lora), tokenizer)
     if result.stopped:
         note(f"stopped at step {step} of {total}, saved; the same command goes on from there")
         return result
     if is_first():
         draw_curves(workdir)
     if config.export.enabled:
-        words = as_markdown(datasheet, level=3)
-        export_run(experiment, params, model.config, tokenizer, workdir, data=words, metrics=means)
+        at = checkpoint.chosen(checkpoints, config.export.checkpoint)
+        if at != step:
+            means = checkpoints.metrics(at)
+            state = state._replace(params=checkpoint.load_params(checkpoints, at, state.params))
+        about = dict(data=as_markdown(datasheet, level=3), metrics=means, history=history)
+        export_run(experiment, merged(state, lora), model.config, tokenizer, workdir, **about)
         if lora:
             export_adapters(experiment, state.params, lora, model.config, workdir)
     return result
@@ -191,6 +203,25 @@ def draw_curves(workdir: Path) -> None:
         plots.plot_curves(workdir)
     except Exception as error:  # of whatever kind
         note(f"{workdir / 'curves.png'} is not drawn: {one_line(error)}")
+
+
+def merged(state: TrainState, lora: Lora | None) -> Params:
+    """The parameters of the trained model, adapters merged into their base."""
+    return merge(state.reference, state.params, lora) if lora else state.params
+
+
+def first_evaluation(workdir: Path) -> dict[str, float]:
+    """What was measured before the first step, {} if nothing was."""
+    rows = agreed(read_metrics(workdir / "eval.jsonl"))
+    return rows[0] if rows and rows[0]["step"] == 0 else {}
+
+
+def left_alone(workdir: Path, step: int, total: int, model: LanguageModel, params: Params, tokenizer: Any) -> Result:
+    """Of a run that is already longer than it is asked to be: nothing in its directory changes."""
+    note(f"{workdir} is trained to step {step} already, and {total} are asked for; it is left as it is")
+    rows = agreed(read_metrics(workdir / "eval.jsonl"))
+    last = {name: value for name, value in (rows[-1] if rows else {}).items() if name != "step"}
+    return Result(step, False, first_evaluation(workdir), last, model, params, tokenizer)
 
 
 class Log:

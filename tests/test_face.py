@@ -3,7 +3,6 @@
 import ast
 import dataclasses
 import importlib
-import importlib.util
 import inspect
 import json
 import pathlib
@@ -26,7 +25,6 @@ from prefalign_jax.losses import LOSSES, Loss, dpo, make_loss
 from prefalign_jax.types import PairLogps, UserError
 from test_losses import draw
 
-PACKAGE = pathlib.Path(pa.__file__).parent
 MODEL = pathlib.Path(__file__).parent / "goldens" / "trl"
 ROWS = [
     {"prompt": "Tell me about the garden.", "chosen": " It is black.", "rejected": " No."},
@@ -56,13 +54,6 @@ def test_a_loss_and_the_module_of_its_name_are_one():
     formula = -jax.nn.log_sigmoid(0.3 * (POLICY.chosen - REFERENCE.chosen - POLICY.rejected + REFERENCE.rejected))
     np.testing.assert_allclose(dpo(POLICY, REFERENCE, beta=0.3)[0], formula, rtol=1e-6)
     np.testing.assert_allclose(dpo_module.dpo(POLICY, REFERENCE, beta=0.3)[0], formula, rtol=1e-6)
-
-
-def test_type_checkers_know_which_modules_can_be_called():
-    tree = ast.parse(pathlib.Path(losses.__file__).read_text(encoding="utf-8"))
-    block = next(node for node in tree.body if isinstance(node, ast.If))
-    both = {name for name in LOSSES if importlib.util.find_spec(f"prefalign_jax.losses.{name}")}
-    assert {ast.unparse(node) for node in block.body} == {f"{name}: Call" for name in both} and "orpo" in both
 
 
 @pytest.mark.parametrize("name", ["dpo", "ipo"])  # a module and a function
@@ -135,7 +126,7 @@ def test_everything_offered_is_there_and_known_to_type_checkers():
     block = next(node for node in tree.body if isinstance(node, ast.If))
     assert {alias.asname for node in block.body for alias in node.names} == set(pa.FACE) == set(pa.__all__[1:])
     assert all(callable(getattr(pa, name)) for name in pa.FACE if name != "losses")
-    assert (PACKAGE / "py.typed").exists()
+    assert (pathlib.Path(pa.__file__).parent / "py.typed").exists()
 
 
 @pytest.mark.parametrize("name", ["logps", "train", "experiment"])
@@ -388,15 +379,6 @@ def beyond(pair):
 
 def much(pair):
     return dataclasses.replace(pair, prompt=np.full(600, 7, np.int32), chosen=np.full(13, 8, np.int32))
-
-
-def test_weights_are_read_in_one_place():
-    readers = [
-        path.relative_to(PACKAGE).as_posix()
-        for path in PACKAGE.rglob("*.py")
-        if re.search(r"\bload_params\(|import .*\bload_params\b", path.read_text(encoding="utf-8"))
-    ]
-    assert sorted(readers) == ["models/hf_io.py", "models/loading.py"]
 
 
 # Samples.

@@ -18,7 +18,7 @@ FLOORS = (
     "experiment judges",
     "cli export load_data",
     "assemble library",
-    "analysis cost evaluation inspection",
+    "analysis cost evaluation inspection kept",
     "train",
     "jobs",
     "commands",

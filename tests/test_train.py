@@ -42,7 +42,7 @@ def config_of(loss: str = "dpo", **fields):
         {"batch_size": 4, "steps": 10, "max_length": 256, "learning_rate": 1e-3, "schedule": "constant", "log_steps": 1}
     )
     c.data.shuffle = False
-    c.tensorboard = False
+    c.tensorboard, c.accuracy_ties = False, "trl"
     c.mesh.data = -1
     if loss == "orpo":
         c.loss.nll_over, c.loss.nll_mean = "prompt+chosen", "batch"
@@ -503,6 +503,7 @@ def test_weights_are_trained_in_param_dtype_and_a_frozen_base_keeps_its_stored_t
 def test_a_base_in_bfloat16_gives_the_numbers_of_its_widened_copy(halves, tmp_path):
     for name, path in halves.items():
         fields = {"model.path": str(path), "lora.rank": 4, "learning_rate": 5e-3, "steps": 3, "mesh.data": 8}
+        fields["export.dtype"] = "float32"
         train(config_of(**fields), tmp_path / name)
     for metric in ("loss", "grad_norm"):
         assert column(tmp_path / "bfloat16", metric) == column(tmp_path / "float32", metric)

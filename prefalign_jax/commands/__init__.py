@@ -24,6 +24,7 @@ COMMANDS = {
     "train": "runs an experiment: data, training, evaluation, export",
     "sweep": "runs every point of an experiment's sweep()",
     "report": "compares runs in a page",
+    "export": "turns a kept checkpoint of a run into a Hugging Face directory",
     "generate": "samples responses to prompts",
     "evaluate": "measures a model on held-out pairs",
     "judge": "compares two models' samples",

@@ -76,14 +76,12 @@ class Counts:
         """What the reading of a source counts."""
         return Tally(self.lost[part][source], self.unread[source], self.notes[source])
 
-    def noted(self) -> dict[str, int]:
-        """{what: records} that are read in part, or otherwise than the others."""
-        mixed = {"as plain text, the others as messages": self.plain} if self.chatted and self.plain else {}
-        return dict(added(self.notes)) | mixed
-
     def remarks(self) -> str:
         """What is read in part or not at all, for the line that says what was dropped."""
-        notes, unread = self.noted(), listed_fields(added(self.unread))
+        notes = dict(added(self.notes))
+        if self.chatted and self.plain:
+            notes["as plain text, the others as messages"] = self.plain
+        unread = listed_fields(added(self.unread))
         return (f"; {listed(notes)}" if notes else "") + (f"; not used: {unread}" if unread else "")
 
     def as_json(self) -> dict[str, Any]:

@@ -104,9 +104,6 @@ def tables_of(report: Mapping[str, Any]) -> list[Table]:
                 reasons = ", ".join(f"{n:,} {why}" for why, n in counts.items() if n)
                 rows.append((f"{part}: {stage['name']}", stage["before"], stage["after"], reasons))
         out.append(Table("Records", ("stage", "in", "out", "left out, by reason"), rows))
-    for name, head in (("notes", "Records read in part"), ("unread", "Fields that are not used")):
-        if rows := [(part, *item) for part, counts in report.get(name, {}).items() for item in counts.items()]:
-            out.append(Table(head, ("of", "what" if name == "notes" else "field", "count"), rows))
     for unit in ("tokens", "characters", "scores"):
         columns = [name for name in (*QUANTILES, "mean") if any(name in values for values in report[unit].values())]
         rows = [(side, *map(_short, map(values.get, columns))) for side, values in report[unit].items() if values]

@@ -73,7 +73,6 @@ def inspect(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     scores = scores_of(config, sources)
     stages = {part: [stage._asdict() for stage in some] for part, some in data.stages.items()}
     report = {"sources": [one._asdict() for one in data.read_from], "mixture": data.sources, "stages": stages}
-    report |= {"unread": data.unread, "notes": data.notes}
     report |= make_report(records, data.training, full, scores, kind=kind, max_length=config.max_length, watch=watched)
 
     lengths = token_lengths(full)
