@@ -6,10 +6,12 @@ calls its function. Of two objects under one name Python would keep the one that
 
 from __future__ import annotations
 
-import inspect
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import inspect
 
 
 class CallableModule(types.ModuleType):
@@ -23,6 +25,8 @@ class CallableModule(types.ModuleType):
 
     @property
     def __signature__(self) -> inspect.Signature:
+        import inspect
+
         return inspect.signature(self._find())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -118,6 +118,10 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     # Deal shuffled pairs to batches so that all hold about as many tokens, which saves padding; None does as shuffle.
     c.data.balance = maybe(bool)
     c.data.chat_template = maybe(str)  # chatml, zephyr, a .jinja file; None takes the tokenizer's own
+    c.data.chat_template_kwargs = maybe(object)  # variables of the template: {"enable_thinking": False}, or its JSON
+    c.data.template_may_drop = maybe(str)  # parts that the template may leave out, with commas: reasoning,system
+    c.data.date = maybe(str)  # YYYY-MM-DD, for templates that print the date; None is the day that the run begins
+    c.data.special_in_text = "keep"  # special tokens that a row's text spells: keep as tokens, or split into text
     c.data.ascii_quotes = False  # curly quotes and dashes to ASCII, for vocabularies that lack them
     c.data.keep_end = False  # train on what the template writes after the end-of-turn token, as TRL's DPO does
     c.data.layout = "tree"  # tree: the prompt once; ordinary: a copy of it for each side
@@ -186,7 +190,8 @@ def parse_arg(arg: str, **fields: Any) -> ConfigDict:
             name, text = next(iter(fields)), part
         if name not in fields:
             raise UserError(
-                f"config argument {name!r} is unknown; {did_you_mean(name, fields)}it takes {', '.join(fields)}"
+                f"config argument {name!r} is unknown; {did_you_mean(name, fields)}it takes {', '.join(fields)}; "
+                "fields are set by --config.FIELD=VALUE"
             )
         if name in choices:
             choose(name, text, dict.fromkeys(choices[name]))

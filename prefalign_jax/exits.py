@@ -13,6 +13,7 @@ from typing import NoReturn
 from prefalign_jax.types import UserError, WriteError, one_line, printable
 
 INTERRUPTED = 130
+PIPE_CLOSED = 141  # SIGPIPE's
 STOPPED = 143  # what a shell reports of a process that SIGTERM ended: launchers restart it
 LOST = (
     "another process of this run stopped (its own output says why); start all of them again with the same command: "
@@ -27,7 +28,12 @@ def status_of(run: Callable[[], int | None]) -> int:
     One of several processes does not come back from a failure: it would wait for the others, which wait for it.
     """
     try:
-        return run() or 0
+        status = run() or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # what reads the output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
     except UserError as error:
         status, text = error.status, f"error: {printable(str(error))}"
     except KeyboardInterrupt:

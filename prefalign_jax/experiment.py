@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import optax
@@ -19,12 +21,15 @@ from prefalign_jax.data.memory import MemoryRows, RowsOrPath, as_source
 from prefalign_jax.data.mixture import Source, sources_of
 from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pairing import LABELS, PAIRINGS
+from prefalign_jax.data.template import ChatOptions, chat_options, template_kwargs
+from prefalign_jax.files import read_json
 from prefalign_jax.losses import BoundLoss, make_loss, ties_as_trl
 from prefalign_jax.models import quantize
 from prefalign_jax.models.decoder import ATTENTION, REMAT
 from prefalign_jax.models.hf_io import DTYPES as STORED
 from prefalign_jax.optim import SCHEDULES, make_optimizer, make_schedule
 from prefalign_jax.options import DTYPES, choose, flatten, given
+from prefalign_jax.processes import agreed
 from prefalign_jax.types import UserError, one_line
 
 LENGTH = 1024  # tokens of a pair, where the config leaves max_length unset and the model has as many positions
@@ -110,6 +115,23 @@ class Experiment:
         """What of a pair the loss has laid out."""
         parts = {name: name in self.loss.needs for name in ("rejected", "prompt", "after")}
         return Layout(tree=self.config.data.layout == "tree", rewards="reward" in self.loss.needs, **parts)
+
+    @property
+    def chat(self) -> ChatOptions:
+        """What the chat template is told, and what it may leave out."""
+        data = self.plain["data"]
+        names = ("chat_template_kwargs", "template_may_drop", "date", "special_in_text")
+        return chat_options(*(data[name] for name in names))
+
+    def dated(self, workdir: Path) -> Experiment:
+        """The experiment with a date, for templates that print one: the day that the run in a directory began."""
+        data = self.plain["data"]
+        if data["date"] is not None:
+            return self
+        known = read_json(workdir / "config.json", "an object", missing={})
+        day = agreed((known.get("data") or {}).get("date") or datetime.date.today().isoformat())
+        plain = {**self.plain, "data": {**data, "date": day}}
+        return dataclasses.replace(self, plain=plain, config=_frozen(plain))
 
     def sources_for(self, use: str) -> list[Source]:
         """The sources of one use: train, eval or test."""
@@ -256,6 +278,7 @@ def _plain(config: ConfigDict, loss: BoundLoss, cleaning: Sequence[BoundStep]) -
     if config.reference.kind == "moving":
         plain["reference"] |= {**MOVING, **given(config.reference)}
     plain["optimizer"] = {"name": plain["optimizer"]["name"], **given(plain["optimizer"])}
+    plain["data"]["chat_template_kwargs"] = dict(template_kwargs(plain["data"]["chat_template_kwargs"])) or None
     return plain
 
 
@@ -351,6 +374,10 @@ def _check_data(experiment: Experiment) -> None:
     if experiment.sources_for("eval") and data.eval_fraction:
         one = "data.eval_path" if data.eval_path else "data.mix (use='eval')"
         raise UserError(f"{one} and data.eval_fraction both name the held-out data; set one")
+
+
+def _check_chat(experiment: Experiment) -> None:
+    experiment.chat  # noqa: B018 (it names what is wrong)
 
 
 def _check_adapters(experiment: Experiment) -> None:
@@ -451,6 +478,7 @@ CHECKS: tuple[Callable[[Experiment], None], ...] = (
     _check_durations,
     _check_optimization,
     _check_data,
+    _check_chat,
     _check_adapters,
     _check_export,
     _check_reference,

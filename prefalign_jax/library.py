@@ -17,14 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from prefalign_jax.cli.trl_names import instead
 from prefalign_jax.config import defaults
 from prefalign_jax.data.chat import tokenize_prompts
 from prefalign_jax.data.counts import TRAINING, added, listed
-from prefalign_jax.data.memory import MemoryRows, as_source
+from prefalign_jax.data.memory import MemoryRows, RowsOrPath, as_source
 from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pairs import Pairs, as_pairs
 from prefalign_jax.data.pipeline import eval_batches, make_pair_set, mismatched
 from prefalign_jax.data.records import Text
+from prefalign_jax.data.remarks import lines
 from prefalign_jax.experiment import read
 from prefalign_jax.generation import generate
 from prefalign_jax.generation.sampling import Sampling
@@ -34,15 +36,16 @@ from prefalign_jax.losses import NEEDS, BoundLoss, make_loss
 from prefalign_jax.models.endings import split_stops, stop_ids
 from prefalign_jax.options import choose, did_you_mean, flatten
 from prefalign_jax.policy import Policy
+from prefalign_jax.processes import note
 from prefalign_jax.sharding import mesh_of, packing_of, place_batch
 from prefalign_jax.types import LanguageModel, Pair, PairLogps, Params, PreferenceBatch, UserError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 # What `tokenize` takes of a config's `data`, and where the user finds some of the rest.
 OPTIONS = ("split", "limit", "format", "clean", "cleaning", "flip_labels", "ascii_quotes", "keep_end", "cache_dir")
+OPTIONS += ("chat_template_kwargs", "template_may_drop", "date", "special_in_text")
 ELSEWHERE = {
     "path": "it is the first argument",
     "chat_template": "write load_tokenizer(path, chat_template=...)",
@@ -73,7 +76,7 @@ def experiment(loss: str = "dpo", **fields: Any) -> ConfigDict:
       ('orpo', 0.2, 'none')
       >>> experiment(learningrate=1e-6)
       Traceback (most recent call last):
-      prefalign_jax.types.UserError: experiment: no field 'learningrate', did you mean 'learning_rate'?
+      prefalign_jax.types.UserError: experiment: no field 'learningrate'; did you mean 'learning_rate'?
     """
     config = defaults(loss)
     for name, value in fields.items():
@@ -89,9 +92,10 @@ def _set(config: ConfigDict, name: str, value: Any) -> None:
             _set(config, f"{name}.{key}", part)
         return
     if name not in known:
+        theirs = instead(name, str(value)).replace("--config.", "")
         same = [one for one in known if one.rpartition(".")[2] == name.rpartition(".")[2]]
-        hint = f"did you mean {same[0]!r}?" if same else did_you_mean(name, known).strip()
-        raise UserError(f"experiment: no field {name!r}, {hint or 'see prefalign_jax/config.py'}")
+        hint = theirs or (f"did you mean {same[0]!r}?" if same else did_you_mean(name, known).strip())
+        raise UserError(f"experiment: no field {name!r}; {hint or 'prefalign_jax/config.py lists them'}")
     *groups, field = name.split(".")
     group = functools.reduce(lambda inner, part: inner[part], groups, config)
     value = str(value) if isinstance(value, Path) else value.item() if isinstance(value, np.generic) else value
@@ -103,7 +107,7 @@ def _set(config: ConfigDict, name: str, value: Any) -> None:
 
 
 def tokenize(
-    data: str | Path | Sequence[Mapping[str, Any]] | Dataset,
+    data: RowsOrPath,
     tokenizer: Tokenizer,
     *,
     loss: str | BoundLoss = "dpo",
@@ -138,15 +142,16 @@ def tokenize(
         if option not in OPTIONS:
             hint = ELSEWHERE.get(option) or did_you_mean(option, OPTIONS).strip() or f"it takes {', '.join(OPTIONS)}"
             raise UserError(f"tokenize: no option {option!r}; {hint}")
-    source, fields = as_source(data), dict(data_options)
+    source = as_source(data)
     if isinstance(source, MemoryRows):
-        fields = {"cache_dir": "", **fields}  # they are at hand
-        if "split" in fields:
+        data_options = {"cache_dir": "", **data_options}  # they are at hand
+        if "split" in data_options:
             raise UserError("tokenize: split applies to a directory or a hub name, and these rows are in memory")
-    config = experiment(loss.name, max_length=max_length, too_long=too_long, data={"path": str(source), **fields})
-    how = read(config, complete=False)
-    how = dataclasses.replace(how, loss=loss, sources=tuple(one._replace(path=source) for one in how.sources))
+    config = experiment(loss.name, max_length=max_length, too_long=too_long, data=data_options)
+    how = dataclasses.replace(read(config, complete=False, data=source), loss=loss)
     pairs, counts = tokenized_sources(how.sources, tokenizer, how, TRAINING)
+    for line in lines(counts.noticed, how.config.data.special_in_text == "split"):
+        note(line)
     dropped = dict(added([*counts.lost[TRAINING], *(step.dropped for step in counts.cleaning)]))
     if not pairs:
         raise UserError(f"{source}: no {loss.unit} left, dropped {listed(dropped)}; max_length is {max_length}")
@@ -161,7 +166,7 @@ def logps(
     """Log-probabilities of pairs under a policy, as losses take them.
 
     It can be differentiated in `policy.params`, and stand inside jax.jit with `policy.params` as its argument. Where
-    these are traced all pairs are one batch, whose size is then that of the memory; else there are several.
+    these are traced all pairs are one batch, so the memory limits how many there can be; else there are several.
 
     Args:
       policy: a model and its parameters; of a reward model the result has rewards in place of log-probabilities.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,8 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from prefalign_jax.data.alphabet import Alphabet
 from prefalign_jax.data.chat import iter_pairs
-from prefalign_jax.data.cleaning import BoundStep, Stage, benchmark_names, clean
+from prefalign_jax.data.cleaning import BoundStep, Loses, Stage, benchmark_names, clean
 from prefalign_jax.data.counts import HELD_OUT, TRAINING, Counts, added, from_json, listed, new_counts
 from prefalign_jax.data.datasheet import ReadFrom, make_datasheet, read_from
 from prefalign_jax.data.mixture import (
@@ -26,9 +28,11 @@ from prefalign_jax.data.mixture import (
 )
 from prefalign_jax.data.pairs import Origin, Pairs, digest_of, from_list
 from prefalign_jax.data.pipeline import PairSet, mismatched
-from prefalign_jax.data.records import Record, Text, ascii_quotes, flip_labels, read_prompts
+from prefalign_jax.data.records import Prompt, Record, ascii_quotes, flip_labels, read_prompts
 from prefalign_jax.data.records import draw as draw_number
+from prefalign_jax.data.remarks import Remarks, lines
 from prefalign_jax.data.rows import content_digest, count_rows, files_left_out
+from prefalign_jax.data.template import prints_date
 from prefalign_jax.data.token_cache import Made, cached_tokens, token_key
 from prefalign_jax.experiment import Experiment
 from prefalign_jax.files import user_cache
@@ -51,7 +55,10 @@ class Data(NamedTuple):
       read_from: every file or data set that was read, benchmarks of the cleaning included.
       stages: for 'training' and 'held out' what became of the records, part by part.
       chat: whether there are messages, which go through the chat template.
+      noticed: for 'training' and 'held out' what was noticed of the records of its sources; what is held out of the
+        training sources is under 'training'.
       unread: for 'training' and 'held out' {field: rows} that nobody reads.
+      notes: for 'training' and 'held out' {what: records} that are read in part.
     """
 
     training: Pairs
@@ -61,7 +68,9 @@ class Data(NamedTuple):
     read_from: list[ReadFrom]
     stages: dict[str, list[Stage]]
     chat: bool
+    noticed: dict[str, Remarks]
     unread: dict[str, dict[str, int]]
+    notes: dict[str, dict[str, int]]
 
 
 def load_pairs(experiment: Experiment, tokenizer: Any) -> Data:
@@ -84,12 +93,13 @@ def load_pairs(experiment: Experiment, tokenizer: Any) -> Data:
             shown = ", ".join(f"{name} ({split})" for name, split in [*left.items()][:4])
             note(f"{source.name}: not read for training{', among others' * (len(left) > 4)}: {shown}")
     training, counts = tokenized_sources(trained, tokenizer, experiment, TRAINING)
-    stages, read = counts.stages(TRAINING), counts.read
-    unread = {TRAINING: dict(added(counts.unread)), HELD_OUT: {}}
+    stages, read, noticed = counts.stages(TRAINING), counts.read, {TRAINING: counts.noticed}
+    unread, notes = {TRAINING: dict(added(counts.unread))}, {TRAINING: counts.noted()}
     if others:
         held_out, more = tokenized_sources(others, tokenizer, experiment, HELD_OUT)
         counts.lost[HELD_OUT], read = more.lost[HELD_OUT], read + more.read
-        stages[HELD_OUT], unread[HELD_OUT] = more.stages(HELD_OUT)[HELD_OUT], dict(added(more.unread))
+        stages[HELD_OUT], noticed[HELD_OUT] = more.stages(HELD_OUT)[HELD_OUT], more.noticed
+        unread[HELD_OUT], notes[HELD_OUT] = dict(added(more.unread)), more.noted()
     else:
         held_out, training = training.select(training.held_out), training.select(~training.held_out)
     lost = counts.lost
@@ -131,6 +141,9 @@ def load_pairs(experiment: Experiment, tokenizer: Any) -> Data:
             note(f"  {source}: {there} ({share:.1%}); dropped {listed(lost[TRAINING][number])}")
     if held_out or others:
         note(f"held out data: {len(held_out)} {unit}; dropped {reasons[HELD_OUT]}{more.remarks() if others else ''}")
+    for part, remarks in noticed.items():
+        for line in lines(remarks, config.data.special_in_text == "split"):
+            note(f"{part} data: {line}")
     name = "data.mix" if experiment.mixed else trained[0].name
     if not training:
         raise UserError(
@@ -145,7 +158,7 @@ def load_pairs(experiment: Experiment, tokenizer: Any) -> Data:
     places = [read_from(source.name, source.part, ROLES[source.use], next(rows)) for source in trained + others]
     places += [read_from(source.name, source.part, ROLES["test"]) for source in experiment.sources_for("test")]
     places += [read_from(name, "test", "benchmark") for name in benchmark_names(experiment.cleaning)]
-    return Data(training, held_out, dropped, about, places, stages, counts.chatted > 0, unread)
+    return Data(training, held_out, dropped, about, places, stages, counts.chatted > 0, noticed, unread, notes)
 
 
 def tokenized_sources(
@@ -164,7 +177,10 @@ def tokenized_sources(
     """
     config, data, kind = experiment.config, experiment.config.data, experiment.loss.record_kind
     steps = experiment.cleaning if which == TRAINING else ()
-    options = dict(max_length=config.max_length, too_long=config.too_long, keep_end=data.keep_end)
+    chat = experiment.chat
+    if prints_date(tokenizer):
+        chat = chat._replace(day=chat.day or datetime.date.today())
+    options = dict(max_length=config.max_length, too_long=config.too_long, keep_end=data.keep_end, chat=chat)
     drawn = data.eval_fraction, data.flip_labels, data.eval_limit if data.eval_fraction else None
     path = None
     if data.cache_dir != "":
@@ -185,7 +201,9 @@ def tokenized_sources(
 
         def chunks() -> Iterator[Pairs]:
             with Progress(None if None in rows else sum(rows), f"{which} record") as progress:
-                pairs = iter_pairs(source_records(sources, experiment, counts, steps, progress), tokenizer, **options)
+                loses = Alphabet(tokenizer).loses
+                records = source_records(sources, experiment, counts, steps, progress, loses)
+                pairs = iter_pairs(records, tokenizer, remarks=counts.noticed, **options)
                 while some := list(itertools.islice(pairs, CHUNK)):
                     for record, pair in some:
                         if isinstance(pair, str):
@@ -208,6 +226,7 @@ def source_records(
     counts: Counts,
     steps: Sequence[BoundStep] = (),
     progress: Progress | None = None,
+    loses: Loses = lambda record: False,
 ) -> Iterator[Record]:
     """The records of some sources as they are tokenized: read, marked if held out, cleaned, labels flipped.
 
@@ -217,6 +236,7 @@ def source_records(
       counts: of these sources; added to as the iterator goes on.
       steps: of cleaning; with any, all records are read before the first one comes.
       progress: of the reading.
+      loses: whether the tokenizer loses a character of a record, for the steps of cleaning that ask.
     """
     data, seed = experiment.config.data, experiment.config.seed
     kind = experiment.loss.record_kind
@@ -251,7 +271,10 @@ def source_records(
         for source in experiment.sources_for("eval"):
             if any(step.options.get("held_out_too") for step in steps):
                 prompts += [one.prompt for one in source_prompts(source)]
-        kept, counts.cleaning = clean([record for record in records if not record.held_out], steps, prompts, watched)
+        training = [record for record in records if not record.held_out]
+        kept, counts.cleaning = clean(
+            training, steps, prompts, watched, lambda record: loses(ascii_quotes(record) if ascii_ else record)
+        )
         yield from held_out
         yield from (record._replace(margin=math.nan) if scored else record for record in kept)
 
@@ -306,12 +329,15 @@ def datasheet_of(experiment: Experiment, data: Data, training: PairSet, tokenize
         chat=data.chat,
         tokenizer=tokenizer,
         digest=digest_of(data.training),
+        noticed=data.noticed,
+        unread=data.unread,
+        notes=data.notes,
     )
 
 
-def load_prompts(path: str, limit: int | None) -> list[Text]:
+def load_prompts(path: str, limit: int | None) -> list[Prompt]:
     """Reads prompts to sample from; says on stderr what was dropped and why."""
     prompts, dropped = read_prompts(path, limit=limit)
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
     note(f"{path}: {len(prompts)} prompts; dropped {reasons}")
-    return [one.prompt for one in prompts]
+    return prompts

@@ -20,6 +20,7 @@ from prefalign_jax.data.chat import load_tokenizer
 from prefalign_jax.data.datasheet import as_markdown, write_datasheet
 from prefalign_jax.data.memory import RowsOrPath
 from prefalign_jax.data.pipeline import train_batches
+from prefalign_jax.data.template import prints_date
 from prefalign_jax.evaluation.held_out import evaluate, summary
 from prefalign_jax.evaluation.policy_samples import make_sampler
 from prefalign_jax.experiment import Experiment, read
@@ -84,9 +85,11 @@ def train(
 def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -> Result:
     # Data: rows -> records -> pairs of token ids. A model that does not fit is found before a long reading.
     experiment = experiment.fitted(load_config(resolve(experiment.config.model.path)).max_position)
+    tokenizer = load_tokenizer(experiment.config.model.path, experiment.config.data.chat_template)
+    if prints_date(tokenizer):
+        experiment = experiment.dated(workdir)
     config, plain, loss = experiment.config, experiment.plain, experiment.loss
     mesh = make_mesh(config.mesh)
-    tokenizer = load_tokenizer(config.model.path, config.data.chat_template)
     data = load_pairs(experiment, tokenizer)
     total = experiment.total_steps(len(data.training))
 

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import json
 import pathlib
@@ -25,6 +26,7 @@ from prefalign_jax.losses import LOSSES, Loss, dpo, make_loss
 from prefalign_jax.types import PairLogps, UserError
 from test_losses import draw
 
+PACKAGE = pathlib.Path(pa.__file__).parent
 MODEL = pathlib.Path(__file__).parent / "goldens" / "trl"
 ROWS = [
     {"prompt": "Tell me about the garden.", "chosen": " It is black.", "rejected": " No."},
@@ -54,6 +56,13 @@ def test_a_loss_and_the_module_of_its_name_are_one():
     formula = -jax.nn.log_sigmoid(0.3 * (POLICY.chosen - REFERENCE.chosen - POLICY.rejected + REFERENCE.rejected))
     np.testing.assert_allclose(dpo(POLICY, REFERENCE, beta=0.3)[0], formula, rtol=1e-6)
     np.testing.assert_allclose(dpo_module.dpo(POLICY, REFERENCE, beta=0.3)[0], formula, rtol=1e-6)
+
+
+def test_type_checkers_know_which_modules_can_be_called():
+    tree = ast.parse(pathlib.Path(losses.__file__).read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    both = {name for name in LOSSES if importlib.util.find_spec(f"prefalign_jax.losses.{name}")}
+    assert {ast.unparse(node) for node in block.body} == {f"{name}: Call" for name in both} and "orpo" in both
 
 
 @pytest.mark.parametrize("name", ["dpo", "ipo"])  # a module and a function
@@ -126,7 +135,7 @@ def test_everything_offered_is_there_and_known_to_type_checkers():
     block = next(node for node in tree.body if isinstance(node, ast.If))
     assert {alias.asname for node in block.body for alias in node.names} == set(pa.FACE) == set(pa.__all__[1:])
     assert all(callable(getattr(pa, name)) for name in pa.FACE if name != "losses")
-    assert (pathlib.Path(pa.__file__).parent / "py.typed").exists()
+    assert (PACKAGE / "py.typed").exists()
 
 
 @pytest.mark.parametrize("name", ["logps", "train", "experiment"])
@@ -155,9 +164,11 @@ def test_an_experiment_has_its_fields():
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"learningrate": 1.0}, "no field 'learningrate', did you mean 'learning_rate'"),
-        ({"beta": 0.1}, "no field 'beta', did you mean 'loss.beta'"),
-        ({"data.pth": "x"}, "no field 'data.pth', did you mean 'data.path'"),
+        ({"learningrate": 1.0}, "no field 'learningrate'; did you mean 'learning_rate'"),
+        ({"num_train_epochs": 3}, "no field 'num_train_epochs'; write epochs=3"),
+        ({"beta": 0.1}, "no field 'beta'; write loss.beta;"),
+        ({"shuffle": True}, "no field 'shuffle'; did you mean 'data.shuffle'"),
+        ({"data.pth": "x"}, "no field 'data.pth'; did you mean 'data.path'"),
         ({"data": {"pth": "x"}}, "no field 'data.pth'"),
         ({"data": "x"}, "no field 'data'"),
         ({"steps": "ten"}, "steps='ten' is not of type int"),
@@ -271,7 +282,8 @@ def test_a_mistake_about_data(tokenizer, call, says):
 
 def naive(policy, prompt, response) -> float:
     """The log-probability of a response, from the logits of its whole text."""
-    ids = np.concatenate([prompt, response])[None]
+    text = np.concatenate([prompt, response])
+    ids = np.pad(text, (0, 64 - len(text)))[None]  # what comes after changes nothing, and one shape is compiled
     places = np.arange(ids.size)[None]
     hidden = policy.model.hidden(policy.params, ids, places, np.ones_like(ids), np.zeros_like(ids))[0]
     table = jax.nn.log_softmax(hidden @ policy.model.head(policy.params).T)
@@ -381,6 +393,15 @@ def much(pair):
     return dataclasses.replace(pair, prompt=np.full(600, 7, np.int32), chosen=np.full(13, 8, np.int32))
 
 
+def test_weights_are_read_in_one_place():
+    readers = [
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if re.search(r"\bload_params\(|import .*\bload_params\b", path.read_text(encoding="utf-8"))
+    ]
+    assert sorted(readers) == ["models/hf_io.py", "models/loading.py"]
+
+
 # Samples.
 
 
@@ -412,3 +433,32 @@ def test_samples_are_texts_by_prompt(policy):
 def test_a_mistake_in_sampling(policy, prompts, options, says):
     with pytest.raises(UserError, match=re.escape(says)):
         pa.sample(policy, prompts, **options)
+
+
+# Training, and what the pages show.
+
+
+def blocks(page: str, after: str = "") -> str:
+    """The Python of a page, where MODEL stands for a model that is here."""
+    text = (pathlib.Path(__file__).parents[1] / page).read_text(encoding="utf-8")
+    code = re.findall(r"^```python\n(.*?)^```", text[text.index(after) :], re.DOTALL | re.MULTILINE)
+    return "\n".join(code[:1] if after else code).replace('"MODEL"', repr(str(MODEL)))
+
+
+def test_the_ten_lines_of_the_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown: dict = {}
+    code = blocks("README.md", "<!-- library -->")
+    exec(code, shown)
+    np.testing.assert_allclose(shown["value"], np.log(2), rtol=1e-5)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(shown["gradient"]))
+    assert shown["result"].step == 10 and (tmp_path / "runs" / "two_rows" / "export" / "config.json").exists()
+    assert len(code.strip().splitlines()) <= 13 and pa.load(tmp_path / "runs" / "two_rows").model
+
+
+def test_the_page_on_the_library(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown: dict = {}
+    exec(blocks("docs/library.md"), shown)
+    np.testing.assert_allclose(shown["value"], np.log(2), rtol=1e-5)
+    assert np.isfinite(shown["values"]).all() and shown["result"].params

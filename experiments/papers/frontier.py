@@ -17,6 +17,8 @@ DPO's means lie above those of the other trained methods up to 2 nats (0.045 the
 unlikelihood 0.033, IPO 0.032, preferred-FT 0.027), within what two seeds leave open; best of 4 has 0.054 at 0.6 nats.
 """
 
+from pathlib import Path
+
 from prefalign_jax import config
 
 # Method -> (loss, field of its strength, values), as the paper's betas and alphas where it has them.
@@ -40,14 +42,14 @@ def get_config(arg: str = ""):
     c.max_length = 128
     if arg.method == "pairs":
         c.job = "pairs"
-        c.on_policy.prompts = "experiments/papers/openings_train.jsonl"
+        c.on_policy.prompts = str(Path(__file__).with_name("openings_train.jsonl"))
         c.on_policy.per_prompt = 4
         c.on_policy.pairing = "all"
         c.on_policy.labels = "bradley_terry"
         c.on_policy.sharpness = 40.0
         return c
     c.data.path = arg.pairs
-    c.samples.prompts = "experiments/papers/openings_test.jsonl"
+    c.samples.prompts = str(Path(__file__).with_name("openings_test.jsonl"))
     c.batch_size = 64
     c.epochs = 1.0
     c.learning_rate = 5e-4

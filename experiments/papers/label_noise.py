@@ -14,6 +14,8 @@ Time: 30 s for the pairs, 9 minutes for the 12 runs on two cores. Result (docs/r
 0.64 by DPO and by IPO without noise; with 40% flipped 0.50 to 0.52 by all four, which says nothing of which is better.
 """
 
+from pathlib import Path
+
 from prefalign_jax import config
 
 METHODS = {"dpo": "dpo", "conservative": "dpo", "robust": "robust_dpo", "ipo": "ipo"}
@@ -31,7 +33,7 @@ def get_config(arg: str = ""):
         c.samples.reward = "kindness"
         c.samples.max_new_tokens = 48
         c.job = "pairs"
-        c.on_policy.prompts = "experiments/papers/openings_train.jsonl"
+        c.on_policy.prompts = str(Path(__file__).with_name("openings_train.jsonl"))
         c.on_policy.pairing = "all"
         return c
     c.data.path = arg.pairs

@@ -192,7 +192,7 @@ def set_fields(config: ConfigDict, words: Sequence[str], lead: str = "--config."
                 raise UserError(f"{option} has no value; write {option}=VALUE")
             text = words.pop(0)
         if isinstance(holder[key], ConfigDict):
-            first = next(iter(holder[key]))
+            first = next((name for name in ("name", "path", "kind") if name in holder[key]), next(iter(holder[key])))
             raise UserError(f"{option} is a group of fields; did you mean {option}.{first}={text}?")
         holder[key] = _value(option, text, kind)
 

@@ -107,7 +107,7 @@ class Parser(argparse.ArgumentParser):
         text = instead(name, value)
         if experiment and text:
             return UserError(f"{given}: {text}")
-        near = did_you_mean(f"--{name}", options)
+        near = did_you_mean(name, [option[2:] for option in options]).replace("'", "'--", 1)
         if "--config.model.path" in text and "--model" in options:
             near = "did you mean '--model'? "
         return UserError(f"{given}: no such option; {near or (experiment and _field(name, value)) or ''}see --help")

@@ -5,7 +5,8 @@
 
 A tokenizer may merge characters across the end of the prompt: ids(prompt) need not begin ids(prompt + chosen). The
 prompt is therefore the common prefix of both and of ids(prompt + rejected). Decoding prompt + response gives back the
-text, and both responses are predicted from the same last prompt token.
+text, and both responses are predicted from the same last prompt token. The texts of a conversation always begin with
+the text of its prompt (data/rendering.py).
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from prefalign_jax.data.records import Messages, Record, Text
+from prefalign_jax.data.alphabet import Alphabet
+from prefalign_jax.data.records import Prompt, Record, Text
+from prefalign_jax.data.remarks import Remarks
+from prefalign_jax.data.rendering import Renderer
+from prefalign_jax.data.spelled import SpecialTokens, Written, encoder, strings_of
+from prefalign_jax.data.template import AS_IT_IS, ChatOptions
 from prefalign_jax.types import Pair, Place, UserError, one_line
 
 if TYPE_CHECKING:
@@ -105,13 +111,15 @@ def tokenize_records(
     max_length: int,
     too_long: str = "drop",
     keep_end: bool = False,
+    chat: ChatOptions = AS_IT_IS,
+    remarks: Remarks | None = None,
 ) -> tuple[list[Pair], dict[str, int]]:
     """Tokenizes records into pairs, see `iter_pairs`.
 
     Returns:
       The pairs in the order of the records, and the number of records dropped for each reason.
     """
-    options = dict(max_length=max_length, too_long=too_long, keep_end=keep_end)
+    options = dict(max_length=max_length, too_long=too_long, keep_end=keep_end, chat=chat, remarks=remarks)
     found = [pair for _, pair in iter_pairs(records, tokenizer, **options)]
     reasons = [pair for pair in found if isinstance(pair, str)]
     return [pair for pair in found if not isinstance(pair, str)], dict(collections.Counter(reasons))
@@ -124,6 +132,8 @@ def iter_pairs(
     max_length: int,
     too_long: str = "drop",
     keep_end: bool = False,
+    chat: ChatOptions = AS_IT_IS,
+    remarks: Remarks | None = None,
 ) -> Iterator[tuple[Record, Pair | str]]:
     """Tokenizes records into pairs whose responses end with one end-of-sequence token, which is trained.
 
@@ -138,6 +148,8 @@ def iter_pairs(
       too_long: what becomes of a longer pair: 'drop'; 'truncate_prompt' on the left, after its BOS;
         'truncate_response' on the right, without EOS.
       keep_end: train also on what the template writes after its end of turn (often a newline), as TRL's DPO does.
+      chat: what the chat template is told and may leave out.
+      remarks: gets what is noticed of records that are not dropped, as the iterator goes on.
 
     Returns:
       An iterator over (record, its pair) in the order of the records; where no pair is made of one, the reason in its
@@ -145,7 +157,8 @@ def iter_pairs(
       response'.
 
     Raises:
-      UserError: an option is invalid, or the chat template is missing or does not render a record.
+      UserError: an option is invalid, or the chat template is missing, does not render a record, or leaves out a part
+        of it without leave.
     """
     if too_long not in TOO_LONG:
         raise UserError(f"too_long: expected one of {', '.join(TOO_LONG)}, found {too_long!r}")
@@ -155,7 +168,8 @@ def iter_pairs(
         raise UserError("the tokenizer has no end-of-sequence token, so no response would ever end")
     prefix = _prefix(tokenizer)
     eos, bos, special = tokenizer.eos_token_id, tokenizer.bos_token_id, _special_ids(tokenizer)
-    encode = _encoder(tokenizer)
+    texts_of = _texts_of(tokenizer, chat, Remarks() if remarks is None else remarks)
+    encode = encoder(tokenizer, SpecialTokens(tokenizer))
 
     def finished(batch: list[Record], texts_ids: Iterable[list[int]]) -> Iterator[tuple[Record, Pair | str]]:
         encoded = iter(texts_ids)
@@ -180,7 +194,7 @@ def iter_pairs(
         with ThreadPoolExecutor(1) as pool:
             waiting = None
             for batch in _batched(records):
-                texts = [text for record in batch for text in _texts(record, tokenizer)]
+                texts = [text for record in batch for text in texts_of(record)]
                 job = pool.submit(encode, texts)
                 if waiting:
                     yield from finished(waiting[0], waiting[1].result())
@@ -191,42 +205,42 @@ def iter_pairs(
     return pairs()
 
 
-def _encoder(tokenizer: Tokenizer) -> Callable[[list[str]], list[list[int]]]:
-    """Texts -> their ids without special tokens, in as many threads as there are processors.
-
-    A template writes its own special tokens, and of text we know better where BOS and EOS belong.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
-    tokenizer("")  # leaves the backend without truncation and padding
-    return lambda texts: [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-
 def _batched(records: Iterable[Record]) -> Iterator[list[Record]]:
     records = iter(records)
     while batch := list(itertools.islice(records, _BATCH)):
         yield batch
 
 
-def tokenize_prompts(prompts: Sequence[Text], tokenizer: Tokenizer) -> list[np.ndarray]:
+def tokenize_prompts(
+    prompts: Sequence[Text | Prompt],
+    tokenizer: Tokenizer,
+    chat: ChatOptions = AS_IT_IS,
+    remarks: Remarks | None = None,
+) -> list[np.ndarray]:
     """Prompts alone, to be continued: as `tokenize_records` has them but for a token that would span their end.
 
     Args:
-      prompts: strings are plain text; messages go through the chat template, up to where the answer begins.
+      prompts: strings are plain text; messages go through the chat template, up to where the answer begins. A `Prompt`
+        has its tools and what it tells the template.
       tokenizer: a Hugging Face tokenizer.
+      chat, remarks: as in `iter_pairs`.
 
     Returns:
       Token ids [N] int32 of each, none empty.
 
     Raises:
-      UserError: a prompt has no token, or the chat template is missing or does not render it.
+      UserError: a prompt has no token, or the chat template is missing, does not render it, or leaves out a part of it
+        without leave.
     """
     prefix, out = _prefix(tokenizer), []
+    texts_of = _texts_of(tokenizer, chat, Remarks() if remarks is None else remarks, responses=False)
+    encode = encoder(tokenizer, SpecialTokens(tokenizer))
     for number, prompt in enumerate(prompts, 1):
-        (text,) = _texts(Record(prompt, "", "", where=Place(f"prompt {number}")), tokenizer, responses=False)
-        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        if isinstance(prompt, str) and ids[: len(prefix)] != prefix:
+        where = Place(f"prompt {number}")
+        one = prompt if isinstance(prompt, Prompt) else Prompt(prompt, "", where)
+        told = dict(tools=one.tools, chat_template_kwargs=one.chat_template_kwargs)
+        (ids,) = encode(texts_of(Record(one.prompt, "", "", where=where, **told)))
+        if isinstance(one.prompt, str) and ids[: len(prefix)] != prefix:
             ids = prefix + ids
         if not ids:
             raise UserError(f"prompt {number} has no token; a response is predicted from its last")
@@ -234,57 +248,41 @@ def tokenize_prompts(prompts: Sequence[Text], tokenizer: Tokenizer) -> list[np.n
     return out
 
 
+def _texts_of(
+    tokenizer: Tokenizer, chat: ChatOptions, remarks: Remarks, responses: bool = True
+) -> Callable[[Record], list[str]]:
+    """Record -> [prompt, prompt + chosen, prompt + rejected], the last only where there is a rejected response."""
+    render, alphabet, special = Renderer(tokenizer, chat), Alphabet(tokenizer), SpecialTokens(tokenizer)
+
+    def texts_of(record: Record) -> list[str]:
+        spelled = special.spelled(record)
+        split = chat.split_special and bool(spelled)
+        if isinstance(record.prompt, str):
+            sides = [record.chosen, record.rejected][: (2 if record.rejected else 1) if responses else 0]
+            texts = [record.prompt, *(record.prompt + side for side in sides)]
+            texts = list(map(Written, texts)) if split else texts
+        elif not tokenizer.chat_template:
+            raise UserError(
+                f"{record.where}: the tokenizer has no chat template for messages; "
+                f"set data.chat_template to {', '.join(CHAT_TEMPLATES)} or a .jinja file"
+            )
+        else:
+            texts = render.texts(special.broken(record) if split else record, remarks, responses=responses)
+            texts = list(map(special.written, texts)) if split else texts
+        remarks.spelled(spelled)
+        prompt, answers = (alphabet.lost(*strings_of(value)) for value in ([record.prompt, record.tools], record[1:3]))
+        remarks.lost(prompt, answers)
+        if template := alphabet.lost(*texts) - prompt - answers:
+            remarks.say(f"the tokenizer loses characters of the chat template: {''.join(sorted(template))!r}")
+        return texts
+
+    return texts_of
+
+
 def _prefix(tokenizer: Tokenizer) -> list[int]:
     """BOS, where this tokenizer writes one."""
     plain, wrapped = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
     return wrapped[: wrapped.index(plain[0])]
-
-
-def _texts(record: Record, tokenizer: Tokenizer, responses: bool = True) -> list[str]:
-    """[prompt, prompt + chosen, prompt + rejected], the last only where there is a rejected response."""
-    prompt = record.prompt
-    responses = [record.chosen, record.rejected][: 2 if record.rejected else 1] if responses else []
-    if isinstance(prompt, str):
-        return [prompt, *(prompt + response for response in responses)]
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{record.where}: the tokenizer has no chat template for messages; "
-            f"set data.chat_template to {', '.join(CHAT_TEMPLATES)} or a .jinja file"
-        )
-    continued = bool(prompt) and prompt[-1]["role"] == "assistant"
-    options = dict(tokenize=False, **({"tools": list(record.tools)} if record.tools else {}))
-    options |= dict(record.chat_template_kwargs)
-    conversations = [_join(prompt, response) for response in responses]
-    try:
-        start = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=not continued, continue_final_message=continued, **options
-        )
-        texts = [tokenizer.apply_chat_template(conversation, **options) for conversation in conversations]
-    except Exception as error:  # a template raises whatever it likes
-        raise UserError(f"{record.where}: the chat template does not render it: {one_line(error)}") from None
-    _check_rendered(record, [prompt, *conversations], [start, *texts])
-    return [start, *texts]
-
-
-def _check_rendered(record: Record, conversations: list[Messages], texts: list[str]) -> None:
-    """Templates without system prompts or tools leave them out silently, and the model would not learn of them."""
-    for conversation, text in zip(conversations, texts, strict=True):
-        wanted = {"tools": [tool.get("function", tool).get("name", "") for tool in record.tools]}
-        for message in conversation:
-            if message["role"] == "system":
-                wanted["system message"] = [message["content"].strip()]
-            for call in message.get("tool_calls", ()):
-                wanted.setdefault("tool calls", []).append(call.get("function", call)["name"])
-        for what, parts in wanted.items():
-            if any(part not in text for part in parts):
-                raise UserError(f"{record.where}: the chat template leaves out the {what}; set data.chat_template")
-
-
-def _join(prompt: Messages, response: Messages) -> Messages:
-    if not prompt or prompt[-1]["role"] != "assistant":
-        return prompt + response
-    *before, begun = prompt
-    return [*before, {**begun, "content": begun["content"] + response[0]["content"]}, *response[1:]]
 
 
 def _ended(response: list[int], tokenizer: Tokenizer, eos: int, ends: set[int], keep_end: bool) -> list[int]:

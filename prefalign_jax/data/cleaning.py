@@ -46,6 +46,7 @@ _MARKER = re.compile("|".join(r"(?<!\w)" * marker[0].isalpha() + re.escape(marke
 
 Cleaned = tuple[list[Record], dict[str, int]]
 Watch = Callable[[list[Record], str], Iterable[Record]]
+Loses = Callable[[Record], bool]  # whether a tokenizer loses a character of a record
 
 
 def _without(records: Iterable[Record], reason: Callable[[Record], str | None], *reasons: str) -> Cleaned:
@@ -159,6 +160,21 @@ def lost_characters(records: Iterable[Record]) -> Cleaned:
     return _without(records, lambda record: name if any("\ufffd" in text for text in parts(record)) else None, name)
 
 
+def unencodable(records: Iterable[Record], loses: Loses) -> Cleaned:
+    """Drops records with a character that does not come back from the tokenizer's tokens.
+
+    Args:
+      records: of which the others stay.
+      loses: whether the tokenizer loses a character of a record, as `alphabet.Alphabet.loses`.
+
+    Example:
+      >>> unencodable([Record("a", "é", "b"), Record("a", "c", "b")], lambda record: "é" in record.chosen)[1]
+      {'characters without a token': 1}
+    """
+    name = "characters without a token"
+    return _without(records, lambda record: name if loses(record) else None, name)
+
+
 def encoding(records: Iterable[Record], *, html: bool = False, plain_quotes: bool = False) -> Cleaned:
     """Repairs text that was decoded in the wrong encoding, with ftfy; no record is dropped.
 
@@ -245,6 +261,7 @@ class Step(NamedTuple):
       kinds: of the records that it applies to.
       scores: pairs must have a margin.
       held_out: `run` takes the held-out prompts after the records.
+      tokenizer: `run` takes after the records whether the tokenizer loses a character of one.
       required: options of which one must be set.
       repairs: the counts are of records that were changed, and none is dropped.
       checks: of the options.
@@ -254,6 +271,7 @@ class Step(NamedTuple):
     kinds: tuple[str, ...] = KINDS
     scores: bool = False
     held_out: bool = False
+    tokenizer: bool = False
     required: tuple[str, ...] = ()
     repairs: bool = False
     checks: Checks = {}
@@ -271,6 +289,7 @@ _ABOVE_0 = (lambda x: 0 < x < math.inf, "a positive number")
 CLEANING: dict[str, Step] = {
     "encoding": Step(encoding, repairs=True),
     "lost_characters": Step(lost_characters),
+    "unencodable": Step(unencodable, tokenizer=True),
     "exact_duplicates": Step(exact_duplicates),
     "near_duplicates": Step(
         near_duplicates,
@@ -375,6 +394,7 @@ def clean(
     steps: Sequence[BoundStep],
     held_out: Sequence[Text] = (),
     watch: Watch = lambda records, name: records,
+    loses: Loses = lambda record: False,
 ) -> tuple[list[Record], list[Stage]]:
     """Runs steps one after the other.
 
@@ -383,6 +403,7 @@ def clean(
       steps: from `cleaning_steps`.
       held_out: prompts of the held-out records, for the steps that look at them.
       watch: gives back records while it shows, under the name of a step, how far it got.
+      loses: whether the tokenizer loses a character of a record, for the steps that ask.
 
     Returns:
       The records that stay, in their order, and what each step did.
@@ -395,7 +416,9 @@ def clean(
     for name, options in steps:
         step, before = CLEANING[name], len(records)
         run = functools.partial(step.run, **options)
-        records, counts = run(watch(records, name), *([held_out] if step.held_out else []))
+        records, counts = run(
+            watch(records, name), *([held_out] if step.held_out else []), *([loses] if step.tokenizer else [])
+        )
         dropped, repaired = ({}, counts) if step.repairs else (counts, {})
         stages.append(Stage(name, before, len(records), dropped, repaired))
     return records, stages

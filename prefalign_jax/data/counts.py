@@ -7,8 +7,10 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from prefalign_jax.data import remarks
 from prefalign_jax.data.cleaning import Stage
 from prefalign_jax.data.records import Tally
+from prefalign_jax.data.remarks import Remarks
 
 TRAINING, HELD_OUT = "training", "held out"  # parts
 
@@ -57,6 +59,7 @@ class Counts:
       cleaning: what became of the training records.
       flippable, flipped: pairs whose label might have been flipped, and those whose label was.
       chatted, plain: records that are messages, and those that are plain text.
+      noticed: of the records that were tokenized, those that were dropped too.
     """
 
     lost: dict[str, list[collections.Counter]]
@@ -71,22 +74,26 @@ class Counts:
     flipped: int = 0
     chatted: int = 0
     plain: int = 0
+    noticed: Remarks = dataclasses.field(default_factory=Remarks)
 
     def tally(self, part: str, source: int) -> Tally:
         """What the reading of a source counts."""
         return Tally(self.lost[part][source], self.unread[source], self.notes[source])
 
+    def noted(self) -> dict[str, int]:
+        """{what: records} that are read in part, or otherwise than the others."""
+        mixed = {"as plain text, the others as messages": self.plain} if self.chatted and self.plain else {}
+        return dict(added(self.notes)) | mixed
+
     def remarks(self) -> str:
         """What is read in part or not at all, for the line that says what was dropped."""
-        notes = dict(added(self.notes))
-        if self.chatted and self.plain:
-            notes["as plain text, the others as messages"] = self.plain
-        unread = listed_fields(added(self.unread))
+        notes, unread = self.noted(), listed_fields(added(self.unread))
         return (f"; {listed(notes)}" if notes else "") + (f"; not used: {unread}" if unread else "")
 
     def as_json(self) -> dict[str, Any]:
         """What `from_json` takes."""
-        return {**vars(self), "cleaning": [stage._asdict() for stage in self.cleaning]}
+        stages = [stage._asdict() for stage in self.cleaning]
+        return {**vars(self), "cleaning": stages, "noticed": self.noticed.as_json()}
 
     def stages(self, part: str) -> dict[str, list[Stage]]:
         """What became of the records, up to their tokenization.
@@ -143,5 +150,6 @@ def from_json(about: Mapping[str, Any]) -> Counts:
             "unread": list(map(counter, about["unread"])),
             "notes": list(map(counter, about["notes"])),
             "cleaning": [Stage(**stage) for stage in about["cleaning"]],
+            "noticed": remarks.from_json(about["noticed"]),
         }
     )

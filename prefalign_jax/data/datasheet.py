@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from prefalign_jax.data.cleaning import BoundStep, Stage
+from prefalign_jax.data.counts import listed_fields
 from prefalign_jax.data.memory import MemoryRows
 from prefalign_jax.data.pipeline import PairSet
+from prefalign_jax.data.remarks import Remarks, lines
 from prefalign_jax.data.rows import content_digest
 from prefalign_jax.data.statistics import length_bias, quantiles
 from prefalign_jax.files import write_json, write_text
@@ -68,18 +70,23 @@ def make_datasheet(
     chat: bool,
     tokenizer: Any,
     digest: str,
+    noticed: Mapping[str, Remarks] = {},
+    unread: Mapping[str, Mapping[str, int]] | None = None,
+    notes: Mapping[str, Mapping[str, int]] | None = None,
 ) -> dict[str, Any]:
     """What is known of the data once they are tokenized; nothing is read or tokenized again.
 
     Args:
       config: the run's, resolved.
       data: the training pairs.
-      read, stages, mixture: of `run_data.load_pairs`.
+      read, stages, mixture: of `load_data.Data`.
       steps: of the cleaning.
       kind: one of cleaning.KINDS.
       chat: whether there are messages, which go through the chat template.
       tokenizer: Hugging Face tokenizer.
       digest: of the training pairs.
+      noticed: what was noticed of the records, by part.
+      unread, notes: of `load_data.Data`.
 
     Returns:
       JSON values.
@@ -98,6 +105,9 @@ def make_datasheet(
         "sources": [one._asdict() for one in read],
         "mixture": list(mixture),
         "stages": {part: [stage._asdict() for stage in some] for part, some in stages.items()},
+        "noticed": {part: lines(some) for part, some in noticed.items() if lines(some)},
+        "unread": {part: dict(fields) for part, fields in (unread or {}).items() if fields},
+        "notes": {part: dict(counts) for part, counts in (notes or {}).items() if counts},
         "cleaning": {step.name: step.options for step in steps},
         "seed": config["seed"],
         "tokenizer": {
@@ -110,6 +120,9 @@ def make_datasheet(
             "name": (fields["chat_template"] or "the tokenizer's own") if chat else None,
             "sha256": hashlib.sha256(str(template).encode()).hexdigest() if template else None,
             "text": template,
+            "kwargs": fields["chat_template_kwargs"],
+            "date": fields["date"],
+            "may_drop": fields["template_may_drop"],
         },
         "max_length": config["max_length"],
         "too_long": config["too_long"],
@@ -167,6 +180,12 @@ def as_markdown(sheet: Mapping[str, Any], level: int = 2) -> str:
             counts = {**stage["dropped"], **{f"{reason} (changed)": n for reason, n in stage["repaired"].items()}}
             rows.append((part, stage["name"], stage["before"], stage["after"], _counts(counts)))
     out.append(markdown(("part", "stage", "in", "out", "left out, by reason"), rows))
+    for part, some in sheet["noticed"].items():
+        out.append(f"Noticed of the {part} data:\n\n" + "\n".join(f"- {line}" for line in some))
+    for part, counts in sheet.get("notes", {}).items():
+        out.append(f"Of the {part} records: {_counts(counts)}.")
+    for part, counted in sheet.get("unread", {}).items():
+        out.append(f"Fields of {part} rows that are not used: {listed_fields(counted)}.")
     if options := {name: given for name, given in sheet["cleaning"].items() if given}:
         out.append("Options: " + "; ".join(f"{name} {_words(given)}" for name, given in options.items()) + ".")
     out.append(f"{mark} Tokens")

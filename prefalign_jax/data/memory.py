@@ -68,6 +68,8 @@ def as_source(data: RowsOrPath, name: str = "data") -> str | MemoryRows:
     Raises:
       UserError: it is something else.
     """
+    if isinstance(data, MemoryRows):
+        return data
     if isinstance(data, str | Path):
         return str(data)
     splits = getattr(data, "column_names", None)

@@ -291,6 +291,12 @@ class Prompt(NamedTuple):
     chat_template_kwargs: tuple[tuple[str, Any], ...] = ()
 
 
+def told(prompt: Prompt) -> dict[str, Any]:
+    """What a row with this prompt says beside it: its tools and what it tells the chat template, where it does."""
+    fields = {"tools": list(prompt.tools), "chat_template_kwargs": dict(prompt.chat_template_kwargs)}
+    return {name: value for name, value in fields.items() if value}
+
+
 def read_prompts(
     path: str | Path, *, split: str = "train", limit: int | None = None
 ) -> tuple[list[Prompt], dict[str, int]]:

@@ -9,7 +9,6 @@ each write their own; the last stays.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -36,7 +35,8 @@ def token_key(tokenizer: Tokenizer, **what: object) -> str:
 
     Args:
       tokenizer: a Hugging Face tokenizer.
-      **what: the content of the data, and every option that it is read, chosen and tokenized by.
+      **what: the content of the data, and every option that it is read, chosen and tokenized by; among them the day,
+        if the template prints it.
 
     Returns:
       64 hexadecimal digits.
@@ -48,8 +48,6 @@ def token_key(tokenizer: Tokenizer, **what: object) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     about = {
         "format": FORMAT,
-        # A template may write the date.
-        "today": datetime.date.today().isoformat() if "strftime" in str(tokenizer.chat_template) else None,
         "libraries": [transformers.__version__, tokenizers.__version__],
         "tokenizer": backend.to_str() if backend is not None else [type(tokenizer).__name__, tokenizer.get_vocab()],
         "special": tokenizer.special_tokens_map,

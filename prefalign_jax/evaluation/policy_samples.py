@@ -11,7 +11,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from prefalign_jax.data.chat import tokenize_prompts
-from prefalign_jax.data.records import Text
+from prefalign_jax.data.records import Prompt, Text
+from prefalign_jax.data.template import AS_IT_IS, ChatOptions
 from prefalign_jax.evaluation.held_out import sequence_logps
 from prefalign_jax.experiment import Experiment
 from prefalign_jax.generation.diversity import distinct
@@ -88,7 +89,7 @@ def make_sampler(
     prompts = load_prompts(fields.prompts, fields.limit)
     score = scorer_of(fields.reward) if fields.reward else None
     ends = stop_ids(resolve(config.model.path), tokenizer)
-    options = dict(stop_tokens=ends, per_prompt=fields.per_prompt, seed=config.seed)
+    options = dict(stop_tokens=ends, per_prompt=fields.per_prompt, seed=config.seed, chat=experiment.chat)
 
     def sample_now(state: TrainState, step: int) -> dict[str, float]:
         policy = model.join(state.reference, state.params) if model.join else state.params
@@ -109,27 +110,29 @@ def draw(
     model: LanguageModel,
     params: Params,
     tokenizer: Any,
-    prompts: Sequence[Text],
+    prompts: Sequence[Text | Prompt],
     fields: ConfigDict,
     *,
     stop_tokens: Sequence[int],
     per_prompt: int,
     seed: int,
     first: int = 0,
+    chat: ChatOptions = AS_IT_IS,
 ) -> Drawn:
     """Draws `per_prompt` samples of every prompt.
 
     Args:
       model, params: of the policy.
       tokenizer: Hugging Face tokenizer.
-      prompts: strings or messages.
+      prompts: strings, messages, or messages with their tools.
       fields: a config's `samples`.
       stop_tokens: ids that end a response, see `models.endings.stop_ids`.
       per_prompt: samples of each.
       seed: of the draws.
       first: number of the first prompt, where these are a part of a longer list.
+      chat: what the chat template is told.
     """
-    ids = tokenize_prompts(prompts, tokenizer)
+    ids = tokenize_prompts(prompts, tokenizer, chat)
     found = sample(
         model,
         params,
@@ -145,7 +148,7 @@ def draw(
     flat = [(i, one) for i, several in enumerate(found) for one in several]
     empty = np.zeros(0, np.int32)
     return Drawn(
-        prompts=[prompts[i] for i, _ in flat],
+        prompts=[one.prompt if isinstance(one := prompts[i], Prompt) else one for i, _ in flat],
         pairs=[Pair(ids[i], one.tokens, empty) for i, one in flat],
         texts=tokenizer.batch_decode([one.spoken for _, one in flat], skip_special_tokens=True),
         logps=np.array([one.logps.sum(dtype=np.float64) for _, one in flat], np.float32),

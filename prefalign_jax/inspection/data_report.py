@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from prefalign_jax.data.cleaning import CLEANING, BoundStep, Watch, clean
+from prefalign_jax.data.cleaning import CLEANING, BoundStep, Loses, Watch, clean
 from prefalign_jax.data.records import Record
+from prefalign_jax.data.remarks import from_json, lines
 from prefalign_jax.data.statistics import (
     QUANTILES,
     beginnings,
@@ -27,7 +28,11 @@ from prefalign_jax.types import Pair
 
 
 def would_drop(
-    records: Sequence[Record], kind: str, scores: bool, watch: Watch = lambda records, name: records
+    records: Sequence[Record],
+    kind: str,
+    scores: bool,
+    watch: Watch = lambda records, name: records,
+    loses: Loses = lambda record: False,
 ) -> dict[str, dict[str, int]]:
     """What every cleaning step that needs no option would drop or change by itself, by its name and reason.
 
@@ -35,12 +40,12 @@ def would_drop(
       records: as they are trained on.
       kind: one of cleaning.KINDS.
       scores: whether they have margins.
-      watch: as in `cleaning.clean`.
+      watch, loses: as in `cleaning.clean`.
     """
     out = {}
     for name, step in CLEANING.items():
         if kind in step.kinds and not step.required and (scores or not step.scores):
-            _, (stage,) = clean(list(records), [BoundStep(name, step.options)], watch=watch)
+            _, (stage,) = clean(list(records), [BoundStep(name, step.options)], watch=watch, loses=loses)
             out[name] = {**stage.dropped, **stage.repaired}
     return out
 
@@ -54,6 +59,7 @@ def make_report(
     kind: str,
     max_length: int,
     watch: Watch = lambda records, name: records,
+    loses: Loses = lambda record: False,
 ) -> dict[str, Any]:
     """Everything that data.json says of the data, but for where they come from.
 
@@ -64,7 +70,7 @@ def make_report(
       scores: what the data say of how good the responses are: name -> [N].
       kind: one of cleaning.KINDS.
       max_length: see `truncation`.
-      watch: as in `cleaning.clean`.
+      watch, loses: as in `cleaning.clean`.
 
     Returns:
       JSON values.
@@ -83,7 +89,7 @@ def make_report(
         }
     out["truncation"] = truncation(full, pairs, max_length)
     out["cleaning_would_drop"] = would_drop(
-        records, kind, not all(np.isnan(record.margin) for record in records), watch
+        records, kind, not all(np.isnan(record.margin) for record in records), watch, loses
     )
     out["prompts"] = repeated_prompts(records)
     out["beginnings"] = beginnings(records)
@@ -104,6 +110,13 @@ def tables_of(report: Mapping[str, Any]) -> list[Table]:
                 reasons = ", ".join(f"{n:,} {why}" for why, n in counts.items() if n)
                 rows.append((f"{part}: {stage['name']}", stage["before"], stage["after"], reasons))
         out.append(Table("Records", ("stage", "in", "out", "left out, by reason"), rows))
+    noticed = {part: lines(from_json(about)) for part, about in report.get("noticed", {}).items()}
+    if any(noticed.values()):
+        rows = [(part, line) for part, some in noticed.items() for line in some]
+        out.append(Table("Noticed", ("data", "what"), rows))
+    for name, head in (("notes", "Records read in part"), ("unread", "Fields that are not used")):
+        if rows := [(part, *item) for part, counts in report.get(name, {}).items() for item in counts.items()]:
+            out.append(Table(head, ("of", "what" if name == "notes" else "field", "count"), rows))
     for unit in ("tokens", "characters", "scores"):
         columns = [name for name in (*QUANTILES, "mean") if any(name in values for values in report[unit].values())]
         rows = [(side, *map(_short, map(values.get, columns))) for side, values in report[unit].items() if values]

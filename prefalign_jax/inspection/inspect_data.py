@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from prefalign_jax.data.alphabet import Alphabet
 from prefalign_jax.data.chat import iter_pairs, load_tokenizer
 from prefalign_jax.data.counts import new_counts
 from prefalign_jax.data.mixture import Source, read_source
 from prefalign_jax.data.pipeline import PairSet, batch_of, make_pair_set, train_batches
 from prefalign_jax.data.records import Tally
 from prefalign_jax.data.statistics import token_lengths
+from prefalign_jax.data.template import prints_date
 from prefalign_jax.experiment import read
 from prefalign_jax.files import write_json, write_text
 from prefalign_jax.inspection.data_page import page, pictures, shown_pairs, written_pair
@@ -54,12 +56,17 @@ def inspect(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if not sources or not config.model.path:
         raise UserError(f"set data.path or data.mix, and model.path; job={config.job!r} has no data before it runs")
     experiment = experiment.fitted(load_config(resolve(config.model.path)).max_position)
-    config, kind, layout = experiment.config, experiment.loss.kind, experiment.layout
     tokenizer = load_tokenizer(config.model.path, config.data.chat_template)
+    if prints_date(tokenizer):
+        experiment = experiment.dated(workdir)
+    config, kind, layout = experiment.config, experiment.loss.kind, experiment.layout
     data = load_pairs(experiment, tokenizer)
-    records = list(source_records(sources, experiment, new_counts(len(sources)), experiment.cleaning))
+    loses = Alphabet(tokenizer).loses
+    counts = new_counts(len(sources))
+    records = list(source_records(sources, experiment, counts, experiment.cleaning, loses=loses))
     records = [record for record in records if not record.held_out]
     how = dict(max_length=config.max_length, too_long=config.too_long, keep_end=config.data.keep_end)
+    how |= dict(chat=experiment.chat)
     if {stage.name for stage in data.stages["training"]} & set(LATER):
         kept = {(pair.where, pair.label) for pair in data.training}
         tokenized = {
@@ -73,7 +80,10 @@ def inspect(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     scores = scores_of(config, sources)
     stages = {part: [stage._asdict() for stage in some] for part, some in data.stages.items()}
     report = {"sources": [one._asdict() for one in data.read_from], "mixture": data.sources, "stages": stages}
-    report |= make_report(records, data.training, full, scores, kind=kind, max_length=config.max_length, watch=watched)
+    report["noticed"] = {part: remarks.as_json() for part, remarks in data.noticed.items()}
+    report |= {"unread": data.unread, "notes": data.notes}
+    options = dict(kind=kind, max_length=config.max_length, watch=watched, loses=loses)
+    report |= make_report(records, data.training, full, scores, **options)
 
     lengths = token_lengths(full)
     total = lengths["prompt"] + np.maximum(lengths["chosen"], lengths.get("rejected", 0))

@@ -13,6 +13,7 @@ from prefalign_jax import processes
 from prefalign_jax.assemble import load_model
 from prefalign_jax.data.chat import load_tokenizer
 from prefalign_jax.data.pairing import Scored, pair_up
+from prefalign_jax.data.records import told
 from prefalign_jax.evaluation.policy_samples import draw, scorer_of
 from prefalign_jax.experiment import read
 from prefalign_jax.files import locked, read_json, write_json
@@ -48,8 +49,9 @@ def make_pairs(config: ConfigDict, model_path: str, directory: Path, seed: int) 
     Raises:
       UserError: there is data made another way, or no pair is left.
     """
-    fields, how = config.samples, config.on_policy
+    fields, how, chat = config.samples, config.on_policy, read(config, complete=False).chat
     made = {"model": model_path, "seed": seed, "chat_template": config.data.chat_template}
+    made |= {"chat_template_kwargs": dict(chat.kwargs)} if chat.kwargs else {}
     made |= {name: how[name] for name in PAIRING} | {name: fields[name] for name in DRAWING}
     if agreed((directory / MADE).exists()):
         known = read_json(directory / MADE, {"made": "an object"})["made"]
@@ -78,6 +80,7 @@ def make_pairs(config: ConfigDict, model_path: str, directory: Path, seed: int) 
                 per_prompt=how.per_prompt,
                 seed=seed,
                 first=first,
+                chat=chat,
             )
             values = score(part.prompts, part.texts).values
             for at in range(0, len(part.texts), how.per_prompt):
@@ -95,8 +98,9 @@ def make_pairs(config: ConfigDict, model_path: str, directory: Path, seed: int) 
     rows = []
     for number, (chosen, rejected) in pairs:
         responses, scores = scored[number]
-        row = {"prompt": prompts[number], "chosen": responses[chosen], "rejected": responses[rejected]}
+        row = {"prompt": prompts[number].prompt, "chosen": responses[chosen], "rejected": responses[rejected]}
         row |= {"score_chosen": scores[chosen], "score_rejected": scores[rejected]}
+        row |= told(prompts[number])
         rows.append({**row, "prompt_number": number, "model": model_path, "reward": fields.reward, "seed": seed})
 
     def write() -> None:

@@ -10,11 +10,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from prefalign_jax.data.chat import tokenize_records
+from prefalign_jax.data.chat import iter_pairs
 from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pairs import digest_of
 from prefalign_jax.data.pipeline import eval_batches, make_pair_set
 from prefalign_jax.data.records import Record, Text
+from prefalign_jax.data.template import chat_options
 from prefalign_jax.judges.cache import Cache, open_cache
 from prefalign_jax.judges.judge import Scorer, Scores
 from prefalign_jax.logps import preference_logps
@@ -26,7 +27,13 @@ from prefalign_jax.types import Pair, Place, UserError
 
 
 def scorer(
-    path: str | Path, cache: str | Path | None = None, *, batch_size: int = 16, dtype: str = "float32"
+    path: str | Path,
+    cache: str | Path | None = None,
+    *,
+    batch_size: int = 16,
+    dtype: str = "float32",
+    chat_template_kwargs: str = "",
+    template_may_drop: str = "",
 ) -> Scorer:
     """The rewards of a model that loss.name=bradley_terry trained and exported, for `judge.by_reward`.
 
@@ -38,6 +45,8 @@ def scorer(
       cache: a file that keeps finished scores, so that an interrupted run goes on; None keeps none.
       batch_size: responses in a batch.
       dtype: of the computation, float32 or bfloat16.
+      chat_template_kwargs: variables of the chat template, a JSON object.
+      template_may_drop: parts that the chat template may leave out, names of template.MAY_DROP with commas.
 
     Returns:
       (prompts, responses) -> `Scores`.
@@ -47,6 +56,7 @@ def scorer(
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} is out of range; write at least 1")
+    chat = chat_options(chat_template_kwargs, template_may_drop, where="")
     directory = resolve(exported(path))
     config = load_config(directory)
     if not config.reward:
@@ -76,13 +86,13 @@ def scorer(
         return found
 
     def score(prompts: Sequence[Text], responses: Sequence[str]) -> Scores:
-        pairs, reasons = [], []
+        records = []
         for prompt, response in zip(prompts, responses, strict=True):
             chosen = response if isinstance(prompt, str) else [{"role": "assistant", "content": response}]
-            record = Record(prompt, chosen, type(chosen)(), where=Place("a response to score"))
-            made, dropped = tokenize_records([record], tokenizer, max_length=config.max_position)
-            reasons.append(", ".join(f"{reason} for the reward model" for reason in dropped))
-            pairs += made
+            records.append(Record(prompt, chosen, type(chosen)(), where=Place("a response to score")))
+        made = [pair for _, pair in iter_pairs(records, tokenizer, max_length=config.max_position, chat=chat)]
+        pairs = [pair for pair in made if not isinstance(pair, str)]
+        reasons = [f"{pair} for the reward model" if isinstance(pair, str) else "" for pair in made]
         with open_cache(cache) if cache else contextlib.nullcontext() as done:
             found = iter(score_pairs(pairs, done))
         return Scores(np.array([np.nan if reason else next(found) for reason in reasons]), reasons)

@@ -13,12 +13,16 @@ from __future__ import annotations
 import functools
 import math
 import re
-import types
+import sys
 from collections.abc import Callable, Mapping, Set
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefalign_jax.callable_module import make_callable
-from prefalign_jax.losses import absolute, dpo, margin, orpo, reward, sft, simpo, transport, unpaired
+from prefalign_jax.losses import absolute, margin, reward, transport, unpaired
+from prefalign_jax.losses import dpo as _dpo
+from prefalign_jax.losses import orpo as _orpo
+from prefalign_jax.losses import sft as _sft
+from prefalign_jax.losses import simpo as _simpo
 from prefalign_jax.losses.absolute import SHIFTS
 from prefalign_jax.losses.loss import NEEDS, WEIGHTINGS, BoundLoss, Loss, bind, known_hyper, ties_as_trl
 from prefalign_jax.losses.margin import SURROGATES
@@ -30,6 +34,12 @@ from prefalign_jax.losses.sft import MEAN, OVER
 from prefalign_jax.losses.simpo import CPO_SURROGATES
 from prefalign_jax.options import Checks, choose, did_you_mean, read_as
 from prefalign_jax.types import UserError
+
+if TYPE_CHECKING:  # modules that can be called
+    dpo: Call
+    orpo: Call
+    sft: Call
+    simpo: Call
 
 __all__ = ["LOSSES", "MIXTURES", "MODIFIERS", "NEEDS", "BoundLoss", "Loss", "hyper_of", "make_loss", "ties_as_trl"]
 
@@ -57,21 +67,21 @@ def _shift(hyper: Mapping[str, Any]) -> Mapping[str, float]:
 
 LOSSES: dict[str, Loss] = {
     # Pairs, with a reference.
-    "dpo": Loss(dpo.dpo, lambda h: _FREE if h["reference_free"] else _PAIR, _MARGIN),
-    "robust_dpo": Loss(dpo.robust_dpo, _PAIR, _MARGIN),
-    "ln_dpo": Loss(dpo.ln_dpo, _PAIR, _MARGIN),
-    "r_dpo": Loss(dpo.r_dpo, _PAIR, ("ld_alpha", "weighting")),  # sampling would take away the lengths it reads
-    "ld_dpo": Loss(dpo.ld_dpo, _PAIR | {"shared"}),
-    "sampo": Loss(dpo.sampo, _PAIR | {"sampled"}),
-    "odpo": Loss(dpo.odpo, _PAIR | {"margin"}, _RATIOS),
-    "dpop": Loss(dpo.dpop, _PAIR, _RATIOS),
-    "rpo": Loss(dpo.rpo, _PAIR, ("weighting",)),
-    "cal_dpo": Loss(dpo.cal_dpo, _PAIR, _RATIOS),
-    "beta_dpo": Loss(dpo.beta_dpo, _BATCH, (), lambda h: {"mean_margin": 0.0}, dpo.advance_beta_dpo),
-    "tdpo1": Loss(dpo.tdpo1, _PAIR | {"token_kl"}),
-    "tdpo2": Loss(dpo.tdpo2, _PAIR | {"token_kl"}),
-    "f_dpo": Loss(dpo.f_dpo, _PAIR, _RATIOS),
-    "wpo": Loss(dpo.wpo, _PAIR | {"sum_squares"}),
+    "dpo": Loss(_dpo.dpo, lambda h: _FREE if h["reference_free"] else _PAIR, _MARGIN),
+    "robust_dpo": Loss(_dpo.robust_dpo, _PAIR, _MARGIN),
+    "ln_dpo": Loss(_dpo.ln_dpo, _PAIR, _MARGIN),
+    "r_dpo": Loss(_dpo.r_dpo, _PAIR, ("ld_alpha", "weighting")),  # sampling would take away the lengths it reads
+    "ld_dpo": Loss(_dpo.ld_dpo, _PAIR | {"shared"}),
+    "sampo": Loss(_dpo.sampo, _PAIR | {"sampled"}),
+    "odpo": Loss(_dpo.odpo, _PAIR | {"margin"}, _RATIOS),
+    "dpop": Loss(_dpo.dpop, _PAIR, _RATIOS),
+    "rpo": Loss(_dpo.rpo, _PAIR, ("weighting",)),
+    "cal_dpo": Loss(_dpo.cal_dpo, _PAIR, _RATIOS),
+    "beta_dpo": Loss(_dpo.beta_dpo, _BATCH, (), lambda h: {"mean_margin": 0.0}, _dpo.advance_beta_dpo),
+    "tdpo1": Loss(_dpo.tdpo1, _PAIR | {"token_kl"}),
+    "tdpo2": Loss(_dpo.tdpo2, _PAIR | {"token_kl"}),
+    "f_dpo": Loss(_dpo.f_dpo, _PAIR, _RATIOS),
+    "wpo": Loss(_dpo.wpo, _PAIR | {"sum_squares"}),
     "ipo": Loss(margin.ipo, _PAIR, _MARGIN),
     "hinge": Loss(margin.hinge, _PAIR, _MARGIN),
     "exo": Loss(margin.exo, _PAIR, _MARGIN),
@@ -88,14 +98,14 @@ LOSSES: dict[str, Loss] = {
     "aot": Loss(transport.aot, _BATCH, _SUMS),
     "aot_unpaired": Loss(transport.aot_unpaired, _BATCH, _SUMS),
     # Pairs, without one.
-    "orpo": Loss(orpo.orpo, _orpo_needs),
-    "simpo": Loss(simpo.simpo, _FREE),
-    "alphapo": Loss(simpo.alphapo, _FREE),
-    "cpo": Loss(simpo.cpo, _FREE),
-    "slic": Loss(simpo.slic, _FREE),
-    "rrhf": Loss(simpo.rrhf, _FREE),
-    "unlikelihood": Loss(simpo.unlikelihood, _FREE),
-    "sft": Loss(sft.sft, lambda h: {"prompt"} if h["over"] == "prompt+chosen" else set()),
+    "orpo": Loss(_orpo.orpo, _orpo_needs),
+    "simpo": Loss(_simpo.simpo, _FREE),
+    "alphapo": Loss(_simpo.alphapo, _FREE),
+    "cpo": Loss(_simpo.cpo, _FREE),
+    "slic": Loss(_simpo.slic, _FREE),
+    "rrhf": Loss(_simpo.rrhf, _FREE),
+    "unlikelihood": Loss(_simpo.unlikelihood, _FREE),
+    "sft": Loss(_sft.sft, lambda h: {"prompt"} if h["over"] == "prompt+chosen" else set()),
     # Single completions with a label.
     "kto": Loss(unpaired.kto, _UNPAIRED | {"rejected", "mismatched", "batch"}),
     "apo_zero_unpaired": Loss(unpaired.apo_zero_unpaired, _UNPAIRED),
@@ -248,5 +258,5 @@ def __dir__() -> list[str]:
 
 
 for _name in LOSSES:
-    if isinstance(_module := globals().get(_name), types.ModuleType):
+    if _module := sys.modules.get(f"{__name__}.{_name}"):
         make_callable(_module, functools.partial(__getattr__, _name))

@@ -1,0 +1,349 @@
+"""Records of messages -> the texts of prompt and responses, by a chat template; nothing of a row is lost unsaid.
+
+    prompt      template(prompt, add_generation_prompt=True), what a model is asked with
+    response    what template(prompt + response) has after it, up to the response's own end
+
+A template may contradict itself: it opens `<think>` only where an answer is asked for, or writes the header of the next
+turn though it is told not to. Then the text of the conversation does not begin with the text of the prompt, or goes on
+after the response. The prompt stays what a model is asked with, the response ends at its own end, and it is said once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os.path
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from prefalign_jax.data.records import Messages, Record
+from prefalign_jax.data.remarks import Remarks
+from prefalign_jax.data.shapes import (
+    CLOSE,
+    Frame,
+    Part,
+    Tools,
+    frame_of,
+    has_marks,
+    mark,
+    marked,
+    parts_of,
+    unmarked,
+    values_of,
+    with_values,
+)
+from prefalign_jax.data.template import AS_IT_IS, MAY_DROP, ChatOptions, Template, as_json
+from prefalign_jax.data.trials import LeftOut, left_out
+from prefalign_jax.types import UserError, one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+_DIFFERENT = (
+    "the chat template writes some conversations otherwise than their prompts; prompts are those that a model is asked "
+    "with"
+)
+_SHOWN = 60  # characters of a part in an error
+
+
+class Form(NamedTuple):
+    """What is known of a shape, once it was rendered with marks.
+
+    Attributes:
+      parts: of the shape.
+      frame: None where the template does not take the marks.
+      missing: the parts that it leaves out of every conversation of the shape.
+      tried: what it leaves out of the parts that it writes in its own way; these are always the same.
+      reopened: where the text of a conversation does not begin with that of its prompt, how much of the prompt's end is
+        not in it; -1 where they differ before the last turn; 0 where it begins with it.
+      lead: in the second case, how much of the response stands before its first part.
+      meeting: what is said of that.
+      next_turn: what the template writes after the end of the response.
+    """
+
+    parts: tuple[Part, ...]
+    frame: Frame | None
+    missing: tuple[int, ...] = ()
+    tried: tuple[LeftOut, ...] = ()
+    reopened: int = 0
+    lead: int = 0
+    meeting: str = ""
+    next_turn: str = ""
+
+    def fits(self, values: Sequence[Any], text: str) -> bool:
+        """Whether a row's text is what the frame makes of its parts."""
+        return self.frame is not None and (
+            self.frame.filled(values) == text or self.frame.starts(values, text) is not None
+        )
+
+
+class Renderer:
+    """A tokenizer's chat template with options, and what was found out about it.
+
+    Args:
+      tokenizer: a Hugging Face tokenizer.
+      options: see `ChatOptions`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, options: ChatOptions = AS_IT_IS):
+        self._template = Template(tokenizer, options)
+        self._may_drop = options.may_drop
+        self._eos = tokenizer.eos_token
+        self._forms: dict[Any, Form] = {}
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+
+    def texts(self, record: Record, remarks: Remarks, *, responses: bool = True) -> list[str]:
+        """[prompt, prompt + chosen, prompt + rejected], the last only where there is a rejected response.
+
+        Args:
+          record: of messages.
+          remarks: what is left out with leave, or contradictory, is added.
+          responses: False gives the prompt alone.
+
+        Raises:
+          UserError: the template does not render the record, or it leaves out a part without leave.
+        """
+        prompt, tools, kwargs = record.prompt, record.tools, dict(record.chat_template_kwargs)
+        continued = bool(prompt) and prompt[-1]["role"] == "assistant"
+        before = len(prompt) - continued  # the messages before the response
+        try:
+            start = self._template.render(prompt, tools, kwargs, asked=True)
+            _, gone = self._checked(prompt, tools, kwargs, before, start, asked=True)
+            texts, lost = [start], [("prompt", gone)]
+            for side in ("chosen", "rejected")[: (2 if record.rejected else 1) if responses else 0]:
+                messages = joined(prompt, getattr(record, side))
+                text = self._template.render(messages, tools, kwargs)
+                form, gone = self._checked(messages, tools, kwargs, before, text, continued=continued)
+                lost.append((side, gone))
+                texts.append(start + self._response(messages, tools, form, before, start, text, remarks))
+        except UserError:
+            raise
+        except Exception as error:  # a template raises whatever it likes
+            raise UserError(f"{record.where}: the chat template does not render it: {one_line(error)}") from None
+        names = self._allowed(record, lost, before)
+        unread = [name for name in kwargs if not self._template.reads(name, bool(tools))]
+        remarks.left_out.update(names | {f"{name!r} of chat_template_kwargs" for name in unread})
+        return texts
+
+    def _allowed(self, record: Record, lost: Sequence[tuple[str, Sequence[LeftOut]]], before: int) -> set[str]:
+        """What was left out with leave, for people; without leave it stops the run."""
+        names = set()
+        for side, gone in lost:
+            for part, piece in gone:
+                earlier = 0 <= part.turn < before
+                if part.name == "reasoning" and earlier:  # a template's way to keep prompts short, asked or trained
+                    names.add("the reasoning of earlier turns")
+                elif part.name not in MAY_DROP:
+                    names |= {f"the field {part.name!r} of messages"} if part.name else set()
+                elif part.name in self._may_drop:
+                    names.add(f"the {MAY_DROP[part.name]}")
+                else:
+                    turn = f"prompt[{part.turn}]." if earlier else f"{side}[{part.turn - before}]."
+                    where = part.where if part.turn < 0 else turn + part.where
+                    what = "response" if part.name == "assistant" and not earlier else MAY_DROP[part.name]
+                    shown = piece if len(piece) <= _SHOWN else piece[:_SHOWN] + "..."
+                    raise UserError(
+                        f"{record.where}: the chat template leaves out the {what}; set data.chat_template, or allow it "
+                        f"with data.template_may_drop={part.name} ({where}: {shown!r})"
+                    )
+        return names
+
+    # What the template does with the parts.
+
+    def _checked(
+        self,
+        messages: Messages,
+        tools: Tools,
+        kwargs: Mapping[str, Any],
+        before: int,
+        text: str,
+        *,
+        asked: bool = False,
+        continued: bool = False,
+    ) -> tuple[Form, list[LeftOut]]:
+        """(the form of a conversation, what its text leaves out).
+
+        What is asked with is the prompt that is trained, so the parts of the prompt are looked for there, and in the
+        text of the conversation those of the response.
+        """
+        shape, values = values_of(messages, tools)
+        key: tuple = (shape, before, asked, continued, repr(kwargs))
+        learn = functools.partial(
+            self._form, messages, tools, values, kwargs=kwargs, before=before, asked=asked, continued=continued
+        )
+        form = learn(key, ())
+        opaque = form.frame.opaque if form.frame else ()
+        if opaque:
+            form = learn(key, opaque)
+        if not form.fits(values, text):
+            # Templates look at what system messages say, and many rows say the same.
+            said = {n for n, part in enumerate(form.parts) if part.name in ("system", "developer")}
+            if said - set(opaque):
+                form = learn(key, tuple(sorted(said | set(opaque))))
+        if form.fits(values, text):
+            gone = [*(LeftOut(form.parts[n], _shown(values[n])) for n in form.missing), *form.tried]
+        else:
+            render = functools.partial(self._template.render, kwargs=kwargs, asked=asked)
+            looked_for = {part for part in form.parts if asked or part.turn >= before}
+            gone = left_out(messages, tools, render, text, looked_for)
+        return form, [one for one in gone if asked or one.part.turn >= before]
+
+    def _form(self, messages: Messages, tools: Tools, values: Sequence[Any], key: Any, opaque: tuple[int, ...], **how):
+        """The form of a shape, or of its conversations that have these opaque parts; learnt once."""
+        key = (key, as_json([values[number] for number in opaque])) if opaque else key
+        form = self._forms.get(key)
+        if form is None:
+            form = self._forms[key] = self._learnt(messages, tools, opaque, **how)
+        return form
+
+    def _learnt(
+        self,
+        messages: Messages,
+        tools: Tools,
+        opaque: Sequence[int],
+        *,
+        kwargs: Mapping[str, Any],
+        before: int,
+        asked: bool,
+        continued: bool,
+    ) -> Form:
+        """The form of a shape, or of the conversations of a shape that have these opaque parts."""
+        found = list(parts_of(messages, tools))
+        parts = tuple(part for part, _ in found)
+        render = functools.partial(self._template.render, kwargs=kwargs)
+        values = marked(found)
+        for number in opaque:
+            values[number] = found[number][1]
+        try:
+            with_marks, marked_tools = with_values(messages, tools, values)
+            text = render(with_marks, marked_tools, asked=asked)
+        except Exception:  # it looks at names and identities: marks go into the texts alone
+            looked_at = [n for n, (part, value) in enumerate(found) if part.name in ("", "calls", "tools")]
+            if not looked_at or opaque:
+                return Form(parts, None)
+            return Form(parts, Frame(("",), (), {}, (), tuple(looked_at)))
+        frame = frame_of(text, values, opaque)
+
+        def left(number: int) -> bool:
+            other = [*values]
+            other[number] = {"x": "x"} if isinstance(found[number][1], Mapping) else "x"
+            try:
+                return render(*with_values(messages, tools, other), asked=asked) == text
+            except Exception:  # it looked
+                return False
+
+        missing = tuple(number for number in frame.missing if left(number))
+        tried: list[LeftOut] = []
+        if opaque:
+            whole = functools.partial(render, asked=asked)
+            chosen = {parts[number] for number in opaque}
+            tried = left_out(messages, tools, whole, whole(messages, tools), chosen)
+        form = Form(parts, frame, missing, tuple(tried))
+        if not (asked or continued):
+            with contextlib.suppress(Exception):  # it raises for the marks, or for another turn: nothing is known
+                form = self._with_ends(form, with_marks, marked_tools, values, kwargs, before, text)
+        return form
+
+    def _with_ends(
+        self,
+        form: Form,
+        messages: Messages,
+        tools: Tools,
+        values: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        before: int,
+        text: str,
+    ) -> Form:
+        """The form with what the template makes of the beginning and the end of the response.
+
+        Args:
+          form: of a conversation that ends with a response.
+          messages, tools, values: with marks.
+          kwargs, before: as of the conversation.
+          text: of the messages with marks.
+        """
+        frame, count = form.frame, len(values)
+        prompt, answer = messages[:before], {"role": "assistant", "content": mark(count)}
+        start = self._template.render(prompt, tools, kwargs, asked=True)
+
+        # The beginning.
+        reopened, lead, meeting = 0, 0, ""
+        if not text.startswith(start):
+            given = self._template.render([*prompt, answer], tools, kwargs).partition(mark(count))[0]
+            common = len(os.path.commonprefix([start, given, text]))
+            if has_marks(start[common:]):
+                asked_last, given_last = (one[one.rfind(CLOSE) + 1 :] for one in (start, given))
+                reopened, lead = -1, len(given_last.removeprefix(asked_last)) % len(given_last or " ")
+            else:
+                reopened = len(start) - common
+            shown = start.rfind(CLOSE, 0, common) + 1
+            meeting = (
+                f"the chat template ends a prompt with {unmarked(start[shown:])!r} where an answer is asked for, "
+                f"with {unmarked(given[shown:])!r} where one is given; prompts are those that a model is asked with"
+            )
+
+        # The end: what follows it in another turn's place shows what belongs to the response.
+        tail = frame.texts[-1] if frame.order and form.parts[frame.order[-1]].turn >= before else ""
+        next_turn = ""
+        if tail[self._end_of_turn(tail) :].strip():
+            with contextlib.suppress(Exception):  # not every template takes another turn of the user
+                longer = self._template.render([*messages, {"role": "user", "content": mark(count)}], tools, kwargs)
+                more = frame_of(longer, [*values, mark(count)], frame.opaque)
+                after = more.texts[more.order.index(count)]
+                shared = os.path.commonprefix([tail, after])
+                if (rest := tail[len(shared) :]).strip() and start.endswith(rest):
+                    next_turn = tail[self._end_of_turn(shared) :]
+        return form._replace(reopened=reopened, lead=lead, meeting=meeting, next_turn=next_turn)
+
+    def _end_of_turn(self, tail: str) -> int:
+        """How much of what follows a response belongs to it: its first EOS or special token, and white space."""
+        found = re.search(re.escape(self._eos), tail) if self._eos else None
+        found = found or self._special.search(tail)
+        if found is None:
+            return 0
+        return len(tail) - len(tail[found.end() :].lstrip())
+
+    def _response(
+        self, messages: Messages, tools: Tools, form: Form, before: int, start: str, text: str, remarks: Remarks
+    ) -> str:
+        """What follows the prompt in a conversation, up to the response's own end."""
+        if text.startswith(start):
+            own = text[len(start) :]
+        else:
+            at = len(start) - form.reopened
+            if form.reopened > 0 and text.startswith(start[:at]):
+                own, opened = text[at:], start[at:].strip()
+                own = own.removeprefix(opened)  # the response opens by itself what the prompt has opened
+            else:
+                own = text[self._begin(messages, tools, form, before, start, text) :]
+            remarks.say(form.meeting or _DIFFERENT)
+        if form.next_turn and own.endswith(form.next_turn):
+            own = own[: -len(form.next_turn)]
+            remarks.say(
+                f"the chat template writes {form.next_turn!r} after the last answer though no other is asked for; "
+                "responses end before it"
+            )
+        return own
+
+    def _begin(self, messages: Messages, tools: Tools, form: Form, before: int, start: str, text: str) -> int:
+        """Where the response begins in a text that does not begin with its prompt's: at its first part."""
+        _, values = values_of(messages, tools)
+        starts = form.frame.starts(values, text) if form.frame is not None else None
+        for number, at in zip(form.frame.order, starts or (), strict=False) if form.frame is not None else ():
+            if form.parts[number].turn >= before:
+                return at - form.lead
+        return len(os.path.commonprefix([start, text]))
+
+
+def joined(prompt: Messages, response: Messages) -> Messages:
+    """Prompt and response as one conversation; a prompt that ends with an assistant message is continued."""
+    if not prompt or prompt[-1]["role"] != "assistant":
+        return prompt + response
+    *before, begun = prompt
+    return [*before, {**begun, "content": begun["content"] + response[0]["content"]}, *response[1:]]
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else as_json(value)

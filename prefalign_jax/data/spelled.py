@@ -1,0 +1,137 @@
+"""Special tokens that are spelled in a row's own text: found, and where it is asked for encoded as text.
+
+A tokenizer takes `<|im_end|>` for the token, whoever wrote it. To tell a row's own from the template's, the row's are
+broken by a character before the template is rendered; those that are whole afterwards are the template's, and become
+others, known to a second tokenizer, which knows the first ones not at all. Then the breaks are taken out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from prefalign_jax.data.records import Record
+from prefalign_jax.types import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+# No text has these characters: they are reserved for what a program does with text inside.
+_BREAK, _OURS = "\ufdd2", "\ufdd3"
+
+
+class Written(str):
+    """A text in which special tokens are text, but for those between two `_OURS`."""
+
+
+class SpecialTokens:
+    """The special tokens of a tokenizer.
+
+    Args:
+      tokenizer: a Hugging Face tokenizer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        tokens = sorted((token for token in tokens if len(token) > 1 and token.strip()), key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+        self._aliased: tuple[Any, dict[int, int]] | None = None
+
+    def spelled(self, record: Record) -> set[str]:
+        """Those that stand in a record's own text."""
+        found: set[str] = set()
+        for text in strings_of([record.prompt, record.chosen, record.rejected, record.tools]):
+            found.update(self._pattern.findall(text))
+        return found
+
+    def broken(self, record: Record) -> Record:
+        """The record with a break in each of them."""
+
+        def broken(value: Any) -> Any:
+            if isinstance(value, str):
+                return self._pattern.sub(lambda found: found[0][0] + _BREAK + found[0][1:], value)
+            if isinstance(value, Mapping):
+                return {key: inner if key == "role" else broken(inner) for key, inner in value.items()}
+            return type(value)(map(broken, value)) if isinstance(value, list | tuple) else value
+
+        sides = {name: broken(getattr(record, name)) for name in ("prompt", "chosen", "rejected", "tools")}
+        return record._replace(**sides)
+
+    def written(self, text: str) -> Written:
+        """A text that was rendered of a broken record."""
+        return Written(self._pattern.sub(lambda found: _OURS + found[0] + _OURS, text).replace(_BREAK, ""))
+
+    def encode(self, texts: Sequence[Written]) -> list[list[int]]:
+        """Ids of such texts, without the special tokens that a tokenizer adds.
+
+        Raises:
+          UserError: this is a tokenizer without the parts that it takes.
+        """
+        if self._aliased is None:
+            self._aliased = _aliased(self._tokenizer)
+        backend, ids = self._aliased
+        encoded = backend.encode_batch_fast([str(text) for text in texts], add_special_tokens=False)
+        return [[ids.get(one, one) for one in each.ids] for each in encoded]
+
+
+def strings_of(value: Any) -> Iterator[str]:
+    """The texts in a prompt, a response or tools, without the names of fields and roles."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            if key != "role":
+                yield from strings_of(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from strings_of(inner)
+
+
+def _aliased(tokenizer: Tokenizer) -> tuple[Any, dict[int, int]]:
+    """(a copy of a tokenizer that knows its special tokens between two `_OURS` alone, its ids -> the tokenizer's)."""
+    import tokenizers
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError("data.special_in_text=split needs a tokenizer with a tokenizer.json; this one has none")
+    state = json.loads(backend.to_str())
+    state["post_processor"] = None  # it may name special tokens, and adds what is not wanted here
+    spelled = {}
+    for token in state["added_tokens"]:
+        alias = _OURS + token["content"] + _OURS if token["special"] else token["content"]
+        spelled[alias] = token["id"]
+        token["content"] = alias
+    copy = tokenizers.Tokenizer.from_str(json.dumps(state))
+    return copy, {copy.token_to_id(alias): number for alias, number in spelled.items()}
+
+
+def encoder(tokenizer: Tokenizer, special: SpecialTokens) -> Callable[[list[str]], list[list[int]]]:
+    """Texts -> their ids without special tokens, in as many threads as there are processors.
+
+    A template writes its own special tokens, and of text we know better where BOS and EOS belong.
+
+    Args:
+      tokenizer: a Hugging Face tokenizer.
+      special: its special tokens, for texts that are `Written`.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+
+    def plain(texts: list[str]) -> list[list[int]]:
+        if backend is None:
+            return tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+        return [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    if backend is not None:
+        tokenizer("")  # leaves the backend without truncation and padding
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        written = [text for text in texts if isinstance(text, Written)]
+        if not written:
+            return plain(texts)
+        ours, others = iter(special.encode(written)), iter(plain([t for t in texts if not isinstance(t, Written)]))
+        return [next(ours if isinstance(text, Written) else others) for text in texts]
+
+    return encode
