@@ -36,7 +36,8 @@ class Format(NamedTuple):
 
     Attributes:
       read: row -> rows of the common format; of a `group`, [rows] -> rows.
-      fields: a row of this format has them all, none null.
+      fields: that it reads; a row of this format has them all, none null.
+      signs: and these, which only tell it from others.
       without: and none of these.
       also: fields that it reads where a row has them.
       group: consecutive rows with the same value in this field are read together.
@@ -45,6 +46,7 @@ class Format(NamedTuple):
 
     read: Callable[[Any], list[Row]]
     fields: tuple[str, ...]
+    signs: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
     group: str | None = None
@@ -71,7 +73,7 @@ def detect(row: Row, pairs: bool = True) -> str:
 @functools.lru_cache(maxsize=1024)
 def _detect(there: frozenset[str], pairs: bool) -> str:
     for name, one in FORMATS.items():
-        if there.issuperset(one.fields) and there.isdisjoint(one.without) and (pairs or not one.pairs):
+        if there.issuperset((*one.fields, *one.signs)) and there.isdisjoint(one.without) and (pairs or not one.pairs):
             return name
     return "common"
 
@@ -369,7 +371,8 @@ def openai_preference(row: Row) -> list[Row]:
         raise expected("an object with 'messages'", given, "input")
     sides = {"chosen": row["preferred_output"], "rejected": row["non_preferred_output"]}
     left = _left([given], "input", ("messages", "tools"))
-    return [{"prompt": given["messages"], **sides, "tools": given.get("tools"), **left}]
+    tools = {} if missing(given.get("tools")) else {"tools": given["tools"]}
+    return [{"prompt": given["messages"], **sides, **tools, **left}]
 
 
 def torchtune(row: Row) -> list[Row]:
@@ -398,7 +401,7 @@ FORMATS: dict[str, Format] = {
     "ultrafeedback": Format(ultrafeedback, ("instruction", "completions"), without=_SIDES),
     "shp": Format(shp, ("history", "human_ref_A", "human_ref_B", "labels"), also=("score_ratio",)),
     "stack_exchange_paired": Format(stack_exchange_paired, ("question", "response_j", "response_k")),
-    "stack_exchange": Format(stack_exchange, ("question", "answers", "qid"), without=_SIDES),
+    "stack_exchange": Format(stack_exchange, ("question", "answers"), signs=("qid",), without=_SIDES),
     "pandalm": Format(pandalm, ("instruction", "response1", "response2", "annotator1"), also=("input",)),
     "alpaca_eval": Format(alpaca_eval, ("instruction", "output_1", "output_2", "preference"), also=("input",)),
     "pku_saferlhf": Format(pku_saferlhf, ("prompt", "response_0", "response_1", "better_response_id")),
@@ -407,7 +410,12 @@ FORMATS: dict[str, Format] = {
     ),
     "helpsteer3": Format(helpsteer3, ("context", "response1", "response2", "overall_preference")),
     "helpsteer": Format(
-        helpsteer, ("prompt", "response", "helpfulness", "verbosity"), ("chosen", "label"), group="prompt", pairs=True
+        helpsteer,
+        ("prompt", "response", "helpfulness"),
+        signs=("verbosity",),
+        without=("chosen", "label"),
+        group="prompt",
+        pairs=True,
     ),
     "summarize_from_feedback": Format(summarize_from_feedback, ("info", "summaries", "choice")),
     "openai_preference": Format(openai_preference, ("input", "preferred_output", "non_preferred_output")),
@@ -420,7 +428,9 @@ FORMATS: dict[str, Format] = {
     "orca_input": Format(orca, ("input", *_SIDES), without=("prompt",)),
     "alpaca": Format(alpaca, ("instruction", "output"), without=("chosen", "prompt", "messages"), also=("input",)),
     "instruction": Format(instruction, ("instruction", "completion"), without=("prompt", "chosen"), also=("input",)),
-    "instruction_response": Format(instruction, ("instruction", "response"), ("prompt", "chosen"), ("input",)),
+    "instruction_response": Format(
+        instruction, ("instruction", "response"), without=("prompt", "chosen"), also=("input",)
+    ),
     "question": Format(instruction, ("question", "completion"), without=("prompt", "chosen"), also=("input",)),
     # Of rows with the fields of an earlier one; to be named.
     "pku_saferlhf_safer": Format(pku_saferlhf_safer, ("prompt", "response_0", "response_1", "safer_response_id")),

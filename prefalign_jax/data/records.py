@@ -196,12 +196,11 @@ def _records(rows: Rows, tally: Tally, reading: Reading) -> Iterator[Record]:
     for where, row, common in common_rows(rows, tally, reading):
         for one in common:
             responses = reading.responses if one is row else ("chosen", "rejected")[: len(reading.responses)]
-            made = ("margin",) if one is not row and "margin" not in row else ()  # by the format, out of what it read
             try:
                 if reading.unpaired:
-                    found = _unpaired(one, reading, tally, made)
+                    found = _unpaired(one, reading, tally)
                 else:
-                    found = [_record(one, responses, reading, tally, made)]
+                    found = [_record(one, responses, reading, tally)]
                 kept = tuple((name, scalar(row.get(name), name)) for name in reading.columns)
             except Malformed as error:
                 raise UserError(f"{where}: {error}") from None
@@ -244,7 +243,7 @@ def common_rows(
     pairs = (kind or reading.kind) in (PAIRS, UNPAIRED)
 
     def read(name: str, given: Sequence[tuple[Place, Mapping]]) -> tuple[Place, Mapping, Sequence[Mapping]]:
-        (where, row), fields = given[0], FORMATS[name].fields
+        (where, row), fields = given[0], (*FORMATS[name].fields, *FORMATS[name].signs)
         try:
             if any(row.get(field) is None for field in fields):
                 raise Malformed(f"format {name!r} has the fields {', '.join(fields)}, found {names(row)}")
@@ -425,9 +424,9 @@ def draw(seed: int | str, what: Any) -> float:
 # One row -> one record, or the two of a pair that is read as unpaired.
 
 
-def _unpaired(row: Mapping, reading: Reading, tally: Tally, beside: Sequence[str]) -> list[Record]:
+def _unpaired(row: Mapping, reading: Reading, tally: Tally) -> list[Record]:
     if not missing(row.get("chosen")) and not missing(row.get("rejected")):
-        pair = _record(row, ("chosen", "rejected"), reading, tally, beside)
+        pair = _record(row, ("chosen", "rejected"), reading, tally)
         chosen = pair._replace(rejected=type(pair.rejected)())
         return [chosen, chosen._replace(chosen=pair.rejected, label=False)]
     labels = [name for name in _LABELS if row.get(name) is not None][:1]
@@ -436,10 +435,12 @@ def _unpaired(row: Mapping, reading: Reading, tally: Tally, beside: Sequence[str
         either = f"one of the fields {', '.join(_COMPLETIONS)} with a label, or chosen and rejected"
         raise Malformed(f"expected {either}, found {names(row)}; {_map(row, ('prompt', 'completion', 'label'))}")
     label = truth(row[labels[0]] if labels else None, "label")
-    return [_record(row, responses, reading, tally, (*beside, *labels))._replace(label=label)]
+    return [_record(row, responses, reading, tally, labels)._replace(label=label)]
 
 
-def _record(row: Mapping, responses: Sequence[str], reading: Reading, tally: Tally, beside: Sequence[str]) -> Record:
+def _record(
+    row: Mapping, responses: Sequence[str], reading: Reading, tally: Tally, beside: Sequence[str] = ()
+) -> Record:
     """The record of a row in the common format.
 
     Args:

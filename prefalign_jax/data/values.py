@@ -34,7 +34,12 @@ def expected(what: str, value: Any, field: str = "") -> Malformed:
 
 def show(value: Any) -> str:
     """A value for a message, shortened."""
-    return "nothing" if value is None or value == [] else cut(f"{kind(value)} {reprlib.repr(value)}")
+    if value is None or value == []:
+        return "nothing"
+    try:
+        return cut(f"{kind(value)} {reprlib.repr(value)}")
+    except ValueError:  # Python writes no integer of more than some thousand digits
+        return kind(value)
 
 
 def cut(text: str, most: int = _SHOWN) -> str:
@@ -61,7 +66,7 @@ def name_of(field: Any) -> str:
       >>> name_of("id"), name_of(""), name_of("\\ud800")
       ('id', "''", '\\\\ud800')
     """
-    return cut(str(field), 60) or "''"
+    return cut(str(field), 40) or "''"
 
 
 def names(row: Mapping) -> str:

@@ -1,0 +1,287 @@
+"""No field of a row is lost in silence: whatever of it has a meaning changes what is trained, or is said."""
+
+import copy
+import json
+import math
+
+import pytest
+
+from prefalign_jax.data.chat import iter_pairs
+from prefalign_jax.data.fields import MEANINGS
+from prefalign_jax.data.memory import MemoryRows
+from prefalign_jax.data.pairs import digest_of_pair
+from prefalign_jax.data.records import Tally, iter_records
+from prefalign_jax.types import UserError
+from published_rows import (
+    ALPACA,
+    ALPACA_EVAL,
+    CALL,
+    KTO,
+    PAIRS,
+    PANDALM,
+    SHAREGPT,
+    WEATHER,
+    Q,
+    assistant,
+    helpsteer,
+    user,
+)
+
+KINDS = {
+    "pairs": {},
+    "scored pairs": {"margin": True},
+    "unpaired": {"unpaired": True},
+    "supervised": {"responses": ("chosen",)},
+}
+# A template that writes all of a message.
+TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% if mood %}{{ mood }}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.name %}({{ m.name }}){% endif %}{% if m.tool_call_id %}[{{ m.tool_call_id }}]{% endif %}"
+    "{% if m.reasoning_content %}<{{ m.reasoning_content }}>{% endif %}"
+    "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+BESIDE = {
+    "weight": 2.0,
+    "tools": [WEATHER],
+    "system": "Be brief.",
+    "history": [["Hi.", "Hello."]],
+    "chat_template_kwargs": {"mood": "calm"},
+    "note": {"by": "someone", "tags": ["a"]},
+}
+MESSAGES = [
+    {"role": "user", "content": [{"type": "text", "text": "Rome?"}], "name": "Ada"},
+    {**CALL, "reasoning_content": "Look it up."},
+    {"role": "tool", "content": "Sun.", "tool_call_id": "1", "cost": 3},
+]
+ROWS = {name: row for name, (_, row, *_) in PAIRS.items()}
+PLAIN = (
+    "Anthropic/hh-rlhf",
+    "stanfordnlp/SHP",
+)  # text alone; `history` is its prompt
+ROWS |= {f"{name}, with more": {**row, **BESIDE} for name, row in ROWS.items() if name not in PLAIN}
+ROWS |= {
+    "PandaLM": PANDALM,
+    "AlpacaEval": {**ALPACA_EVAL, "weight": 0.5},
+    "HelpSteer": helpsteer(Q, "Air scatters blue.", 4),
+    "Alpaca": {**ALPACA, **BESIDE},
+    "ShareGPT": {**SHAREGPT, **BESIDE, "label": True},
+    "KTO": {**KTO, **BESIDE, "kto_tag": None},
+    "LLaMA-Factory's KTO": {"instruction": Q, "input": "x", "output": "Air.", "kto_tag": False},
+    "tool calls": {"messages": [*MESSAGES, assistant("Sun.")], "tools": json.dumps([WEATHER])},
+    "tool calls in pairs": {"prompt": MESSAGES, "chosen": CALL, "rejected": "[]", "tools": [WEATHER]},
+    "strings of JSON": {side: json.dumps([user(Q), assistant(side)]) for side in ("chosen", "rejected")},
+    "strings": {"prompt": Q, "chosen": " Air.", "rejected": " Paint.", "label": None, "weight": "2", "margin": "0.5"},
+    "a whole text": {"text": "Air scatters blue.", "weight": 3},
+}
+
+
+def leaves(value, path=()):
+    """(path, value) of whatever is no list or object."""
+    if isinstance(value, dict | list):
+        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(one, (*path, key))
+    elif value is not None and not (isinstance(value, float) and math.isnan(value)):
+        yield path, value
+
+
+def changed(row, path, value):
+    """The row with another value at a place."""
+    row = copy.deepcopy(row)
+    place = row
+    for key in path[:-1]:
+        place = place[key]
+    text = isinstance(value, str)
+    place[path[-1]] = (
+        (value.replace("e", "ee", 1) if "e" in value else value + "!")
+        if text
+        else (not value if isinstance(value, bool) else value + 1)
+    )
+    return row
+
+
+def read(*rows, **kind):
+    tally = Tally()
+    return list(iter_records(MemoryRows("rows", rows), tally, **kind)), tally
+
+
+def trained(row, **kind):
+    """What is trained of a row, or why nothing is; of records that are tokenized later, the records."""
+    try:
+        records, tally = read(row, **kind)
+    except UserError as error:
+        return str(error), Tally()
+    return records or dict(tally.dropped), tally
+
+
+def digests(items, tokenizer):
+    """Lists of records as what is trained of them; others as they are."""
+    records = [record for item in items if isinstance(item, list) for record in item]
+    pairs = (pair for _, pair in iter_pairs(records, tokenizer, max_length=4096))
+    pairs = (pair if isinstance(pair, str) else digest_of_pair(pair) for pair in pairs)
+    return [[next(pairs) for _ in item] if isinstance(item, list) else item for item in items]
+
+
+# Parts that are reported under a name of their own.
+APART = {
+    ("conversations", 2): "conversations[] after the last answer",
+    ("completions", 2): "completions[] between best and worst",
+    ("completions", 3): "completions[] between best and worst",
+    ("answers", 0): "answers[] between best and worst",
+}
+# Fields of published formats -> what they become in the common one, under whose name they are reported.
+BECOMES = {
+    **dict.fromkeys(("response_k", "rejected_response", "rejected_conversations", "non_preferred_output"), "rejected"),
+    **dict.fromkeys(("human_ref_A", "response_0", "response_1", "response2", "output", "summaries"), "rejected"),
+    **dict.fromkeys(("score_ratio", "preference_strength", "overall_preference", "completions", "answers"), "margin"),
+}
+
+
+def reported(path, unread):
+    """Whether a place of a row is among the names of what is not used."""
+    names = [str(part) for part in path if isinstance(part, str)]
+    said = {path[0], f"message.{names[-1]}", f"{path[0]}[].{names[min(1, len(names) - 1)]}", BECOMES.get(path[0])}
+    return not {*said, APART.get(path[:2])}.isdisjoint(unread)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_part_that_changes_changes_what_is_trained_or_is_reported(name, tokenizer):
+    row, kinds = ROWS[name], 0
+    for kind in KINDS.values():
+        whole, tally = trained(row, **kind)
+        if not isinstance(whole, list):
+            continue
+        kinds += 1
+        places = [*leaves(row)]
+        before, *after = digests([whole, *(trained(changed(row, *place), **kind)[0] for place in places)], tokenizer)
+        for (path, _), now in zip(places, after, strict=True):
+            assert now != before or reported(path, tally.unread), (kind, path)
+    assert kinds
+
+
+PAIR = {"prompt": [user(Q)], "chosen": [assistant("Air.")], "rejected": [assistant("Paint.")]}
+BASE = {
+    "pairs": PAIR,
+    "unpaired": {"prompt": [user(Q)], "completion": [assistant("Air.")], "label": True},
+    "supervised": {"prompt": [user(Q)], "completion": [assistant("Air.")]},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("pairs", {"system_prompt": "Be brief."}),
+        ("pairs", {"System Message": "Be brief."}),
+        ("pairs", {"label": True}),
+        ("pairs", {"label": False, "weight": 2}),
+        ("pairs", {"completion": "Water."}),
+        ("pairs", {"question": "And the sea?"}),
+        ("pairs", {"messages": [user("And the sea?")]}),
+        ("pairs", {"sample_weight": 0.5}),
+        ("pairs", {"loss_mask": [0, 1]}),
+        ("pairs", {"images": ["sky.png"]}),
+        ("pairs", {"preference_score": 8.0}),
+        ("pairs", {"functions": [{"name": "f"}]}),
+        ("unpaired", {"answer": "Water."}),
+        ("unpaired", {"kto_tag": False}),
+        ("unpaired", {"chat_history": [user("Hi.")]}),
+        ("supervised", {"label": False}),
+        ("supervised", {"reasoning": "Light."}),
+        ("supervised", {"response": "Water."}),
+        ("supervised", {"text": "Water."}),
+        ("supervised", {"context": "Physics."}),
+    ],
+)
+def test_a_field_with_a_meaning_that_nobody_reads_stops_the_run_and_may_be_ignored(kind, fields):
+    name = next(iter(fields))
+    with pytest.raises(UserError) as caught:
+        read(BASE[kind], {**BASE[kind], **fields}, **KINDS[kind])
+    said = str(caught.value)
+    assert said.startswith(f"rows, row 2: field {name!r} holds ") and f"data.ignore={name}" in said and len(said) < 220
+    records, tally = read({**BASE[kind], **fields}, **KINDS[kind], ignore=(name,))
+    assert len(records) == 1 and tally.unread == {name: 1}
+    # What says nothing is nothing to stop for, as Parquet and CSV write it.
+    for nothing in (None, "", [], {}, math.nan):
+        assert not read({**BASE[kind], name: nothing}, **KINDS[kind])[1].unread
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "listed"),
+    [
+        ("pairs", {"id": 7, "source": "mine", "turns": 2}, ("id", "source", "turns")),
+        ("pairs", {"score_chosen": 5.0, "score_rejected": 4.0}, ("score_chosen", "score_rejected")),
+        ("supervised", {"rejected": "Water.", "chosen": None}, ("rejected",)),
+        ("pairs", {"question": Q, "messages": [user(Q), assistant("Air.")]}, ("question", "messages")),  # said before
+        ("pairs", {"\ud800\n": 1, "x" * 99: 2}, ("\\ud800\\n", "x" * 37 + "...")),
+        ("pairs", {"chosen": [{**assistant("Air."), "id": 3, "name": "Ada"}]}, ("message.id",)),
+    ],
+)
+def test_what_has_no_meaning_here_is_listed_by_name_and_count(kind, fields, listed):
+    records, tally = read(BASE[kind], {**BASE[kind], **fields}, {**BASE[kind], **fields}, **KINDS[kind])
+    assert len(records) == 3 and tally.unread == dict.fromkeys(listed, 2)
+
+
+def test_every_field_that_means_something_is_in_the_table_under_the_name_that_rows_are_compared_by():
+    assert all(name == name.lower() and not set(" -") & set(name) for name in MEANINGS)
+    assert all(meaning.common in {"", *MEANINGS} for meaning in MEANINGS.values())
+
+
+def test_the_weight_of_a_row_is_that_of_its_pairs_times_their_own():
+    row = {**ALPACA_EVAL, "weight": 4}
+    assert sorted(record.weight for record in read(row)[0]) == [1.0, 3.0]
+    with pytest.raises(UserError, match="row 1: field 'weight': rows with the same 'prompt' are read together"):
+        read(helpsteer(Q, "Air.", 4), {**helpsteer(Q, "Paint.", 1), "weight": 2})
+
+
+def test_a_row_of_other_columns_is_answered_with_its_columns_and_what_names_them():
+    with pytest.raises(UserError) as caught:
+        read({"question": Q, "good": "Air.", "b": "Paint.", "id": 3})
+    assert str(caught.value) == (
+        "rows, row 1: expected prompt, chosen, rejected, found question, good, b, id; "
+        "if others hold them, write --config.data.columns=prompt=question,chosen=good,rejected=FIELD"
+    )
+
+
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"masked": True}, {"loss": 0.0}])
+def test_a_weight_or_mask_of_a_message_is_obeyed_as_it_stands_or_stops_the_run(flag):
+    """The last answer is trained, alone. A row that asks for that is read; one that asks for more or less is not."""
+    ((name, off),) = flag.items()
+    on = {name: not off} if isinstance(off, bool) else {name: 1}
+    talk = [{**user("One?"), **flag}, {**assistant("1"), **flag}, user("Two?"), {**assistant("2"), **on}]
+    (record,), tally = read({"messages": talk}, **KINDS["supervised"])
+    assert record.chosen == [assistant("2")] and record.prompt == [user("One?"), assistant("1"), user("Two?")]
+    assert tally.notes == {"with earlier answers, which are not trained": 1}
+    more, less = [*talk[:1], {**assistant("1"), **on}, *talk[2:]], [*talk[:3], {**assistant("2"), **flag}]
+    for wrong, place in ((more, "messages[1]"), (less, "messages[0]")):
+        with pytest.raises(UserError, match=f"data.ignore=message.{name}, or shorten the conversation"):
+            read({"messages": wrong}, **KINDS["supervised"])
+        (record,), tally = read({"messages": wrong}, **KINDS["supervised"], ignore=(f"message.{name}",))
+        assert record.chosen == [assistant("2")] and tally.unread == {f"message.{name}": 1}, place
+
+
+def test_what_is_beside_a_row_stands_before_its_prompt_in_every_kind():
+    before = {"system": "Be brief.", "history": [["Hi.", "Hello."]]}
+    said = [{"role": "system", "content": "Be brief."}, user("Hi."), assistant("Hello."), user(Q)]
+    plain = {"prompt": Q, "chosen": "Air.", "rejected": "Paint.", "completion": None, "label": None}
+    whole = {side: [user(Q), assistant(side)] for side in ("chosen", "rejected")}
+    for row in (PAIR, plain, whole):
+        assert read({**row, **before})[0][0].prompt == said
+    for row in (BASE["unpaired"], {"prompt": Q, "completion": "Air.", "label": "false"}):
+        assert read({**row, **before}, unpaired=True)[0][0].prompt == said
+    for row in (BASE["supervised"], {"prompt": Q, "completion": "Air."}, {"messages": [user(Q), assistant("Air.")]}):
+        assert read({**row, **before}, **KINDS["supervised"])[0][0].prompt == said
+    # The same system prompt twice is one; two are a mistake.
+    twice = {**PAIR, "prompt": said[:1] + [user(Q)], "system": "Be brief."}
+    assert read(twice)[0][0].prompt == said[:1] + [user(Q)]
+    with pytest.raises(UserError, match="field 'system': the conversation begins with another one"):
+        read({**twice, "system": "Be long."})
+    with pytest.raises(UserError, match="field 'system': it goes through the chat template; write the rest"):
+        read({"chosen": f"\n\nHuman: {Q}\n\nAssistant: a", "rejected": f"\n\nHuman: {Q}\n\nAssistant: b", **before})
