@@ -1,7 +1,9 @@
 """Malformed files: one line with file and row, or a repair that data/rows.py documents; and large ones, row by row."""
 
 import codecs
+import csv
 import gzip
+import io
 import json
 import math
 import tracemalloc
@@ -220,3 +222,125 @@ def test_the_digest_of_a_saved_data_set(tmp_path):
     assert digests[0] != digests[2] and len(digests[0]) == 64
     assert [row for _, row in read_rows(tmp_path / "two")] == [PAIR, PAIR] and count_rows(tmp_path / "two") == 2
     assert math.isfinite(len(digests[1]))
+
+
+# The same rows in every container.
+
+TOOLS = {
+    name: {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}}
+    for name, properties in (("city", {"city": {"type": "string"}}), ("add", {"x": {"type": "number", "least": 0}}))
+}
+
+
+def call(name, **arguments):
+    calls = [{"type": "function", "function": {"name": name, "arguments": arguments}}]
+    return [{"role": "assistant", "content": "", "tool_calls": calls}]
+
+
+ASKED = {"prompt": [{"role": "user", "content": "p"}], "rejected": [{"role": "assistant", "content": "no"}]}
+NESTED = [  # a table gives each of these what only the others have
+    {**ASKED, "chosen": call("city", city="Oslo"), "tools": [TOOLS["city"]], "weight": 2.0},
+    {**ASKED, "chosen": call("add", x=1, more={"y": [2]}), "tools": [TOOLS["add"], TOOLS["city"]], "system": "s"},
+    {
+        **ASKED,
+        "chosen": [{"role": "assistant", "content": "", "name": "Ada", "weight": 1} | call("city")[0]],
+        "id": "7",
+    },
+    {**ASKED, "chosen": [{"role": "assistant", "content": "yes"}], "chat_template_kwargs": {"think": False}},
+]
+FLAT = [
+    {"prompt": 'p, "q"', "chosen": " c\nd", "rejected": " r\t", "weight": 2, "margin": 0.5, "id": 7},
+    {"prompt": "日本", "chosen": '[{"role": "assistant"}, 1]', "rejected": "x", "weight": 1, "margin": 2, "id": 8},
+    {"prompt": "", "chosen": "x", "rejected": " ", "weight": 0.25, "margin": 1, "id": 9},
+]
+EMPTY = FLAT[2:]  # a response of nothing makes no pair
+LABELLED = [
+    {"prompt": "p", "completion": "c", "label": True, "weight": 1.5},
+    {"prompt": "p", "completion": "d", "label": False, "weight": 1.0},
+]
+
+
+def written(directory, rows, flat):
+    """The rows in a file, or a directory, of every kind."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    filled = [{**dict.fromkeys(name for row in rows for name in row), **row} for row in rows]
+    lines, table = "".join(json.dumps(row) + "\n" for row in rows), pyarrow.Table.from_pylist(filled)
+    (directory / "a.jsonl").write_text(lines)
+    (directory / "a.ndjson.gz").write_bytes(gzip.compress(lines.encode()))
+    (directory / "a.json").write_bytes(array(*rows))
+    parquet.write_table(table, directory / "a.parquet", row_group_size=2)
+    for name, new in (("a.arrow", pyarrow.ipc.new_file), ("a.feather", pyarrow.ipc.new_stream)):
+        with pyarrow.OSFile(str(directory / name), "wb") as sink, new(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+    pytest.importorskip("datasets").Dataset.from_list(filled).save_to_disk(directory / "saved")
+    for name, separator in (("a.csv", ","), ("a.tsv", "\t"), ("a.csv.gz", ",")) if flat else ():
+        text = io.StringIO()
+        table = csv.DictWriter(text, rows[0], delimiter=separator, lineterminator="\r\n")
+        table.writeheader(), table.writerows(rows)
+        data = codecs.BOM_UTF8 + text.getvalue().encode()
+        (directory / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    return sorted(directory.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "flat"),
+    [(NESTED, {}, False), (FLAT, {"margin": True}, True), (LABELLED, {"unpaired": True}, True)],
+    ids=["nested", "flat", "labelled"],
+)
+def test_the_same_rows_are_the_same_records_in_every_container(tmp_path, rows, options, flat):
+    found = {}
+    for path in written(tmp_path, rows, flat):
+        records, dropped = read_records(path, **options)
+        assert [record.where.row for record in records] == [i for i, row in enumerate(rows, 1) if row not in EMPTY]
+        # As JSON, since templates write objects in their order.
+        found[path.name] = json.dumps([*map(tuple, (r._replace(where=0) for r in records))]), dropped
+    assert len(found) == 7 + 3 * flat
+    assert [name for name in found if found[name] != found["a.jsonl"]] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.csv", b"prompt,chosen,prompt\n", ": two columns are called 'prompt'; rename one"),
+        (
+            "a.csv",
+            b"prompt,chosen,rejected\na,b,c\nd,e\n",
+            ", row 2: expected one value a column, found 2 values",
+        ),
+        ("a.csv", b'prompt,chosen,rejected\na,b,c\n\nd,"e', ", row 3: expected a readable file, found unexpected end"),
+        ("a.tsv", b"prompt\tchosen\trejected\na\tb\xff\tc", ", row 1: expected a readable file, found 'utf-8' codec"),
+        ("a.csv.gz", b"prompt,chosen", ", row 1: expected a readable file, found Not a gzipped file"),
+        ("a.csv", b"x" * (LARGEST_ROW + 2), ", row 1: longer than 16 MiB"),
+        (
+            "a.csv",
+            b"prompt;chosen;rejected\na;b;c\n",
+            ", row 1: expected prompt, chosen, rejected, found prompt;",
+        ),
+        ("a.arrow", b"ARROW1", ", row 1: expected a readable file"),
+        ("a.jsonl", b'{"a":' * 5000 + b"1" + b"}" * 5000, ", row 1: expected "),
+        ("a.json", b'[{"a":' + b"[" * 5000 + b"]" * 5000 + b"}]", ", row 1: expected "),
+        (
+            "a.jsonl",
+            b'{"a": 1, "a": 2, "' + b"x" * 9999 + b'": 1, "' + b"x" * 9999 + b'": 2}',
+            ", row 1: expected ",
+        ),
+    ],
+)
+def test_a_broken_table_is_one_line(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_records(tmp_path / name)
+    said = str(caught.value)
+    assert said.startswith(f"{tmp_path / name}{says}") and "\n" not in said and len(said) < 500
+
+
+def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.jsonl").write_bytes(LINE)
+    pytest.importorskip("datasets").Dataset.from_list([PAIR]).save_to_disk(tmp_path / "saved")
+    for name in ("~/a.jsonl", "~/saved"):
+        assert [row for _, row in read_rows(name)] == [PAIR] and len(content_digest(name)) == 64
+    with pytest.raises(UserError, match="expected a file or directory, found"):
+        read_rows("~nobody-of-that-name/a.jsonl")
+    with pytest.raises(UserError, match="expected a file or directory, found"):
+        read_rows("x" * 300 + ".jsonl")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
 from prefalign_jax.types import UserError
@@ -60,7 +60,7 @@ def data_files(directory: Path, kinds: re.Pattern[str]) -> dict[PurePosixPath, P
     }
 
 
-def of_split(files: Iterable[PurePosixPath], split: str) -> list[PurePosixPath]:
+def of_split(files: Collection[PurePosixPath], split: str) -> list[PurePosixPath]:
     """The files of a split, by their paths in a directory.
 
     They begin with its name, in a folder or a file, or have a word for it in theirs. Files that say no split are
