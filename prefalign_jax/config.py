@@ -14,7 +14,9 @@ from prefalign_jax.types import UserError
 
 
 def defaults(loss: str = "dpo") -> ConfigDict:
-    """Every field of an experiment, with a meaning or unit; an experiment file overrides what it is about.
+    """Every field of an experiment with its default, its meaning and its unit.
+
+    An experiment file sets what it is about. None stands for a field that is not set.
 
     Args:
       loss: a key of losses.LOSSES; it decides whether a reference is kept.
@@ -24,142 +26,165 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     """
     maybe = config_dict.placeholder
     c = ConfigDict()
-    c.seed = 0  # initialisation, order of the data, sampling
+    c.seed = 0  # Random seed of initial weights, order of the data, dropout and sampling.
 
-    # Length of the run: the first one set of steps, examples and epochs; one epoch if none is.
-    c.steps = maybe(int)
-    c.examples = maybe(int)
-    c.epochs = maybe(float)
-    c.batch_size = 16  # pairs in an update
-    c.micro_steps = 1  # parts that a batch is computed in; the update is the same
-    c.max_length = maybe(int)  # tokens of prompt + longer response; None is 1024, or as many as the model has positions
-    c.too_long = "drop"  # what happens to longer pairs: drop, truncate_prompt, truncate_response
+    # The length of the run: one of these three; one epoch if none is set.
+    c.steps = maybe(int)  # Updates in the run.
+    c.examples = maybe(int)  # Pairs in the run, repeats counted.
+    c.epochs = maybe(float)  # Passes over the training pairs.
+    c.batch_size = 16  # Pairs in an update, over all devices and micro-steps.
+    c.micro_steps = 1  # Parts that a batch is computed in, one after the other, to save memory; the update is the same.
+    c.max_length = maybe(int)  # Tokens of prompt + longer response at most; None is min(1024, the model's positions).
+    c.too_long = "drop"  # What happens to longer pairs: drop, truncate_prompt, truncate_response.
 
-    c.learning_rate = 1e-6
-    c.schedule = "linear"  # constant, linear, cosine, inverse_sqrt; each after a linear warm-up
-    c.warmup_steps = 0
-    c.warmup_epochs = maybe(float)  # instead of warmup_steps
-    c.warmup_examples = maybe(int)  # instead of warmup_steps
-    c.grad_clip = maybe(float)  # global norm of the gradient; None for no clipping
-    c.grad_clip = 1.0
-    c.optimizer = ConfigDict({"name": "adamw"})  # adamw, rmsprop, sgd; what is None keeps the optimizer's default
-    c.optimizer.update({key: maybe(float) for key in ("b1", "b2", "eps", "weight_decay", "decay", "momentum")})
+    c.learning_rate = 1e-6  # Learning rate after the warm-up, the highest of the run.
+    c.schedule = "linear"  # What the learning rate does after the warm-up: constant, linear, cosine, inverse_sqrt.
+    # The linear warm-up of the learning rate: one of these three.
+    c.warmup_steps = 0  # Updates in the warm-up.
+    c.warmup_epochs = maybe(float)  # Passes over the training pairs in the warm-up.
+    c.warmup_examples = maybe(int)  # Pairs in the warm-up.
+    c.grad_clip = maybe(float)
+    c.grad_clip = 1.0  # Global norm that longer gradients are scaled down to; None clips nothing.
+    c.optimizer = ConfigDict({"name": "adamw"})  # adamw, rmsprop or sgd; a field that is None keeps its default.
+    c.optimizer.b1 = maybe(float)  # AdamW's decay of the mean of gradients; None is 0.9.
+    c.optimizer.b2 = maybe(float)  # AdamW's decay of the mean of squared gradients; None is 0.999.
+    c.optimizer.eps = maybe(float)  # What AdamW and RMSProp add to the denominator; None is 1e-8.
+    c.optimizer.weight_decay = maybe(float)  # AdamW's decay of matrices, times the learning rate; None is 0.
+    c.optimizer.decay = maybe(float)  # RMSProp's decay of the mean of squared gradients; None is 0.99.
+    c.optimizer.momentum = maybe(float)  # SGD's momentum; None is 0.
 
-    # A hyper-parameter that is None keeps the loss's default; one that the loss does not have must stay None.
-    c.loss = ConfigDict({"name": loss})
+    # The hyper-parameters of all losses. None keeps the loss's default; one that the loss does not have stays None.
+    c.loss = ConfigDict({"name": loss})  # A loss of docs/losses.md, or a weighted sum such as '0.8*dpo + 0.2*sft'.
     for name in LOSSES:
         c.loss.update({key: maybe(type(value)) for key, value in hyper_of(name).items() if key not in c.loss})
 
     c.reference = ConfigDict()
-    needs_reference = "reference" in make_loss(loss).needs
-    # copy: frozen, in the step; cached: computed once; moving: TR-DPO's, follows the policy; none
-    c.reference.kind = "copy" if needs_reference else "none"
-    c.reference.path = maybe(str)  # another model than model.path
-    c.reference.cache_dir = maybe(str)  # for kind=cached; None is WORKDIR/reference
-    c.reference.mixup = maybe(float)  # for kind=moving: reference <- mixup policy + (1 - mixup) reference; None is 0.6
-    c.reference.every = maybe(int)  # for kind=moving: steps between moves; None is 512
+    # Where the reference's log-probabilities come from. copy: a frozen copy, computed in every step. cached: computed
+    # once, before training. moving: a copy that follows the policy (TR-DPO). none: for losses without a reference.
+    c.reference.kind = "copy" if "reference" in make_loss(loss).needs else "none"
+    c.reference.path = maybe(str)  # Hugging Face directory or hub name of the reference; None is model.path.
+    c.reference.cache_dir = maybe(str)  # Directory of what kind=cached computes; None is WORKDIR/reference.
+    c.reference.mixup = maybe(float)  # Weight of the policy where the reference moves (kind=moving); None is 0.6.
+    c.reference.every = maybe(int)  # Updates between two moves of the reference (kind=moving); None is 512.
 
     c.model = ConfigDict()
-    c.model.path = maybe(str)  # Hugging Face directory or hub name
-    c.model.random_init = False  # take only the shape and the tokenizer from model.path
-    # Of what is trained, and of its moments: float32; bfloat16, which loses updates below 2^-9 of a weight; stored, the
-    # type in the file, and float32 for what is in none. A frozen base under adapters always keeps its stored type.
+    c.model.path = maybe(str)  # Hugging Face directory or hub name of the model that is trained.
+    c.model.random_init = False  # Draw the weights at random and take only shape and tokenizer from model.path.
+    # Type of the trained weights and of the optimizer's moments. float32; bfloat16, which loses updates below 2^-9 of a
+    # weight; stored, the type in the file. A frozen base under adapters always keeps the type in its file.
     c.model.param_dtype = "float32"
-    # For bfloat16: round updated weights up or down at random, right on average, and keep float32 moments.
+    # Round updated bfloat16 weights up or down at random, so that they are right on average; the moments are float32.
     c.model.stochastic_rounding = False
-    c.model.quantize = maybe(str)  # int8 or nf4: the frozen kernels under adapters (lora.rank)
-    c.model.pad_vocabulary = 1  # rows of embedding and head to a multiple of this, without probability, for sharding
-    c.model.router_weight = 0.0  # of a mixture of experts' auxiliary loss in the objective; 0.001 to 0.02
-    c.model.dropout = 0.0  # of embeddings and residual branches, in training passes; config.json's is not read
-    c.model.attention_dropout = 0.0  # of attention weights, in training passes
-    c.model.attention = "tiles"  # tiles: in XLA, without what is empty; cudnn: text by text, NVIDIA's kernel, bfloat16
-    c.model.remat = "none"  # what the backward pass keeps of a layer: none (everything), dots, full (only its input)
-    # Low-rank adapters; with a rank, only they are trained, and the model without them is the reference.
-    c.lora = ConfigDict({"rank": maybe(int), "alpha": maybe(float), "targets": maybe(str)})
-    # Instead of a rank: adapters in PEFT's format to go on from; the model with them as they are is the reference.
-    c.lora.path = maybe(str)
-    c.lora.rank_stabilised = maybe(bool)  # alpha / sqrt(rank) instead of alpha / rank
-    c.lora.dora = maybe(bool)  # train the lengths of the kernels' columns too
-    c.lora.dropout = maybe(float)  # of the adapters' inputs, in training passes
-    c.dtype = "float32"  # activations and matrix products; losses and log-softmax are float32 always
-    c.matmul_precision = "highest"  # of float32 products on GPUs and TPUs: highest, high, default (TF32 or less)
-    c.vocabulary_chunk = 8192  # columns of logits in memory at once
-    # Devices along each axis, -1 takes the rest: of rows, of rows and weights, of weights, of the tokens of rows.
-    c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "context": 1})
+    c.model.quantize = maybe(str)  # Type of the frozen kernels under adapters: int8 or nf4; None keeps theirs.
+    c.model.pad_vocabulary = 1  # Rows of embedding and head are padded to a multiple of this, for a mesh.
+    c.model.router_weight = 0.0  # Weight of a mixture of experts' balancing loss; 0.001 to 0.02 is usual.
+    c.model.dropout = 0.0  # Share of embeddings and residual branches that a training pass sets to zero.
+    c.model.attention_dropout = 0.0  # Share of attention weights that a training pass sets to zero.
+    # How attention is computed. tiles: in XLA, skipping what no token sees. cudnn: in NVIDIA's kernel, text by text.
+    c.model.attention = "tiles"
+    # What the backward pass computes again to save memory: nothing (none), all but matrix products (dots), all (full).
+    c.model.remat = "none"
+    # Low-rank adapters. With a rank or a path only they are trained, and the model as it is before is the reference.
+    c.lora = ConfigDict()
+    c.lora.rank = maybe(int)  # Rank of new adapters; None trains the weights themselves.
+    c.lora.alpha = maybe(float)  # The adapters' update is alpha / rank times their product; None is 32.
+    c.lora.targets = maybe(str)  # Regex over paths of the layers that get adapters; None is layers/(attention|mlp)/.*.
+    c.lora.path = maybe(str)  # Directory of adapters in PEFT's format to go on from, instead of a rank.
+    c.lora.rank_stabilised = maybe(bool)  # Scale the update by alpha / sqrt(rank) instead.
+    c.lora.dora = maybe(bool)  # Train the length of every kernel column apart from its direction (DoRA).
+    c.lora.dropout = maybe(float)  # Share of the adapters' inputs that a training pass sets to zero; None is 0.
+    c.dtype = "float32"  # Type of activations and matrix products: float32 or bfloat16; losses are always float32.
+    c.matmul_precision = "highest"  # Precision of float32 products on GPUs and TPUs: highest, high, default (TF32).
+    c.vocabulary_chunk = 8192  # Columns of the logits that are in memory at once.
+    # Devices along each axis of the mesh; their product is the number of devices, and -1 takes the rest.
+    c.mesh = ConfigDict()
+    c.mesh.data = -1  # Splits the rows of a batch; every device holds all weights.
+    c.mesh.fsdp = 1  # Splits the rows of a batch, and parameters, gradients and moments.
+    c.mesh.tensor = 1  # Splits attention heads, MLPs, experts and the vocabulary.
+    c.mesh.context = 1  # Splits the tokens of a row, for long texts.
 
     c.data = ConfigDict()
-    c.data.path = maybe(str)  # JSONL (or .gz), Parquet, a directory of them, a saved dataset, or a hub name
-    c.data.split = "train"  # of a hub dataset
-    c.data.limit = maybe(int)  # records to read
-    c.data.format = maybe(str)  # of its rows, a key of data/formats.py; None tells each row's from its fields
-    # What rows call things, with dots into objects: {"prompt": "info.post"}, or prompt=info.post,chosen=good as text.
-    c.data.columns = maybe(object)
-    c.data.map_fn = maybe(str)  # module:function, from a row to a row, a list of rows, or None to leave it out
-    c.data.ignore = maybe(str)  # fields with a meaning that are to be left out, with commas; message.FIELD: of messages
-    # Instead of a path: several sources, each a dict with a path and other fields of data/mixture.py's `Source`.
-    c.data.mix = maybe(tuple)
-    # Training pairs whose prompt is held out: drop, or report; None drops them, but for eval_path without mix.
+    c.data.path = maybe(str)  # A JSONL, JSON or Parquet file, a directory of them, a saved data set or a hub name.
+    c.data.split = "train"  # Split of a directory or hub data set that is trained on.
+    c.data.limit = maybe(int)  # Records that are read at most, the first ones; None reads all.
+    c.data.format = maybe(str)  # Format of the rows, a key of data/formats.py; None tells it from their fields.
+    c.data.columns = maybe(object)  # What rows call things: prompt=info.post,chosen=good, or a dict of these.
+    c.data.map_fn = maybe(str)  # module:function, from a row to a row, a list of rows, or None to leave it out.
+    c.data.ignore = maybe(str)  # Fields with a meaning that are left out, with commas; message.FIELD for messages.
+    c.data.mix = maybe(tuple)  # Several sources instead of a path: dicts of the fields of data/mixture.py's `Source`.
+    # What happens to training pairs whose prompt is held out: drop, report. None drops them; beside a data.eval_path of
+    # its own it reports them.
     c.data.leaks = maybe(str)
-    c.data.eval_path = maybe(str)  # held-out data
-    c.data.eval_split = "test"
-    c.data.eval_limit = maybe(int)
-    c.data.eval_fraction = 0.0  # without eval_path: part of the training prompts that is held out
-    c.data.eval_seed = maybe(int)  # draws the held-out prompts; None takes the run's seed
-    c.data.flip_labels = 0.0  # part of the training pairs whose responses are swapped, to study noise in the labels
-    # Steps of data/cleaning.py by name, in this order, separated by commas: 'exact_duplicates,role_markers'. They clean
-    # the training data; an option that is None keeps the step's default.
-    c.data.clean = maybe(str)
-    c.data.cleaning = ConfigDict()
+    c.data.eval_path = maybe(str)  # Held-out data, as data.path.
+    c.data.eval_split = "test"  # Split of data.eval_path.
+    c.data.eval_limit = maybe(int)  # Held-out records at most; None takes all.
+    c.data.eval_fraction = 0.0  # Share of the training prompts that is held out, instead of data.eval_path.
+    c.data.eval_seed = maybe(int)  # Random seed of which prompts are held out; None takes the run's seed.
+    c.data.flip_labels = 0.0  # Share of the training pairs whose responses are swapped, to study noisy labels.
+    c.data.clean = maybe(str)  # Steps of data/cleaning.py that the training data go through, in order, with commas.
+    c.data.cleaning = ConfigDict()  # Options of those steps; None keeps the step's default.
     for name, step in CLEANING.items():
         if step.options:
             c.data.cleaning[name] = ConfigDict({key: maybe(type(value)) for key, value in step.options.items()})
-    c.data.cache_dir = maybe(str)  # of tokenized data; None is ~/.cache/prefalign_jax/tokens, '' keeps none
-    c.data.shuffle = True
-    # Deal shuffled pairs to batches so that all hold about as many tokens, which saves padding; None does as shuffle.
-    c.data.balance = maybe(bool)
-    c.data.chat_template = maybe(str)  # chatml, zephyr, a .jinja file; None takes the tokenizer's own
-    c.data.chat_template_kwargs = maybe(object)  # variables of the template: {"enable_thinking": False}, or its JSON
-    c.data.template_may_drop = maybe(str)  # parts that the template may leave out, with commas: reasoning,system
-    c.data.date = maybe(str)  # YYYY-MM-DD, for templates that print the date; None is the day that the run begins
-    c.data.special_in_text = "keep"  # special tokens that a row's text spells: keep as tokens, or split into text
-    c.data.ascii_quotes = False  # curly quotes and dashes to ASCII, for vocabularies that lack them
-    c.data.keep_end = False  # train on what the template writes after the end-of-turn token, as TRL's DPO does
-    c.data.layout = "tree"  # tree: the prompt once; ordinary: a copy of it for each side
-    c.data.row_length = maybe(int)  # tokens in a packed row; None gives each device one row, as long as it takes
+    c.data.cache_dir = maybe(str)  # Directory of tokenized data; None is ~/.cache/prefalign_jax/tokens, '' keeps none.
+    c.data.shuffle = True  # Shuffle the training pairs anew in every epoch.
+    c.data.balance = maybe(bool)  # Deal shuffled pairs so that batches hold equally many tokens; None does as shuffle.
+    c.data.chat_template = maybe(str)  # chatml, zephyr, ... or a .jinja file; None takes the tokenizer's own.
+    c.data.chat_template_kwargs = maybe(object)  # Variables of the template: {"enable_thinking": False}, or its JSON.
+    c.data.template_may_drop = maybe(str)  # Parts that the template may leave out, with commas: reasoning,system.
+    c.data.date = maybe(str)  # YYYY-MM-DD, for templates that print the date; None is the day that the run begins.
+    c.data.special_in_text = "keep"  # What special tokens become that a row's own text spells: keep, or split.
+    c.data.ascii_quotes = False  # Replace curly quotes and dashes by ASCII, for vocabularies that lack them.
+    c.data.keep_end = False  # Train also on what the chat template writes after the end-of-turn token, as TRL's DPO.
+    c.data.layout = "tree"  # How a pair is packed: its prompt once (tree), or a copy for each response (ordinary).
+    c.data.row_length = maybe(int)  # Tokens in a packed row; None gives each device one row, as long as it takes.
 
-    # Samples drawn at every evaluation, of prompts in a file of rows with a `prompt`.
-    c.samples = ConfigDict({"prompts": maybe(str), "limit": maybe(int), "per_prompt": 1, "max_new_tokens": 64})
-    c.samples.reward = maybe(str)  # what they are worth: a name in judges/rewards.py, or model:DIR, a reward model
-    c.samples.reference = maybe(str)  # KL is measured to this model; None is the one that the run starts from
-    c.samples.update({"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0})
-    # For the jobs `pairs`, which draws preference data from the policy, and `rounds`, which trains on it again and
-    # again; the samples are drawn as `samples` says.
-    c.on_policy = ConfigDict({"prompts": maybe(str), "limit": maybe(int), "per_prompt": 4, "rounds": 1})
-    c.on_policy.pairing = "best_worst"  # best_worst, or all pairs of a prompt's responses
-    c.on_policy.min_gap = 0.0  # pairs whose rewards are less apart are left out
-    c.on_policy.labels = "true"  # true: the higher reward is chosen; bradley_terry: more likely
-    c.on_policy.sharpness = 1.0  # of bradley_terry's labels: sigmoid(sharpness * difference of rewards)
+    # Samples of the policy, drawn and measured at every evaluation.
+    c.samples = ConfigDict()
+    c.samples.prompts = maybe(str)  # File of rows with a `prompt`; None draws no samples.
+    c.samples.limit = maybe(int)  # Prompts that are sampled at most, the first ones; None takes all.
+    c.samples.per_prompt = 1  # Samples of each prompt.
+    c.samples.max_new_tokens = 64  # Tokens of a sample at most.
+    c.samples.reward = maybe(str)  # What a sample is worth: a name of judges/rewards.py, or model:DIR (a reward model).
+    c.samples.reference = maybe(str)  # Directory or hub name of the model that KL is measured to; None is the first.
+    c.samples.temperature = 1.0  # Divides the logits before the softmax; 0 takes the likeliest token.
+    c.samples.top_k = 0  # Only the k likeliest tokens are drawn; 0 is all.
+    c.samples.top_p = 1.0  # Only the likeliest tokens are drawn that together have this probability; 1 is all.
+    c.samples.min_p = 0.0  # Only tokens are drawn with this share of the likeliest one's probability; 0 is all.
+
+    # Preference data drawn from the policy itself, for the jobs `pairs` and `rounds`; `samples` says how it is drawn.
+    c.on_policy = ConfigDict()
+    c.on_policy.prompts = maybe(str)  # File of rows with a `prompt` that responses are drawn to.
+    c.on_policy.limit = maybe(int)  # Prompts that are taken at most, the first ones; None takes all.
+    c.on_policy.per_prompt = 4  # Responses to each prompt.
+    c.on_policy.rounds = 1  # Rounds of drawing pairs and training on them (job=rounds).
+    c.on_policy.pairing = "best_worst"  # Which responses make a pair: best_worst, or all.
+    c.on_policy.min_gap = 0.0  # Difference of the rewards that a pair has at least.
+    c.on_policy.labels = "true"  # Which one is chosen: the higher reward (true), or more likely it (bradley_terry).
+    c.on_policy.sharpness = 1.0  # bradley_terry chooses with probability sigmoid(sharpness * difference of rewards).
 
     c.accuracy_ties = "half"  # What equal rewards add to rewards/accuracies: half a pair (half), or nothing (trl).
-    c.log_steps = 10
-    c.profile_steps = maybe(str)  # FIRST:LAST, these steps are traced to WORKDIR/profile, for XProf and Perfetto
-    c.eval_steps = maybe(int)  # None evaluates at the start and at the end
-    c.save_steps = maybe(
-        int
-    )  # Steps between checkpoints. None saves with each evaluation, and by time within 10 minutes.
+    c.log_steps = 10  # Updates between two lines of metrics.jsonl.
+    c.profile_steps = maybe(str)  # FIRST:LAST, steps that are traced to WORKDIR/profile; None traces none.
+    c.eval_steps = maybe(int)  # Updates between two evaluations; None evaluates at the start and at the end.
+    # Updates between two checkpoints; None saves with each evaluation, and by time within 10 minutes.
+    c.save_steps = maybe(int)
     c.checkpoint = ConfigDict()
-    c.checkpoint.keep = 2  # latest checkpoints kept
-    c.checkpoint.best_metric = maybe(str)  # such as eval/loss: the best by it is kept as well
-    c.checkpoint.best_mode = "min"  # min or max
-    c.export = ConfigDict({"enabled": True})
+    c.checkpoint.keep = 2  # Latest checkpoints that are kept.
+    c.checkpoint.best_metric = maybe(str)  # Metric by which the best checkpoint is kept too, such as eval/loss.
+    c.checkpoint.best_mode = "min"  # Whether the best has the least (min) or the most (max) of that metric.
+    c.export = ConfigDict()
+    c.export.enabled = True  # Write the trained model as a Hugging Face directory, WORKDIR/export.
     c.export.dtype = "stored"  # Type of the exported weights: float32, bfloat16, float16, or stored, as in model.path.
     c.export.checkpoint = "last"  # Which kept checkpoint is exported: last, best (checkpoint.best_metric), or a step.
-    c.export.push_to = maybe(str)  # NAME/MODEL on the Hugging Face hub, made private if it is new; HF_TOKEN must be set
-    c.tensorboard = True  # event files too, where tensorboardX is installed
-    # train; sft_first: fine-tuning on the chosen responses before it; pairs: preference data of the policy's own, see
-    # on_policy; rounds: trainings on such data; quickstart: the embedded demonstration
+    c.export.push_to = maybe(str)  # NAME/MODEL on the hub, private if it is new, that the export goes to too.
+    c.tensorboard = True  # Write TensorBoard's event files too, where tensorboardX is installed.
+    # What is run. train: one training. sft_first: fine-tuning on the chosen responses before it. pairs: preference data
+    # drawn from the policy. rounds: trainings on such data. quickstart: the embedded demonstration.
     c.job = "train"
-    c.sft = ConfigDict({"epochs": maybe(float), "learning_rate": maybe(float)})  # of the first stage of sft_first
+    c.sft = ConfigDict()
+    c.sft.epochs = maybe(float)  # Passes over the training pairs in the first stage of job=sft_first.
+    c.sft.learning_rate = maybe(float)  # Learning rate of that stage.
     return c.lock()
 
 

@@ -1,5 +1,8 @@
 """The fields of an experiment: what follows the colon of --config, and the defaults."""
 
+import inspect
+import re
+
 import pytest
 
 from prefalign_jax.config import defaults, parse_arg
@@ -46,6 +49,15 @@ def test_an_unknown_argument_names_the_nearest_and_all():
 
 
 # defaults
+
+
+def test_every_field_has_a_meaning_beside_or_above_it():
+    lines = inspect.getsource(defaults).splitlines()
+    fields = [n for n, line in enumerate(lines) if re.match(r"    c\.[\w.]+ = (?!ConfigDict\(\))", line)]
+    assert len(fields) > 100
+    for n in fields:
+        again = lines[n + 1].partition(" = ")[0] == lines[n].partition(" = ")[0]  # its type, and then its value
+        assert "  # " in lines[n] or lines[n - 1].lstrip().startswith("# ") or again, lines[n]
 
 
 def test_the_defaults_are_locked_and_name_the_nearest_field():

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import pathlib
+import re
 
 import pytest
 from ml_collections import ConfigDict
@@ -324,6 +325,13 @@ def test_what_follows_the_colon_reaches_the_experiment(name, arg, expected):
         for part in key.split("."):
             found = found[part]
         assert found == value, key
+
+
+def test_the_quickstarts_figures_are_the_readmes():
+    seen = experiment(EXPERIMENTS[0].with_name("quickstart.py")).__doc__.partition("Seen on 2 CPU cores:")[2]
+    figures = re.findall(r"[+\d][\d.]*\d", seen)
+    readme = (EXPERIMENTS[0].parents[1] / "README.md").read_text(encoding="utf-8")
+    assert len(figures) == 7 and [figure for figure in figures if figure not in readme] == []
 
 
 @pytest.mark.parametrize("name", ["dpo_hh_rlhf", "orpo_hh_rlhf"])
