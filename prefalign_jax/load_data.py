@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,26 +107,7 @@ def load_pairs(experiment: Experiment, tokenizer: Any) -> Data:
     if counts.flipped:
         note(f"labels of {counts.flipped} of {counts.flippable} training pairs flipped")
 
-    # No prompt on both sides, whatever its case and spaces, and in whatever source.
-    tests = [prompt_keys(source) for source in experiment.sources_for("test")]
-    if tests and (mask := leaked(held_out, np.concatenate(tests))).any():
-        held_out = held_out.select(~mask)
-        lost[HELD_OUT].append({"prompt of a test set": int(mask.sum())})
-        stages[HELD_OUT].append(Stage("test sets", len(mask), len(held_out), lost[HELD_OUT][-1]))
-    mask = leaked(training, np.concatenate([held_out.prompt_key, *tests]))
-    if mask.any() and (data.leaks or ("report" if data.eval_path else "drop")) == "report":
-        note(f"{mask.sum()} training {unit} have a prompt that is held out too; data.leaks=drop leaves them out")
-    elif mask.any():
-        training = training.select(~mask)
-        lost[TRAINING].append({"prompt held out": int(mask.sum())})
-        stages[TRAINING].append(Stage("held-out prompts", len(mask), len(training), lost[TRAINING][-1]))
-
-    if training:
-        chosen = in_proportion(training.source, [source.weight for source in trained], config.seed)
-        if len(chosen) < len(training):
-            lost[TRAINING].append({"beyond its source's weight": len(training) - len(chosen)})
-            stages[TRAINING].append(Stage("weights", len(training), len(chosen), lost[TRAINING][-1]))
-            training = training.select(chosen)
+    training, held_out = kept_apart(experiment, training, held_out, lost, stages)
     dropped = {part: dict(added(lost[part])) for part in (TRAINING, HELD_OUT)}
     reasons = {part: listed(some) for part, some in dropped.items()}
     changed = listed(added(step.repaired for step in counts.cleaning))
@@ -154,11 +135,62 @@ def load_pairs(experiment: Experiment, tokenizer: Any) -> Data:
         raise UserError(f"{where}: no held-out {unit} left; dropped {reasons[HELD_OUT]}")
     if "mismatched" in experiment.loss.needs:
         training, held_out = mismatched(training, config.max_length), mismatched(held_out, config.max_length)
-    rows = iter(read)
-    places = [read_from(source.name, source.part, ROLES[source.use], next(rows)) for source in trained + others]
-    places += [read_from(source.name, source.part, ROLES["test"]) for source in experiment.sources_for("test")]
-    places += [read_from(name, "test", "benchmark") for name in benchmark_names(experiment.cleaning)]
+    places = read_places(experiment, read)
     return Data(training, held_out, dropped, about, places, stages, counts.chatted > 0, noticed, unread, notes)
+
+
+def read_places(experiment: Experiment, records: Sequence[int]) -> list[ReadFrom]:
+    """What was read: sources, with how many records each gave, test sets and benchmarks."""
+    sources = experiment.sources_for("train") + experiment.sources_for("eval")
+    places = [
+        read_from(source.name, source.part, ROLES[source.use], count)
+        for source, count in zip(sources, records, strict=True)
+    ]
+    places += [read_from(source.name, source.part, ROLES["test"]) for source in experiment.sources_for("test")]
+    return places + [read_from(name, "test", "benchmark") for name in benchmark_names(experiment.cleaning)]
+
+
+def kept_apart(
+    experiment: Experiment,
+    training: Pairs,
+    held_out: Pairs,
+    lost: dict[str, list[Mapping[str, int]]],
+    stages: dict[str, list[Stage]],
+) -> tuple[Pairs, Pairs]:
+    """The pairs without prompts that are on another side too, and of each source its share.
+
+    Args:
+      experiment: its sources, their weights, and data.leaks.
+      training, held_out: the tokenized pairs.
+      lost, stages: what is left out is added, by its reason.
+
+    Returns:
+      (training, held out).
+    """
+    data, unit = experiment.config.data, experiment.loss.unit
+    # No prompt on both sides, whatever its case and spaces, and in whatever source.
+    tests = [prompt_keys(source) for source in experiment.sources_for("test")]
+    if tests and (mask := leaked(held_out, np.concatenate(tests))).any():
+        held_out = held_out.select(~mask)
+        lost[HELD_OUT].append({"prompt of a test set": int(mask.sum())})
+        stages[HELD_OUT].append(Stage("test sets", len(mask), len(held_out), lost[HELD_OUT][-1]))
+    mask = leaked(training, np.concatenate([held_out.prompt_key, *tests]))
+    if mask.any() and (data.leaks or ("report" if data.eval_path else "drop")) == "report":
+        note(f"{mask.sum()} training {unit} have a prompt that is held out too; data.leaks=drop leaves them out")
+    elif mask.any():
+        training = training.select(~mask)
+        lost[TRAINING].append({"prompt held out": int(mask.sum())})
+        stages[TRAINING].append(Stage("held-out prompts", len(mask), len(training), lost[TRAINING][-1]))
+
+    if training:
+        chosen = in_proportion(
+            training.source, [source.weight for source in experiment.sources_for("train")], experiment.config.seed
+        )
+        if len(chosen) < len(training):
+            lost[TRAINING].append({"beyond its source's weight": len(training) - len(chosen)})
+            stages[TRAINING].append(Stage("weights", len(training), len(chosen), lost[TRAINING][-1]))
+            training = training.select(chosen)
+    return training, held_out
 
 
 def tokenized_sources(

@@ -26,7 +26,7 @@ from prefalign_jax.evaluation.policy_samples import make_sampler
 from prefalign_jax.experiment import Experiment, read
 from prefalign_jax.export import export_adapters, export_run, hub_token
 from prefalign_jax.files import locked, write_json
-from prefalign_jax.load_data import datasheet_of, load_pairs
+from prefalign_jax.load_data import Data, datasheet_of, load_pairs
 from prefalign_jax.metrics import Writer, open_writer, read_metrics
 from prefalign_jax.models.hf_io import load_config, resolve
 from prefalign_jax.models.lora import Lora, merge
@@ -120,13 +120,7 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
     writers = dict(tensorboard=config.tensorboard)
     writer = stack.enter_context(contextlib.closing(open_writer(workdir, resume_step=start, **writers)))
     eval_writer = stack.enter_context(contextlib.closing(open_writer(workdir, "eval", resume_step=kept, **writers)))
-    resumed = f", resumed at step {start}" if 0 < start < total else ", already complete" if start else ""
-    pairs = f"{len(data.training)} {loss.unit}, {len(data.held_out)} held out"
-    saves = "" if config.save_steps else "; saved with each evaluation, and by time at most 10 minutes apart"
-    note(f"{loss.name}: {pairs}, {total} steps of {config.batch_size}{resumed}{saves}")
-    if changed:
-        words = (f"{name} {before} -> {now}" for name, (before, now) in changed.items())
-        note(f"resumed with other values: {', '.join(words)}")
+    announce(experiment, data, start, total, changed)
 
     def evaluate_now(step: int) -> dict[str, float]:
         means = {}
@@ -198,6 +192,20 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
         if lora:
             export_adapters(experiment, state.params, lora, model.config, workdir)
     return result
+
+
+def announce(
+    experiment: Experiment, data: Data, start: int, total: int, changed: Mapping[str, tuple[Any, Any]]
+) -> None:
+    """Says what is trained on what, from where on, and which values have changed since."""
+    config, loss = experiment.config, experiment.loss
+    resumed = f", resumed at step {start}" if 0 < start < total else ", already complete" if start else ""
+    pairs = f"{len(data.training)} {loss.unit}, {len(data.held_out)} held out"
+    saves = "" if config.save_steps else "; saved with each evaluation, and by time at most 10 minutes apart"
+    note(f"{loss.name}: {pairs}, {total} steps of {config.batch_size}{resumed}{saves}")
+    if changed:
+        words = (f"{name} {before} -> {now}" for name, (before, now) in changed.items())
+        note(f"resumed with other values: {', '.join(words)}")
 
 
 def draw_curves(workdir: Path) -> None:
