@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 # What `tokenize` takes of a config's `data`, and where the user finds some of the rest.
-OPTIONS = ("split", "limit", "format", "clean", "cleaning", "flip_labels", "ascii_quotes", "keep_end", "cache_dir")
+OPTIONS = ("split", "limit", "format", "columns", "map_fn", "ignore", "clean", "cleaning")
+OPTIONS += ("flip_labels", "ascii_quotes", "keep_end", "cache_dir")
 OPTIONS += ("chat_template_kwargs", "template_may_drop", "date", "special_in_text")
 ELSEWHERE = {
     "path": "it is the first argument",

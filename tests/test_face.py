@@ -250,6 +250,18 @@ def test_what_gives_no_pair_is_counted(tokenizer):
     assert len(pa.tokenize(ROWS, tokenizer, limit=2)) == 2
 
 
+def test_every_field_of_data_is_an_option_or_about_training():
+    training = {"path", "mix", "leaks", "shuffle", "balance", "layout", "row_length", "chat_template"}
+    training |= {f"eval_{name}" for name in ("path", "split", "limit", "fraction", "seed")}
+    assert {*pa.experiment().data} == training | {*library.OPTIONS} and not training & {*library.OPTIONS}
+
+
+@pytest.mark.parametrize("columns", [{"prompt": "question", "chosen": "good"}, "prompt=question,chosen=good"])
+def test_rows_may_call_things_otherwise(tokenizer, pairs, columns):
+    rows = [{"question": row["prompt"], "good": row["chosen"], "rejected": row["rejected"]} for row in ROWS]
+    assert digest_of(pa.tokenize(rows, tokenizer, columns=columns)) == digest_of(pairs)
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
