@@ -83,7 +83,7 @@ def content_digest(path: str | Path | MemoryRows, split: str = "train") -> str:
             with file.open("rb") as opened:
                 digest.update(f"{file.name}\n{hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
         except OSError as error:
-            raise UserError(f"{file}: expected a readable file, found {one_line(error)}") from None
+            raise UserError(f"{file}: expected a readable file, found {_said(error)}") from None
     return digest.hexdigest()
 
 
@@ -122,7 +122,7 @@ def _local(path: str | Path) -> Path | None:
         if local.exists():
             return local
     except (OSError, RuntimeError, ValueError) as error:  # a name that no file can have, a ~ of nobody
-        raise UserError(f"{cut(str(path))}: expected a file or directory, found {one_line(error)}") from None
+        raise UserError(f"{cut(str(path))}: expected a file or directory, found {_said(error)}") from None
     if _LOOKS_LOCAL.search(str(path)):
         raise UserError(f"{path}: no such file or directory")
     return None
@@ -166,7 +166,7 @@ def json_rows(file: Path) -> Iterator[tuple[Place, Any]]:
                     place = Place(str(file), number)
                     yield place, _loads(stripped, place)
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{Place(str(file), number + 1)}: expected a readable file, found {one_line(error)}") from None
+        raise UserError(f"{Place(str(file), number + 1)}: expected a readable file, found {_said(error)}") from None
 
 
 class _Twice(ValueError):
@@ -189,6 +189,11 @@ def _loads(line: bytes, where: Place) -> Any:
         return _DECODER.decode(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: expected one JSON object in UTF-8, found {_wrong(error)}") from None
+
+
+def _said(error: BaseException) -> str:
+    """What a library says of a file, which may hold any of its bytes."""
+    return cut(one_line(error), 200)
 
 
 def _wrong(error: Exception) -> str:
@@ -281,12 +286,13 @@ def _arrow_rows(file: Path, batches: Callable[[Path], Iterator[Any]]) -> Iterato
     number = 0
     try:
         for batch in batches(file):
+            batch.validate(full=True)  # Arrow trusts a file's offsets, and a wrong one ends the process
             for start in range(0, batch.num_rows, _ROWS):
                 for row in batch.slice(start, _ROWS).to_pylist():
                     number += 1
                     yield Place(str(file), number), row
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise UserError(f"{Place(str(file), number + 1)}: expected a readable file, found {one_line(error)}") from None
+        raise UserError(f"{Place(str(file), number + 1)}: expected a readable file, found {_said(error)}") from None
 
 
 def _parquet_batches(file: Path) -> Iterator[Any]:
@@ -337,7 +343,7 @@ def _table_rows(file: Path) -> Iterator[tuple[Place, Any]]:
     except UserError:
         raise
     except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:
-        raise UserError(f"{Place(str(file), number + 1)}: expected a readable file, found {one_line(error)}") from None
+        raise UserError(f"{Place(str(file), number + 1)}: expected a readable file, found {_said(error)}") from None
 
 
 def _dataset_rows(name: str, dataset: Any) -> Iterator[tuple[Place, Any]]:
@@ -349,7 +355,7 @@ def _dataset_rows(name: str, dataset: Any) -> Iterator[tuple[Place, Any]]:
         except StopIteration:
             return
         except Exception as error:  # the library raises whatever it likes
-            raise UserError(f"{Place(name, number + 1)}: expected a readable row, found {one_line(error)}") from None
+            raise UserError(f"{Place(name, number + 1)}: expected a readable row, found {_said(error)}") from None
         number += 1
         yield Place(name, number), row
 
@@ -360,7 +366,7 @@ def _saved_dataset(name: str, local: Path, split: str) -> Any:
     try:
         dataset = datasets.load_from_disk(str(local))
     except Exception as error:  # the library raises whatever it likes
-        raise UserError(f"{name}: cannot load the split {split!r}: {one_line(error)}") from None
+        raise UserError(f"{name}: cannot load the split {split!r}: {_said(error)}") from None
     if not isinstance(dataset, datasets.DatasetDict):
         return dataset
     if split not in dataset:
@@ -380,4 +386,4 @@ def _hub_dataset(name: str, split: str) -> Any:
                 raise
             return datasets.load_dataset(repository, data_dir=subset, split=split)
     except Exception as error:  # the library and the network raise whatever they like
-        raise UserError(f"{name}: cannot load the split {split!r}: {one_line(error)}") from None
+        raise UserError(f"{name}: cannot load the split {split!r}: {_said(error)}") from None
