@@ -594,6 +594,14 @@ def test_nothing_left_to_train_on_says_what_was_dropped(tmp_path):
         train(config_of(max_length=3), tmp_path)
 
 
+def test_a_max_length_beyond_the_models_positions_is_said_before_data_are_read(tmp_path):
+    fields = {"max_length": 10**6, "data.path": str(tmp_path / "nowhere.jsonl")}
+    with pytest.raises(UserError, match="max_length=1000000 exceeds the model's"):
+        train(config_of(**fields), tmp_path)
+    with pytest.raises(UserError, match="nowhere.jsonl: no such file"):
+        train(config_of(**{**fields, "max_length": None}), tmp_path)
+
+
 def test_divergence_stops_the_run(tmp_path):
     with pytest.raises(UserError, match="diverged at step"):
         train(config_of(learning_rate=1e30), tmp_path)
