@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import secrets
@@ -190,7 +191,9 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "true": lambda x: x is True,
     "false": lambda x: x is False,
     "an integer": lambda x: type(x) is int and -(2**63) <= x < 2**63,
+    "a count": lambda x: type(x) is int and 0 < x < 2**31,
     "a number": lambda x: type(x) is float or KINDS["an integer"](x),
+    "a positive number": lambda x: KINDS["a number"](x) and 0 < x < math.inf,
     "a string": lambda x: isinstance(x, str),
     "a list": lambda x: isinstance(x, list),
     "an object": lambda x: isinstance(x, dict),

@@ -1,6 +1,8 @@
 """Token roles. "TRL" in a comment is TRL 1.16.0 on the same pair and tokenizer (tests/goldens/trl)."""
 
+import functools
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,11 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from prefalign_jax.data import template as template_
 from prefalign_jax.data.chat import CHAT_TEMPLATES, iter_pairs, load_tokenizer, tokenize_records
 from prefalign_jax.data.records import Record, read_records
+from prefalign_jax.limits import time_limit
+from prefalign_jax.models import endings
 from prefalign_jax.types import Place, UserError
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -280,6 +285,24 @@ def test_errors_say_what_to_do(tokenizer, variant, tmp_path):
         load_tokenizer(GOLDENS / "trl", "chatlm")
     with pytest.raises(UserError, match="no end-of-sequence token"):
         variant(eos_token=None)
+
+
+ENDLESS = {
+    "nested ranges": "{% for a in range(9999) %}" * 3 + "{% endfor %}" * 3,
+    "recursion": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(30) }}",
+}
+
+
+@pytest.mark.parametrize("template", ENDLESS.values(), ids=ENDLESS)
+def test_a_template_without_end_ends(variant, monkeypatch, template):
+    monkeypatch.setattr(template_, "time_limit", functools.partial(time_limit, 0.2))
+    monkeypatch.setattr(endings, "time_limit", functools.partial(time_limit, 0.2))
+    endless, began = variant(chat_template=template), time.monotonic()
+    record = Record([user("a")], [assistant("b")], [], where=Place("x", 3))
+    with pytest.raises(UserError, match="^x, row 3: the chat template does not render it: it takes more than 0.2 s"):
+        tokenize(endless, record)
+    assert endings.end_of_turn(endless) is None
+    assert time.monotonic() - began < 3
 
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)

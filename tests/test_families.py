@@ -1,11 +1,13 @@
 import dataclasses
 import json
+import math
 
 import pytest
 
 from prefalign_jax.models import families
 from prefalign_jax.models.decoder import DecoderConfig
 from prefalign_jax.models.families import llama
+from prefalign_jax.models.families.family import CONFIG_JSON
 from prefalign_jax.models.rope import RopeScaling
 from prefalign_jax.types import UserError
 
@@ -276,3 +278,39 @@ def test_names_are_in_file_order_and_unique():
     for config in (CONFIG, tied):
         reward = dataclasses.replace(config, reward=True)
         assert [name for name, _, _ in families.weights(reward)] == [*names[:-1], "score.weight"]
+
+
+# Values of config.json that no model has.
+
+WRONG = [5, -1, 0, 0.5, "5", [], {}, [1], ["a"], True, 10**30, 1e400, math.nan, 2**31 - 1, [5, "a"], {"type": 5}]
+WRONG += [
+    {"rope_type": kind, "factor": factor} for kind in ([], "yarn", "llama3", "longrope") for factor in ([], "8", -1)
+]
+NAMED = ["architectures", "hidden_size", "num_attention_heads", "num_key_value_heads", "rope_scaling", "rope_theta"]
+
+
+@pytest.mark.parametrize("model_type", families.FAMILIES)
+def test_whatever_a_field_holds_is_read_or_refused_in_one_line(model_type):
+    known, config = families.FAMILIES[model_type], dataclasses.replace(CONFIG, num_experts=4)
+    hf = json.loads(json.dumps(families.to_hf(dataclasses.replace(config, family=model_type))))
+    names = {*hf, *known.fields.values(), *(name.removesuffix("?") for name in CONFIG_JSON), "quantization_config"}
+    for field in sorted(names):
+        for value in WRONG:
+            try:
+                hash(DecoderConfig(**families.from_hf({**hf, field: value})))
+            except UserError as error:
+                assert "\n" not in str(error) and len(str(error)) < 400, (field, value)
+
+
+@pytest.mark.parametrize("field", NAMED)
+def test_a_value_of_the_wrong_kind_is_named(field):
+    for value in ("5", -1, {"a": [1]}):
+        if field != "rope_scaling" or not isinstance(value, dict):
+            with pytest.raises(UserError, match=f"config.json, field '{field}': expected .*, found"):
+                families.from_hf({**MINIMAL, field: value})
+
+
+@pytest.mark.parametrize("model_type", [[], 5, {}, None, "mamba"])
+def test_a_model_type_that_is_none_is_refused(model_type):
+    with pytest.raises(UserError, match="model_type=.* is not supported"):
+        families.from_hf({**MINIMAL, "model_type": model_type})

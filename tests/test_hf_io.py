@@ -457,6 +457,60 @@ def test_missing_shard_and_lying_index(directory, params):
     refused(directory, CONFIG, "model-00002-of-", "is missing")
 
 
+@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "a/x.safetensors", "..", ""])
+def test_an_index_may_not_name_files_elsewhere(directory, params, name):
+    hf_io.save_params(params, CONFIG, directory, max_shard_bytes=10_000)
+    index = json.loads((directory / hf_io.INDEX).read_text())
+    for tensor in list(index["weight_map"])[:1]:
+        index["weight_map"][tensor] = name
+    (directory / hf_io.INDEX).write_text(json.dumps(index))
+    refused(directory, CONFIG, f"index.json names {name!r}; a model's files lie beside it")
+
+
+INDICES = ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 5000 + "]" * 5000]
+
+
+@pytest.mark.parametrize("index", INDICES, ids=lambda x: x[:20])
+def test_an_index_of_another_shape_is_refused(directory, params, index):
+    hf_io.save_params(params, CONFIG, directory, max_shard_bytes=10_000)
+    (directory / hf_io.INDEX).write_text(index)
+    refused(directory, CONFIG, "index.json")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", [EMBEDDING, "model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize("stored", [np.float32, np.float16, jnp.bfloat16])
+def test_a_tensor_that_is_not_finite_is_refused_by_name(tmp_path, value, name, stored):
+    weights = {key: tensor.astype(stored) for key, tensor in stored_weights(CONFIG).items()}
+    weights[name] = weights[name].copy()
+    weights[name].reshape(-1)[-1] = value
+    refused(write_directory(tmp_path / "model", CONFIG, weights), CONFIG, f"tensor {name} holds NaN or infinity")
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "nf4"])
+def test_that_it_is_not_finite_is_known_wherever_its_part_lies(tmp_path, kind):
+    weights = stored_weights(CONFIG)
+    weights["model.layers.0.mlp.up_proj.weight"][3, 1] = np.nan
+    directory = write_directory(tmp_path / "model", CONFIG, weights)
+    blank = jax.eval_shape(make_decoder(CONFIG).init, jax.random.key(0))
+    blank = jax.eval_shape(lambda params: hf_io.quantize_params(params, kind), blank) if kind else blank
+    where = shardings_of(blank, {"fsdp": 4, "tensor": 2})
+    with pytest.raises(UserError, match="tensor model.layers.0.mlp.up_proj.weight holds NaN"):
+        hf_io.load_params(directory, CONFIG, shardings=where, quantize=kind)
+
+
+def test_a_fingerprint_depends_on_every_kind_of_file(directory, tmp_path):
+    seen = {hf_io.fingerprint(directory)}
+    assert hf_io.fingerprint(str(directory)) in seen
+    for name, byte in (("config.json", 3), (hf_io.SINGLE, 20), (hf_io.SINGLE, -1)):
+        data = bytearray((directory / name).read_bytes())
+        data[byte] ^= 1
+        (directory / name).write_bytes(data)
+        seen.add(hf_io.fingerprint(directory))
+    (directory / "README.md").write_text("of no matter")
+    assert len(seen | {hf_io.fingerprint(directory)}) == 4
+
+
 def test_directory_without_readable_config(tmp_path):
     with pytest.raises(UserError, match="no config.json"):
         hf_io.load_config(tmp_path)

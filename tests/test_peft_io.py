@@ -1,6 +1,7 @@
 """PEFT's files: out, in, and what `peft` itself computes from them."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -10,7 +11,8 @@ from flax import traverse_util
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from prefalign_jax.models import families
+from prefalign_jax.limits import time_limit
+from prefalign_jax.models import families, peft_io
 from prefalign_jax.models.decoder import DecoderConfig, make_decoder
 from prefalign_jax.models.hf_io import load_config, load_params
 from prefalign_jax.models.lora import Lora, init_adapters, join, merge
@@ -245,6 +247,44 @@ def test_what_is_no_lora_of_this_model_is_refused_by_name(lora, settings, tensor
     save_file({name: value for name, value in stored.items() if value is not None}, tmp_path / ADAPTER_WEIGHTS)
     edit(tmp_path, **settings)
     with pytest.raises(UserError, match=says):
+        load_adapters(tmp_path, config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"r": "4"}, "field 'r': expected a count, found '4'"),
+        ({"r": -4}, "field 'r': expected a count, found -4"),
+        ({"lora_alpha": []}, "field 'lora_alpha': expected a positive number"),
+        ({"use_dora": 5}, "field 'use_dora': expected true or false"),
+        ({"rank_pattern": ["q_proj"]}, "field 'rank_pattern': expected an object"),
+        ({"rank_pattern": {"q_proj": "4"}}, "field 'rank_pattern', field 'q_proj': expected a count"),
+        ({"alpha_pattern": {"q_proj": 0}}, "field 'alpha_pattern', field 'q_proj': expected a positive number"),
+        ({"rank_pattern": {"(q_proj": 4}}, "rank_pattern, alpha_pattern: missing \\)"),
+        ({"rank_pattern": {"(.*)*$z": 4}}, "rank_pattern, alpha_pattern: it takes more than 0.2 seconds"),
+        (
+            {"alpha_pattern": {r"(.|\w)(\w|.)" * 13 + "$z": 4.0}},
+            "rank_pattern, alpha_pattern: it takes more than 0.2 s",
+        ),
+    ],
+)
+def test_settings_that_make_no_sense_or_have_no_end_are_one_line(settings, says, tmp_path, monkeypatch):
+    monkeypatch.setattr(peft_io, "time_limit", functools.partial(time_limit, 0.2))
+    config = shape_of("llama")
+    save_adapters(drawn(config, LORA), config, LORA, tmp_path, base="x")
+    edit(tmp_path, **settings)
+    with pytest.raises(UserError, match=says) as told:
+        load_adapters(tmp_path, config)
+    assert "\n" not in str(told.value) and ADAPTER_CONFIG in str(told.value)
+
+
+def test_adapters_that_are_not_finite_are_refused_by_name(tmp_path):
+    config = shape_of("llama")
+    save_adapters(drawn(config, LORA), config, LORA, tmp_path, base="x")
+    stored = load_file(tmp_path / ADAPTER_WEIGHTS)
+    stored[f"{UP}lora_B.weight"][1, 2] = np.inf
+    save_file(stored, tmp_path / ADAPTER_WEIGHTS)
+    with pytest.raises(UserError, match="up_proj.lora_B.weight holds NaN or infinity"):
         load_adapters(tmp_path, config)
 
 

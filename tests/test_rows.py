@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import math
+import time
 import tracemalloc
 
 import pytest
@@ -150,6 +151,33 @@ def test_a_line_of_100_megabytes_is_named_without_being_held(tmp_path, name):
         list(read_rows(file))
     assert tracemalloc.get_traced_memory()[1] < 4 * LARGEST_ROW
     tracemalloc.stop()
+
+
+EMPTY = {  # a small file that holds gigabytes of nothing
+    "lines": ("a.jsonl.gz", b"", b"\n", "row 100002: expected a row, found 100,000 empty lines"),
+    "lines of spaces": ("a.jsonl.gz", b"", b" \r\n", "row 100002: expected a row, found 100,000 empty lines"),
+    "spaces": ("a.jsonl.gz", b"", b" ", "row 2: longer than 16 MiB"),
+    "an array": ("a.json.gz", b"[", b"\n", "row 2: longer than 16 MiB"),
+}
+
+
+@pytest.mark.parametrize(("name", "before", "again", "says"), EMPTY.values(), ids=EMPTY)
+def test_gzipped_emptiness_is_named_without_being_read_to_its_end(tmp_path, name, before, again, says):
+    file = tmp_path / name
+    with gzip.open(file, "wb", compresslevel=1) as out:
+        out.write(before + LINE.strip() + (b"," if before else b"\n"))
+        for _ in range(64):
+            out.write(again * (2**20 // len(again)))
+    assert file.stat().st_size < 2**20
+    began = time.monotonic()
+    with pytest.raises(UserError, match=says):
+        list(json_rows(file))
+    assert time.monotonic() - began < 2
+
+
+def test_fewer_empty_lines_are_passed_over(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINE + b"\n" * 99_999 + LINE + b"\n" * 99_999 + LINE)
+    assert [place.row for place, _ in json_rows(tmp_path / "a.jsonl")] == [1, 100_001, 200_001]
 
 
 def test_an_element_larger_than_a_row_may_be_is_named(tmp_path, monkeypatch):

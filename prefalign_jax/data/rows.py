@@ -27,6 +27,7 @@ from prefalign_jax.data.splits import left_out, split_files
 from prefalign_jax.data.values import cut, name_of
 from prefalign_jax.types import Place, UserError, one_line
 
+MOST_EMPTY = 100_000  # lines one after the other; a small gzipped file may hold billions
 LARGEST_ROW = 16 * 2**20  # bytes of JSON; a longer row is no pair but a file without line ends
 
 _FILE = re.compile(r"\.(jsonl|ndjson|json|csv|tsv)(\.gz)?$|\.(parquet|arrow|feather)$")
@@ -151,7 +152,7 @@ def json_rows(file: Path) -> Iterator[tuple[Place, Any]]:
 
     Gzipped or not; empty lines are passed over, but counted.
     """
-    number = 0
+    number = empty = 0
     try:
         with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as opened:
             if _ARRAY.search(file.name) and _is_array(opened):
@@ -162,7 +163,10 @@ def json_rows(file: Path) -> Iterator[tuple[Place, Any]]:
                 number += 1
                 if len(line) > LARGEST_ROW:
                     raise _too_long(file, number)
-                if stripped := line.strip():
+                empty = 0 if (stripped := line.strip()) else empty + 1
+                if empty > MOST_EMPTY:
+                    raise UserError(f"{Place(str(file), number)}: expected a row, found {MOST_EMPTY:,} empty lines")
+                if stripped:
                     place = Place(str(file), number)
                     yield place, _loads(stripped, place)
     except (OSError, EOFError, zlib.error) as error:
@@ -232,8 +236,12 @@ def _elements(file: Path, opened: BinaryIO) -> Iterator[tuple[Place, Any]]:
 
     def next_character() -> str:
         nonlocal at
+        empty = 0
         while True:
-            at = _SPACE.match(text, at).end()
+            start, at = at, _SPACE.match(text, at).end()
+            empty += at - start
+            if empty > LARGEST_ROW:
+                raise _too_long(file, number + 1)
             if at < len(text) or not more():
                 return text[at : at + 1]
 

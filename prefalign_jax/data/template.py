@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from prefalign_jax.limits import time_limit
 from prefalign_jax.options import choose, split_names
 from prefalign_jax.types import UserError, one_line
 
@@ -190,14 +191,15 @@ class Template:
     ) -> str:
         continued = asked and messages[-1]["role"] == "assistant"
         source = self._source(bool(tools))
-        return self._tokenizer.apply_chat_template(
-            list(messages),
-            chat_template=source,
-            tokenize=False,
-            add_generation_prompt=asked and not continued,
-            continue_final_message=continued,
-            **{**self._kwargs, **(kwargs or {}), **({"tools": list(tools)} if tools else {})},
-        )
+        with time_limit():
+            return self._tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=source,
+                tokenize=False,
+                add_generation_prompt=asked and not continued,
+                continue_final_message=continued,
+                **{**self._kwargs, **(kwargs or {}), **({"tools": list(tools)} if tools else {})},
+            )
 
     def _source(self, tools: bool) -> str:
         """The template for conversations with or without tools, its date that of the options."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prefalign_jax.limits import time_limit
 from prefalign_jax.models.hf_io import read_object
 from prefalign_jax.types import UserError
 
@@ -65,7 +66,8 @@ def end_of_turn(tokenizer: Any) -> int | None:
         return None
     chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _PROBE}]
     try:
-        tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(_PROBE)[2].lstrip()
+        with time_limit():
+            tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(_PROBE)[2].lstrip()
     except Exception:  # a template raises whatever it likes; one that was never used must not cost a finished run
         return None
     return max(

@@ -6,8 +6,10 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import math
+import os
 import pathlib
 import re
 import secrets
@@ -112,9 +114,9 @@ def load_params(
       The parameter tree of `make_decoder`, or what `quantize_params` makes of it, to the bit.
 
     Raises:
-      UserError: a file is missing or broken; a tensor is missing, unknown, or of the wrong shape or type; the tied
-        embedding and head differ; a language model is asked for and this is a reward model; or there are only pickle
-        files, which could run any code when opened.
+      UserError: a file is missing or broken; a tensor is missing, unknown, of the wrong shape or type, or not finite;
+        the tied embedding and head differ; a language model is asked for and this is a reward model; or there are only
+        pickle files, which could run any code when opened.
     """
     directory = pathlib.Path(directory)
     hf = read_object(directory / "config.json")
@@ -410,6 +412,26 @@ def read_object(path: pathlib.Path, missing: dict[str, Any] | None = None) -> di
     return read_json(path, "an object", missing=missing)
 
 
+def fingerprint(directory: str | pathlib.Path) -> str:
+    """A digest by which processes that read the same model know it: quick, so of large files it reads only samples.
+
+    Args:
+      directory: of a model, or of adapters.
+
+    Returns:
+      16 hexadecimal digits: of every byte of the small files, and of the length, the first MiB and 64 pages of others.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(pathlib.Path(directory).glob("*")):
+        if file.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt"):
+            with file.open("rb") as opened:
+                size = os.fstat(opened.fileno()).st_size
+                digest.update(f"{file.name} {size} ".encode() + opened.read(2**20))
+                for place in range(64):
+                    digest.update(os.pread(opened.fileno(), 4096, place * size // 64))
+    return digest.hexdigest()[:16]
+
+
 def param_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every parameter."""
     tree = jax.eval_shape(make_decoder(config).init, jax.random.key(0))
@@ -420,6 +442,7 @@ class _Tensor(NamedTuple):
     """A tensor in a file, read when it is indexed. What is mapped of the file for that is let go of at once."""
 
     file: pathlib.Path
+    name: str
     offset: int
     shape: tuple[int, ...]
     stored: str
@@ -445,7 +468,7 @@ def _tensors(file: pathlib.Path) -> dict[str, _Tensor]:
         header = json.loads(opened.read(length))
     header.pop("__metadata__", None)
     return {
-        name: _Tensor(file, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
+        name: _Tensor(file, name, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
         for name, entry in header.items()
     }
 
@@ -466,7 +489,7 @@ def _open(directory: pathlib.Path) -> dict[str, _Tensor]:
         weight_map = read_json(directory / INDEX, {"weight_map": {"*": "a string"}})["weight_map"]
         files = sorted(set(weight_map.values()))
         for file in files:
-            if pathlib.PurePath(file).name != file:
+            if pathlib.PurePath(file).name != file or file in ("", ".."):
                 raise UserError(f"{directory / INDEX} names {file!r}; a model's files lie beside it")
     stored = {}
     for file in files:
@@ -501,7 +524,9 @@ def _untie(stored: dict[str, Any], head_name: str, embedding_name: str) -> None:
     head = stored.pop(head_name)
     embedding = stored.setdefault(embedding_name, head)
     parts = [slice(start, start + 4096) for start in range(0, embedding.shape[0], 4096)]  # of tables of gigabytes
-    same = embedding.shape == head.shape and all(np.array_equal(embedding[part], head[part]) for part in parts)
+    same = embedding.shape == head.shape and all(
+        np.array_equal(embedding[part], head[part], equal_nan=True) for part in parts
+    )
     if embedding is not head and not same:
         raise UserError(
             f"tie_word_embeddings is true, but tensors {embedding_name} and {head_name} differ; "
@@ -517,6 +542,10 @@ class _Part(NamedTuple):
     number: int
     sizes: list[int]
     heads: int
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
 
     @property
     def dtype(self) -> np.dtype:
@@ -594,8 +623,13 @@ def _fill(
         sharding = jax.NamedSharding(sharding.mesh, jax.P(*spec[stacked:]))
     for place, tensor in zip(np.ndindex(*shape[:stacked]), tensors, strict=True):
         value = _put(tensor, shape[stacked:], row.transpose, sharding)
-        arrays = jax.block_until_ready(write(arrays, value, place))  # before the host reads the next one
-    return arrays
+        *arrays, finite = jax.block_until_ready(write(tuple(arrays), value, place))  # before the next one is read
+        if not finite:
+            raise UserError(
+                f"tensor {tensor.name} holds NaN or infinity; the model's files are damaged, or it was exported after "
+                "its training diverged"
+            )
+    return tuple(arrays)
 
 
 def _put(tensor: Any, shape: tuple[int, ...], transpose: bool, sharding: jax.NamedSharding | None) -> jax.Array:
@@ -626,7 +660,10 @@ def _zeros(
 def _writer(
     dtype: np.dtype, kind: str | None, shardings: tuple[jax.NamedSharding | None, ...]
 ) -> Callable[..., tuple[jax.Array, ...]]:
-    """What writes a tensor at its place on the leading axes of a kernel, or of its codes and scales."""
+    """What writes a tensor at its place on the leading axes of a kernel, or of its codes and scales.
+
+    It returns these, and whether the tensor is finite.
+    """
 
     def bits(x: jax.Array) -> jax.Array:  # a CPU passes a whole array through float32 to write bfloat16 into it
         return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
@@ -638,6 +675,8 @@ def _writer(
             jax.lax.dynamic_update_slice(bits(array), bits(x)[(None,) * len(place)], (*place, *[0] * x.ndim))
             for array, x in zip(arrays, values, strict=True)
         ]
-        return tuple(jax.lax.bitcast_convert_type(x, array.dtype) for x, array in zip(written, arrays, strict=True))
+        arrays = (jax.lax.bitcast_convert_type(x, array.dtype) for x, array in zip(written, arrays, strict=True))
+        return *arrays, jnp.isfinite(value).all()
 
-    return jax.jit(write, donate_argnums=0, out_shardings=None if shardings[0] is None else shardings)
+    where = shardings[0] and (*shardings, jax.NamedSharding(shardings[0].mesh, jax.P()))
+    return jax.jit(write, donate_argnums=0, out_shardings=where)

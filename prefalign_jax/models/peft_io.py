@@ -24,7 +24,8 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from prefalign_jax.files import whole, write_json
+from prefalign_jax.files import shaped, whole, write_json
+from prefalign_jax.limits import time_limit
 from prefalign_jax.models import families
 from prefalign_jax.models.decoder import DecoderConfig
 from prefalign_jax.models.hf_io import joined, param_shapes, read_object, split
@@ -45,6 +46,16 @@ _SUPPORTED = {
     "alora_invocation_tokens": (None,),
     "use_qalora": (False,),
     "trainable_token_indices": (None,),
+}
+
+
+_SETTINGS = {
+    "r?": "a count",
+    **dict.fromkeys(("use_rslora?", "use_dora?"), "true or false"),
+    "lora_alpha?": "a positive number",
+    "lora_dropout?": "a number",
+    "rank_pattern?": {"*": "a count"},
+    "alpha_pattern?": {"*": "a positive number"},
 }
 
 
@@ -174,7 +185,9 @@ def load_adapters(directory: str | pathlib.Path, config: DecoderConfig) -> tuple
       UserError: a file is missing, or holds what is no LoRA of this model's linear layers.
     """
     directory = pathlib.Path(directory)
-    settings = {key: value for key, value in read_object(directory / ADAPTER_CONFIG).items() if value is not None}
+    file = directory / ADAPTER_CONFIG
+    settings = {key: value for key, value in read_object(file).items() if value is not None}
+    shaped(settings, _SETTINGS, where=file)
     for key, values in _SUPPORTED.items():
         if settings.get(key, values[0]) not in values:
             supported = ", ".join(map(repr, values))
@@ -194,6 +207,9 @@ def load_adapters(directory: str | pathlib.Path, config: DecoderConfig) -> tuple
         except (OSError, SafetensorError) as error:
             raise UserError(f"{directory / ADAPTER_WEIGHTS} cannot be read: {one_line(error)}") from error
         stored = {name: handle.get_tensor(name).astype(np.float32) for name in handle.keys()}
+    for name, value in stored.items():
+        if not np.isfinite(value).all():
+            raise UserError(f"{directory / ADAPTER_WEIGHTS}: tensor {name} holds NaN or infinity")
 
     shapes, flat = param_shapes(config), {}
     stacks = collections.defaultdict(dict)  # rows of the table -> layer -> its arrays
@@ -207,8 +223,11 @@ def load_adapters(directory: str | pathlib.Path, config: DecoderConfig) -> tuple
         for leaf, value in found.items():
             if (value is None) == (leaf != MAGNITUDE or lora.dora):
                 raise UserError(f"{directory}: {module} has {'no' if value is None else 'a'} {_LEAVES[leaf]}")
-        rank = _by_pattern(settings.get("rank_pattern", {}), module, lora.rank)
-        alpha = _by_pattern(settings.get("alpha_pattern", {}), module, lora.alpha)
+        try:
+            rank = _by_pattern(settings.get("rank_pattern", {}), module, lora.rank)
+            alpha = _by_pattern(settings.get("alpha_pattern", {}), module, lora.alpha)
+        except (re.error, TimeoutError, RecursionError, OverflowError) as error:
+            raise UserError(f"{file}: rank_pattern, alpha_pattern: {one_line(error)}") from None
         sizes = [shapes[row.path][-1] for row in rows]
         wanted = {A: (rank, shapes[rows[0].path][-2]), B: (sum(sizes), rank), MAGNITUDE: (sum(sizes),)}
         for leaf, value in found.items():
@@ -270,7 +289,8 @@ def _take_full(
 
 def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value for a module; keys are regular expressions over the end of its name, and the first that fits counts."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    with time_limit():
+        return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
 def _of_stack(

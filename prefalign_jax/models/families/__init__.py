@@ -5,16 +5,18 @@ A new family is a table in one of the files beside this one, a line in FAMILIES,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from prefalign_jax.models.decoder_config import DecoderConfig
 from prefalign_jax.models.families import gemma, gpt, llama, mixtral, olmo2, phi, starcoder2
-from prefalign_jax.models.families.family import SCORE, Family, Weight, unsupported
+from prefalign_jax.models.families.family import SCORE, Family, Weight, check_shapes, unsupported
 from prefalign_jax.types import UserError
 
 __all__ = ["FAMILIES", "SCORE", "Family", "Weight", "family", "from_hf", "is_reward", "name_of", "to_hf", "weights"]
 
+MOST_LAYERS = 10_000
 FAMILIES: dict[str, Family] = {
     **llama.FAMILIES,
     **mixtral.FAMILIES,
@@ -32,7 +34,7 @@ def family(model_type: str | None) -> Family:
     Raises:
       UserError: the type is not supported.
     """
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(f"model_type={model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 
@@ -43,7 +45,9 @@ def is_reward(hf: Mapping[str, Any]) -> bool:
     Raises:
       UserError: the `model_type` is not supported.
     """
-    return family(hf.get("model_type")).reward_architecture in (hf.get("architectures") or ())
+    known = family(hf.get("model_type"))
+    check_shapes(hf, known.fields)
+    return known.reward_architecture in (hf.get("architectures") or ())
 
 
 def from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,7 +67,7 @@ def from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
       Traceback (most recent call last):
       prefalign_jax.types.UserError: config.json has no vocab_size; it needs one for model_type='llama'
     """
-    known = family(hf.get("model_type"))
+    known, reward = family(hf.get("model_type")), is_reward(hf)
     hf = {**known.defaults, **{key: value for key, value in hf.items() if value is not None or key in known.defaults}}
     fields = {ours: hf[theirs] for ours, theirs in known.fields.items() if hf.get(theirs) is not None}
     for ours in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"):
@@ -78,12 +82,17 @@ def from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
     fields.setdefault("head_dim", fields["hidden_size"] // fields["num_heads"])
     if fields["num_heads"] % fields["num_kv_heads"]:
         raise unsupported("num_key_value_heads", fields["num_kv_heads"], "a divisor of num_attention_heads")
-    if fields["head_dim"] % 2:
+    if fields["head_dim"] % 2 or not fields["head_dim"]:
         raise unsupported("head_dim", fields["head_dim"], "an even number")
+    if fields["num_layers"] > MOST_LAYERS:
+        raise unsupported(known.fields["num_layers"], fields["num_layers"], f"at most {MOST_LAYERS}")
     labels = hf.get("id2label") or range(hf.get("num_labels") or 1)
-    if is_reward(hf) and len(labels) != 1:
+    if reward and len(labels) != 1:
         raise unsupported("num_labels", len(labels), "1, a reward model")
-    return {**known.constant, **fields, **known.read(hf), "reward": is_reward(hf), "family": hf["model_type"]}
+    fields |= known.read(hf)
+    if not fields.get("experts_per_token", 0) <= (fields.get("num_experts") or math.inf):
+        raise unsupported("num_experts_per_tok", fields["experts_per_token"], "at most the number of experts")
+    return {**known.constant, **fields, "reward": reward, "family": hf["model_type"]}
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from prefalign_jax.files import Shape, shaped
 from prefalign_jax.models.decoder_config import DecoderConfig
 from prefalign_jax.models.rope import RopeScaling
 from prefalign_jax.types import UserError
@@ -85,6 +86,8 @@ FIELDS = {
 }
 DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "initializer_range": 0.02, "rope_theta": 10000.0}
 
+LAYER_TYPES = ("sliding_attention", "full_attention")
+
 # Hugging Face's names of activations -> the decoder's.
 ACTIVATIONS = {
     "silu": "silu",
@@ -113,12 +116,56 @@ def activation_to_hf(config: DecoderConfig, tanh: str) -> str:
     return tanh if config.activation == "gelu_tanh" else config.activation
 
 
+# The shapes of fields of config.json that the families read, beside those in their tables of fields.
+_ROPE = {
+    **dict.fromkeys(("rope_theta?", "partial_rotary_factor?", "factor?"), "a positive number or null"),
+    **dict.fromkeys(("low_freq_factor?", "high_freq_factor?", "beta_fast?", "beta_slow?"), "a positive number or null"),
+    "attention_factor?": "a positive number or null",
+    **dict.fromkeys(("short_factor?", "long_factor?"), ("null", ["a positive number"])),
+    "original_max_position_embeddings?": "a count or null",
+    **dict.fromkeys(("rope_type?", "type?"), "a string or null"),
+}
+_COUNTS = "sliding_window sliding_window_pattern no_rope_layer_interval n_inner word_embed_proj_dim num_labels"
+_COUNTS += " num_local_experts num_experts original_max_position_embeddings"
+_POSITIVE = "rope_theta rope_local_base_freq rotary_emb_base rotary_pct partial_rotary_factor query_pre_attn_scalar"
+_FLAGS = "use_sliding_window use_parallel_residual attention_bias enable_bias norm_topk_prob"
+CONFIG_JSON: Shape = {
+    **{f"{name}?": "a count or null" for name in _COUNTS.split()},
+    **{f"{name}?": "a positive number or null" for name in _POSITIVE.split()},
+    **{f"{name}?": "true or false or null" for name in _FLAGS.split()},
+    **{f"{name}?": "a string or null" for name in ("hidden_act", "hidden_activation", "activation_function")},
+    **{f"{name}?": ("null", ["a string"]) for name in ("architectures", "layer_types")},
+    "no_rope_layers?": ("null", ["an integer"]),
+    "max_window_layers?": "an integer or null",
+    "id2label?": "an object or null",
+    # One for all layers, or one for each kind of layer.
+    **{
+        f"{name}?": ("null", {**_ROPE, **{f"{kind}?": ("null", _ROPE) for kind in LAYER_TYPES}})
+        for name in ("rope_scaling", "rope_parameters")
+    },
+}
+# The type of a field of DecoderConfig -> the shape of the field of config.json that it is read from.
+_OF_TYPE = {"int": "a count", "float": "a number", "float | None": "a positive number", "bool": "true or false"}
+
+
+def check_shapes(hf: Mapping[str, Any], fields: Mapping[str, str]) -> None:
+    """Checks that the fields of a config.json are numbers where numbers are due, and so on.
+
+    Args:
+      hf: its content.
+      fields: DecoderConfig field -> config.json field.
+
+    Raises:
+      UserError: naming the field.
+    """
+    types = {field.name: field.type for field in dataclasses.fields(DecoderConfig)}
+    table = {f"{theirs}?": f"{_OF_TYPE[types[ours]]} or null" for ours, theirs in fields.items()}
+    shaped(dict(hf), {**CONFIG_JSON, **table}, where="config.json")
+
+
 def unsupported(name: str, value: Any, supported: str) -> UserError:
     """The error for a field of config.json with a value that the decoder does not compute."""
     return UserError(f"config.json: {name}={value!r} is not supported; supported: {supported}")
-
-
-LAYER_TYPES = ("sliding_attention", "full_attention")
 
 
 def windows(hf: Mapping[str, Any], sliding: Callable[[int], bool] = lambda layer: True) -> tuple[int, ...]:
@@ -183,7 +230,7 @@ def rope_from_hf(hf: Mapping[str, Any], *, partial: bool = False) -> dict[str, A
     if any(isinstance(value, Mapping) for value in rope.values()):
         raise unsupported(section, "one per layer type", "one for all layers")
     fraction = float(rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)))
-    if fraction != 1.0 and not partial:
+    if not 0 < fraction <= 1 or (fraction != 1.0 and not partial):
         raise unsupported("partial_rotary_factor", fraction, "1.0")
     plain = {"rope_theta": theta, "rope_scaling": None, "rope_fraction": fraction}
     if kind == "default":

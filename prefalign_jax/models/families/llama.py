@@ -15,6 +15,7 @@ from prefalign_jax.models.families.family import (
     layer_types,
     rope_from_hf,
     rope_to_hf,
+    unsupported,
     windowed,
     windowed_to_hf,
     windows,
@@ -63,6 +64,8 @@ def _smollm3(hf: Mapping[str, Any]) -> dict[str, Any]:
     layers = hf["num_hidden_layers"]
     every = hf.get("no_rope_layer_interval", 4)
     turns = hf.get("no_rope_layers") or [(n + 1) % every != 0 for n in range(layers)]  # their 1 means that it rotates
+    if len(turns) != layers:
+        raise unsupported("no_rope_layers", f"{len(turns)} of them", f"one for each of the {layers} layers")
     fields = _qwen_windows(hf)
     return {**fields, "rope_layers": () if all(turns) else tuple(map(bool, turns))}
 
