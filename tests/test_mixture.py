@@ -338,3 +338,78 @@ def test_a_mixture_survives_json(tmp_path):
         plain = read_experiment(config_of(tmp_path, (source,))).plain
         assert json.loads(json.dumps(plain)) == plain
         assert plain["data"]["mix"] == [{"path": "a", "filter": {"x": ["y"]}}]
+
+
+# One source takes what those of a mixture take.
+
+
+def test_one_source_takes_columns_a_function_and_fields_to_ignore(load, tmp_path, monkeypatch, capsys):
+    (tmp_path / "loud.py").write_text("def loud(row):\n    return {**row, 'prompt': row['prompt'].upper()}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = [{"info": {"q": f"p{i}"}, "good": " a", "bad": " b", "label": True, "id": i} for i in range(6)]
+    paths = [write(tmp_path / f"{name}.jsonl", some) for name, some in (("a", rows[:4]), ("b", rows[4:]))]
+    fields = {"map_fn": "loud:loud", "ignore": "label"}
+    for columns in (
+        "prompt=info.q, chosen=good,rejected=bad",
+        {"prompt": "info.q", "chosen": "good", "rejected": "bad"},
+    ):
+        training, held_out, data = load(path=paths[0], eval_path=paths[1], columns=columns, **fields)
+        assert (training, held_out) == (["P0", "P1", "P2", "P3"], ["P4", "P5"])
+    assert data.unread["training"] == {"label": 4, "info": 4, "id": 4}
+    said = capsys.readouterr().err
+    assert "training data: 4 pairs; dropped none; not used: label, info, id (4 rows each)\n" in said
+    assert "held out data: 2 pairs; dropped none; not used: label, info, id (2 rows each)\n" in said
+    # The source of a mixture says it for itself.
+    mix = ({"path": paths[0], "columns": columns, "ignore": ["label"]},)
+    assert load(mix)[0] == ["p0", "p1", "p2", "p3"]
+    with pytest.raises(
+        UserError, match=r"row 1: field 'label' holds whether .* write data.ignore=label to leave it out"
+    ):
+        load(path=paths[0], columns=columns)
+    with pytest.raises(UserError, match=r"a.jsonl: data.ignore: no row has the field 'lable'"):
+        load(path=paths[0], columns=columns, ignore="label,lable")
+    with pytest.raises(UserError, match=r"data.columns='prompt': write NAME=THEIRS"):
+        load(path=paths[0], columns="prompt")
+    with pytest.raises(UserError, match=r"data.ignore='label' and data.mix are both set"):
+        load(mix, ignore="label")
+
+
+def test_a_command_line_can_name_columns(tmp_path):
+    (tmp_path / "e.py").write_text("from prefalign_jax import config\nget_config = lambda: config.defaults('dpo')\n")
+    for columns in ("prompt=q,chosen=good", "{'prompt': 'q', 'chosen': 'good'}"):
+        words = [f"--config.data.columns={columns}", "--config.data.path=a", "--config.model.path=m"]
+        experiment = read_experiment(experiments.config_of(f"{tmp_path}/e.py", words))
+        (source,) = experiment.sources
+        assert source.columns == {"prompt": "q", "chosen": "good"}
+        assert json.loads(json.dumps(experiment.plain))["data"]["columns"] in (
+            columns,
+            {"prompt": "q", "chosen": "good"},
+        )
+
+
+def test_seeds_of_training_share_what_is_held_out_if_it_has_a_seed_of_its_own(load, tmp_path):
+    path = write(tmp_path / "a.jsonl", [pair(f"p{i}") for i in range(60)])
+    drawn = {(own, seed): load(path=path, eval_fraction=0.3, eval_seed=own, seed=seed)[1]
+             for own, seed in ((None, 0), (None, 1), (0, 1), (1, 0), (5, 5))}  # fmt: skip
+    assert drawn[None, 0] == drawn[0, 1] != drawn[None, 1] == drawn[1, 0]
+    assert drawn[5, 5] not in (drawn[None, 0], drawn[None, 1])
+
+
+def test_a_directory_trains_on_what_is_training_data_by_its_name_and_says_what_is_not(load, tmp_path, capsys):
+    for name in ("train", "test"):
+        write(tmp_path / "d" / f"mine_{name}.jsonl", [pair(f"{name} {i}") for i in range(3)])
+    directory = str(tmp_path / "d")
+    training, _, _ = load(path=directory)
+    assert training == ["train 0", "train 1", "train 2"]
+    assert f"{directory}: not read for training: mine_test.jsonl (test)\n" in capsys.readouterr().err
+    assert load(path=directory, eval_path=directory)[1] == ["test 0", "test 1", "test 2"]
+
+
+def test_a_run_says_what_it_reads_in_part(load, tmp_path, capsys):
+    talk = [user("One?"), assistant("1"), user("Two?"), assistant("2")]
+    rows = [{"messages": talk}, {"messages": talk[2:]}, {"prompt": "p", "completion": " c"}]
+    _, _, data = load(path=write(tmp_path / "a.jsonl", rows), loss="sft")
+    notes = {"with earlier answers, which are not trained": 1, "as plain text, the others as messages": 1}
+    assert data.notes["training"] == notes
+    said = "; dropped none; 1 with earlier answers, which are not trained, 1 as plain text, the others as messages\n"
+    assert said in capsys.readouterr().err

@@ -204,6 +204,7 @@ READ: dict[type, tuple[Callable[[str], Any], str]] = {
     float: (float, "a number"),
     str: (str, "a text"),
     tuple: (lambda text: _tuple(ast.literal_eval(text)), "a tuple as Python writes it, such as '(1, 2)'"),
+    object: (lambda text: ast.literal_eval(text) if text[:1] == "{" else text, "a text, or a dict as Python writes it"),
 }
 
 
