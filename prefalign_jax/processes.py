@@ -159,8 +159,8 @@ def check_alike(values: Mapping[str, Any]) -> None:
         for name in [*first, *(other.keys() - first.keys())]:
             if first.get(name) != other.get(name):
                 raise UserError(
-                    f"the processes of this run differ in {name}: {first.get(name)!r} in process 0, "
-                    f"{other.get(name)!r} in process {number}; start all with the same options, files and code"
+                    f"the processes of this run differ in {name}: {first.get(name)} in process 0, "
+                    f"{other.get(name)} in process {number}; start all with the same options, files and code"
                 )
 
 

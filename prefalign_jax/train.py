@@ -12,6 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from prefalign_jax import checkpoint
+from prefalign_jax.alike import check_config, check_inputs, check_state
 from prefalign_jax.assemble import assemble, step_of
 from prefalign_jax.cost.flops import count_flops
 from prefalign_jax.cost.throughput import Meter
@@ -70,6 +71,7 @@ def train(
     Raises:
       UserError: for a mistake in the config, the data or the model, before any step is taken.
     """
+    check_config(config)
     experiment = read(config, data=data, eval_data=eval_data)
     if config.export.push_to:
         hub_token(config.export.push_to)  # that it is missing is said now, not after the training
@@ -91,6 +93,7 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
     config, plain, loss = experiment.config, experiment.plain, experiment.loss
     mesh = make_mesh(config.mesh)
     data = load_pairs(experiment, tokenizer)
+    check_inputs(experiment, data)
     total = experiment.total_steps(len(data.training))
 
     # Policy and reference, and batches for them.
@@ -108,6 +111,7 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
     checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", **config.checkpoint)
     stack.callback(checkpoints.close)
     state = checkpoint.restore(checkpoints, state, plain, digests)
+    check_state(digests, total, int(state.step))
     start = int(state.step)
     if start > total:
         return left_alone(workdir, start, total, model, merged(state, lora), tokenizer)

@@ -17,7 +17,7 @@ FLOORS = (
     "checkpoint config generation pages policy reference train_step",
     "experiment judges",
     "cli export load_data",
-    "assemble library",
+    "alike assemble library",
     "analysis cost evaluation inspection kept",
     "train",
     "jobs",

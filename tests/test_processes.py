@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from conftest import FAST_TO_COMPILE
+from prefalign_jax import processes
 from prefalign_jax.processes import LAUNCHERS, STOPPED, agreed, all_have, by_first, fetch, join
 from prefalign_jax.types import UserError
 
@@ -34,7 +36,7 @@ def config_of(workdir, **fields):
     return config_of(**FIELDS, **SAMPLES | {"samples.prompts": str(prompts)} | fields)
 
 
-def take_part(process, count, port, workdir, fields, at, number):
+def take_part(process, count, port, workdir, fields, at, number, other):
     """One of the processes. The last one sends itself the signal `number` where it reads the metrics of step `at`."""
     log = workdir.with_suffix(f".{process}.log").open("w")
     os.dup2(log.fileno(), 1)
@@ -44,31 +46,33 @@ def take_part(process, count, port, workdir, fields, at, number):
     from prefalign_jax.exits import status_of
     from prefalign_jax.jobs import run_train
 
-    read = train.log
+    flush = train.Log.flush
 
-    def log_and_stop(step, *rest):
-        if step == at and process == count - 1:
+    def flush_and_stop(log):
+        if log.waiting and log.waiting[0] == at and process == count - 1:
+            while number == signal.SIGKILL and not (workdir / "checkpoints" / "3").exists():
+                time.sleep(0.05)  # until there is something to go on from
             os.kill(os.getpid(), number)
-        return read(step, *rest)
+        return flush(log)
 
-    train.log = log_and_stop
+    train.Log.flush = flush_and_stop
 
     def run():
         join(f"127.0.0.1:{port}", str(count), process, HEARTBEAT)
-        return run_train(config_of(workdir, **fields), workdir)
+        return run_train(config_of(workdir, **fields, **(other if process else {})), workdir)
 
     sys.exit(status_of(run))
 
 
-def launch(workdir, count=2, at=None, number=None, **fields):
-    """The exit status of each process and what it said."""
+def launch(workdir, count=2, at=None, number=None, other=None, **fields):
+    """The exit status of each process and what it said; `other` has fields of all but the first."""
     context = multiprocessing.get_context("forkserver")  # imports once what all of them need
     context.set_forkserver_preload(["conftest", "prefalign_jax.jobs", "transformers.models.auto.tokenization_auto"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
-        context.Process(target=take_part, args=(process, count, port, workdir, fields, at, number))
+        context.Process(target=take_part, args=(process, count, port, workdir, fields, at, number, other or {}))
         for process in range(count)
     ]
     try:
@@ -167,6 +171,15 @@ def test_a_checkpoint_of_eight_devices_is_resumed_on_two_by_two_and_sigterm_stop
     np.testing.assert_allclose(mine["loss"], theirs["loss"], atol=1e-6)
 
 
+def test_processes_that_are_not_one_run_are_all_refused_before_the_first_step(tmp_path):
+    statuses, said = launch(tmp_path / "run", other={"learning_rate": 2e-3})
+    assert statuses == [2, 2], said
+    lines = [text.splitlines()[-1] for text in said]
+    assert lines[0] == lines[1] and not (tmp_path / "run").exists()
+    assert lines[0].startswith("error: the processes of this run differ in learning_rate: ")
+    assert "0.002 in process 1; start all with the same options, files and code" in lines[0]
+
+
 @pytest.mark.everything
 def test_four_processes_train_as_two_do(whole):
     four = whole.with_name("four")
@@ -216,6 +229,16 @@ def test_a_launcher_says_how_many_there_are(name, environment):
         **dict.fromkeys(LAUNCHERS, 1),
         name: 16,
     }
+
+
+def test_what_differs_between_processes_is_named_in_their_order(monkeypatch):
+    same = {"a": 1, "b": [2]}
+    processes.check_alike(same)
+    for other, says in (({"a": 1, "b": [3]}, r"differ in b: \[2\] in process 0, \[3\] in process 2"),
+                        ({"a": 1}, "differ in b"), ({**same, "c": 0}, "differ in c: None in process 0")):  # fmt: skip
+        monkeypatch.setattr(processes, "gathered", lambda value, other=other: [value, value, other])
+        with pytest.raises(UserError, match=says):
+            processes.check_alike(same)
 
 
 def test_one_process_agrees_with_itself():

@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from prefalign_jax import processes
+from prefalign_jax.alike import check_config
 from prefalign_jax.assemble import load_model
 from prefalign_jax.data.chat import load_tokenizer
 from prefalign_jax.data.pairing import Scored, pair_up
@@ -113,6 +114,7 @@ def make_pairs(config: ConfigDict, model_path: str, directory: Path, seed: int) 
 
 def run_pairs(config: ConfigDict, workdir: Path) -> int:
     """WORKDIR/pairs.jsonl from the model of the config; the exit status."""
+    check_config(config)
     read(config)
     with contextlib.ExitStack() as stack:
         by_first(lambda: stack.enter_context(locked(workdir)))
@@ -134,6 +136,7 @@ def run_rounds(config: ConfigDict, workdir: Path) -> int:
 
     Source: iterative DPO as in Xu et al., arXiv 2312.16682; Guo et al., arXiv 2402.04792, do so at every step.
     """
+    check_config(config)
     read(config)
     path = config.model.path
     for number in range(1, config.on_policy.rounds + 1):
