@@ -41,7 +41,7 @@ def status_of(run: Callable[[], int | None]) -> int:
     except Exception as error:
         if _joined() and lost_peer(error):
             status, text = STOPPED, f"error: {LOST}"
-        elif isinstance(error, OSError):  # of the disk, in a place where nobody thought of it
+        elif isinstance(error, OSError | MemoryError):  # in a place where nobody thought of it
             status, text = WriteError.status, f"error: {printable(one_line(error))}"
         elif not _joined():
             raise

@@ -33,6 +33,7 @@ from prefalign_jax.processes import agreed
 from prefalign_jax.types import UserError, one_line
 
 LENGTH = 1024  # tokens of a pair, where the config leaves max_length unset and the model has as many positions
+LARGEST = 2**31  # of whole numbers; steps and sizes are counted in 32 bits
 UNITS = ("steps", "examples", "epochs")  # of a duration
 MOVING = {"mixup": 0.6, "every": 512}  # TRL's defaults for a moving reference
 # What each job reads: data to train on, or prompts to sample from. The quickstart makes its own.
@@ -179,6 +180,9 @@ class Experiment:
         steps, examples, epochs = (self.config[prefix + unit] for unit in UNITS)
         if steps or not (examples or epochs):
             return steps or 0
+        length = (examples or epochs * pairs) / self.config.batch_size
+        if not length < LARGEST:
+            raise UserError(f"{prefix}epochs={epochs} of {pairs} pairs is out of range; write a smaller number")
         return max(1, (examples or round(epochs * pairs)) // self.config.batch_size)
 
     def fitted(self, positions: int) -> Experiment:
@@ -317,6 +321,9 @@ def _check_choices(experiment: Experiment) -> None:
 
 def _check_ranges(experiment: Experiment) -> None:
     fields = experiment.fields
+    for name, value in fields.items():
+        if name != "seed" and type(value) is int and abs(value) >= LARGEST:
+            raise UserError(f"{name}={value} is out of range; write a number below {LARGEST:,}")
     for name in POSITIVE:
         if fields[name] is not None and not fields[name] > 0:
             raise UserError(f"{name}={fields[name]!r} must be positive")
