@@ -1,5 +1,6 @@
 """Settings that must precede the first import of jax, and fixtures that several test files use."""
 
+import gc
 import os
 import pathlib
 import platform
@@ -43,6 +44,7 @@ FAST_TO_COMPILE = " ".join(
             "--xla_backend_optimization_level=0",
             "--xla_llvm_disable_expensive_passes=true",
             "--xla_cpu_use_fusion_emitters=false",
+            "--xla_cpu_parallel_codegen_split_count=1",
         ]
     )
 )
@@ -96,6 +98,13 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if item not in longer]
     if hasattr(config, "workeroutput"):
         config.workeroutput["longer"] = len(longer)
+
+
+def pytest_collection_finish():
+    """What is loaded by now stays; the collector need not look at it again, and less often at what tracing leaves."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.hookimpl(optionalhook=True)
