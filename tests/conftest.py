@@ -156,6 +156,14 @@ def tiny_tokenizer(tmp_path_factory):
     return transformers.AutoTokenizer.from_pretrained(directory)
 
 
+@pytest.fixture(scope="module")
+def no_curves():
+    """Runs leave no curves.png, which takes longer to draw than the rest of a tiny run takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prefalign_jax.pages.plots.plot_curves", lambda workdir: None)
+        yield
+
+
 @pytest.fixture
 def launch_leaves_no_trace(monkeypatch, tmp_path):
     """Undoes what a command leaves in the process: absl's verbosity and the experiment's module."""

@@ -1,10 +1,14 @@
-"""Small models and pairs that several tests use."""
+"""Small models and pairs that several tests use, and programs of them that a process compiles once."""
+
+import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pipeline import batch_of, make_pair_set
+from prefalign_jax.logps import preference_logps
 from prefalign_jax.models.decoder import DecoderConfig, make_decoder
 from prefalign_jax.types import Pair
 
@@ -18,14 +22,36 @@ CONFIG = DecoderConfig(
     head_dim=8,
     init_std=0.4,
 )
-MODEL = make_decoder(CONFIG)
+decoder = functools.cache(make_decoder)
+MODEL = decoder(CONFIG)
 
 
 def make_params(seed: int = 0, model=MODEL):
-    """Parameters large enough, norms included, that every part of the model matters."""
+    """Parameters large enough, norms included, that every part of the model matters; arrays of the caller's own."""
+    return jax.tree.map(jnp.array, _params(seed, model))
+
+
+@functools.cache
+def _params(seed, model):
     params = model.init(jax.random.key(seed))
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: x if x.ndim > 2 else x + 0.2 * rng.normal(size=x.shape).astype(x.dtype), params)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def hidden_of(model, params, tokens, positions, segments, branches, key=None):
+    """The model's hidden states."""
+    return model.hidden(params, tokens, positions, segments, branches, key=key)
+
+
+def logps_of(model, params, batch, needs=(), key=None):
+    """`preference_logps` of a batch."""
+    return _logps(model, params, batch, frozenset(needs), key)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "needs"))
+def _logps(model, params, batch, needs, key):
+    return preference_logps(model, params, batch, needs=needs, key=key)
 
 
 def make_pairs(count: int, seed: int = 0, longest: int = 12, vocabulary: int = CONFIG.vocab_size) -> list[Pair]:

@@ -102,6 +102,7 @@ def test_a_mistake_is_one_line_and_status_2(words, says, tmp_path, monkeypatch, 
     assert says in line and not (tmp_path / "x.json").exists()
 
 
+@pytest.mark.everything
 @pytest.mark.parity
 def test_decoding_beside_transformers(tmp_path):
     pytest.importorskip("torch")
@@ -133,6 +134,7 @@ def test_a_step_beside_one_with_a_cached_reference(tmp_path, capsys):
     assert found["ours, programs compiled"] >= 1 and found["ours, share of this machine's matmul rate"] < 1
 
 
+@pytest.mark.everything
 @pytest.mark.parametrize(
     "how",
     [dict(param_dtype="bfloat16"), dict(lora=4, remat="full", peer_remat="full")],
@@ -255,6 +257,7 @@ def test_what_is_doubled_costs_more_operations():
     assert 1.2 < found["pairs x 2: operations x"] <= 2.5  # rows are multiples of 64 tokens
 
 
+@pytest.mark.everything
 @pytest.mark.parity
 @pytest.mark.parametrize("loss", ["dpo", "orpo"])
 def test_trl_and_ours_start_with_the_same_losses(loss):

@@ -13,7 +13,7 @@ from prefalign_jax.models.decoder import REMAT, cast, make_decoder
 from prefalign_jax.models.dropout import Dropout
 from prefalign_jax.models.rope import RopeScaling
 from prefalign_jax.types import Pair, UserError
-from small import CONFIG, MODEL, first, make_pairs, make_params, packed
+from small import CONFIG, MODEL, first, hidden_of, logps_of, make_pairs, make_params, packed
 
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (1, 10))
 POSITIONS = np.arange(10)[None]
@@ -22,7 +22,8 @@ REWARD = make_decoder(dataclasses.replace(CONFIG, reward=True))
 
 
 def hidden(tokens, positions=POSITIONS, segments=ONES, branches=ZEROS, model=MODEL, params=None):
-    return np.asarray(model.hidden(make_params() if params is None else params, tokens, positions, segments, branches))
+    params = make_params() if params is None else params
+    return np.asarray(hidden_of(model, params, tokens, positions, segments, branches))
 
 
 def changed(before, after):
@@ -61,14 +62,14 @@ def test_rematerialisation_changes_no_gradient(remat):
     def loss(params, model):
         return jnp.square(model.hidden(params, TOKENS, POSITIONS, ONES, ZEROS)[:, -1]).sum()
 
-    plain = jax.grad(loss)(params, MODEL)
-    again = jax.grad(loss)(params, make_decoder(CONFIG, remat=remat))
+    grad = jax.jit(jax.grad(loss), static_argnums=1)
+    plain, again = grad(params, MODEL), grad(params, make_decoder(CONFIG, remat=remat))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, again)
 
 
 def test_bfloat16_activations_over_float32_parameters():
     model = make_decoder(CONFIG, dtype="bfloat16")
-    out = model.hidden(make_params(), TOKENS, POSITIONS, ONES, ZEROS)
+    out = hidden_of(model, make_params(), TOKENS, POSITIONS, ONES, ZEROS)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.float32(out), hidden(TOKENS), atol=0.3)
 
@@ -98,12 +99,12 @@ def test_a_fresh_reward_model_rewards_nothing_and_learns():
 
     def loss(params):
         rewards = preference_logps(REWARD, params, batch, needs={"reward"})
-        return bradley_terry(rewards)[0], rewards
+        losses, _ = bradley_terry(rewards)
+        return losses.sum(), (losses, rewards)
 
-    (losses, rewards), back = jax.vjp(loss, params)
+    grads, (losses, rewards) = jax.jit(jax.grad(loss, has_aux=True))(params)
     np.testing.assert_array_equal([*rewards.chosen, *rewards.rejected], np.zeros(10))
     np.testing.assert_array_equal(losses, np.full(5, np.float32(math.log(2))))
-    (grads,) = back((jnp.ones(5), jax.tree.map(jnp.zeros_like, rewards)))
     assert np.abs(grads["score"]["kernel"]).max() > 1e-2
 
 
@@ -115,13 +116,13 @@ def test_a_reward_is_read_at_the_last_token_of_each_response(layout, groups):
     one = np.array([7], np.int32)
     pairs = [*make_pairs(5), Pair(one, one + 1, one + 2)]
     batch = first(packed(pairs, batch_size=8, groups=groups, layout=layout))
-    rewards = preference_logps(REWARD, params, batch, needs={"reward"})
+    rewards = logps_of(REWARD, params, batch, needs={"reward"})
 
     def alone(prompt, response):
-        tokens = np.concatenate([prompt, response])[None]
-        positions = np.arange(tokens.size)[None]
-        ones, zeros = np.ones_like(tokens), np.zeros_like(tokens)
-        return hidden(tokens, positions, ones, zeros, REWARD, params)[0, -1] @ np.asarray(params["score"]["kernel"][0])
+        text = np.concatenate([prompt, response])
+        tokens, places = np.pad(text, (0, 25 - text.size))[None], np.arange(25)[None]  # one length: one program
+        out = hidden(tokens, places, (places < text.size).astype(int), 0 * places, REWARD, params)
+        return out[0, text.size - 1] @ np.asarray(params["score"]["kernel"][0])
 
     for side in ("chosen", "rejected"):
         expected = [alone(pair.prompt, getattr(pair, side)) for pair in pairs]
@@ -132,7 +133,8 @@ def test_a_reward_is_read_at_the_last_token_of_each_response(layout, groups):
 
 def test_every_parameter_matters():
     params = make_params()
-    grads = jax.grad(lambda p: (MODEL.hidden(p, TOKENS, POSITIONS, ONES, ZEROS)[..., 0] @ np.ones(10)).sum())(params)
+    first_feature = lambda p: (MODEL.hidden(p, TOKENS, POSITIONS, ONES, ZEROS)[..., 0] @ np.ones(10)).sum()  # noqa: E731
+    grads = jax.jit(jax.grad(first_feature))(params)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         if "head" not in str(path):
             assert np.abs(grad).max() > 0, path
@@ -157,7 +159,7 @@ def test_cudnns_attention_gives_the_log_probabilities_of_tiles(monkeypatch):
     for attention, field in (("tiles", "tiles"), ("cudnn", "sequences")):
         model = make_decoder(CONFIG, dtype="bfloat16", attention=attention)
         assert model.attends == field
-        found.append(preference_logps(model, params, first(packed(pairs, attends=field))))
+        found.append(logps_of(model, params, first(packed(pairs, attends=field))))
     for name in ("chosen", "rejected"):
         np.testing.assert_allclose(*(getattr(one, name) for one in found), rtol=2e-2)
 
@@ -186,9 +188,7 @@ def test_matrices_in_the_type_of_the_computation_give_the_same():
     small = cast(params, "bfloat16")
     assert small["layers"]["attention"]["q"]["kernel"].dtype == jnp.bfloat16
     assert small["final_norm"]["scale"].dtype == jnp.float32
-    np.testing.assert_array_equal(
-        preference_logps(model, params, batch).chosen, preference_logps(model, small, batch).chosen
-    )
+    np.testing.assert_array_equal(logps_of(model, params, batch).chosen, logps_of(model, small, batch).chosen)
 
 
 def test_unknown_remat_is_named():

@@ -1,19 +1,21 @@
 """Dropout: drawn from the key alone, where it says, in training passes only, and unbiased."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from prefalign_jax.logps import policy_and_reference_logps, preference_logps
+from prefalign_jax.logps import policy_and_reference_logps
 from prefalign_jax.losses import make_loss
 from prefalign_jax.models.decoder import make_decoder
 from prefalign_jax.models.dropout import Dropout, drop
 from prefalign_jax.models.lora import Lora, init_adapters, join
 from prefalign_jax.sharding import groups_of, make_mesh, param_shardings
 from prefalign_jax.train_step import init_state, make_eval_step, make_train_step
-from small import CONFIG, MODEL, first, make_pairs, make_params, packed
+from small import CONFIG, MODEL, first, hidden_of, logps_of, make_pairs, make_params, packed
 
 PARAMS, BATCH = make_params(0), packed(make_pairs(4))
 KEY = jax.random.key(7)
@@ -23,7 +25,7 @@ ALL = 1 - 1e-7  # nothing survives such a rate
 
 def hidden(model, params=PARAMS, key=KEY):
     batch = first(BATCH)
-    return model.hidden(params, batch.tokens, batch.positions, batch.segments, batch.branches, key=key)
+    return hidden_of(model, params, batch.tokens, batch.positions, batch.segments, batch.branches, key=key)
 
 
 def test_the_mean_over_draws_is_what_was_put_in():
@@ -69,50 +71,57 @@ def test_layers_and_branches_draw_each_their_own():
         assert not np.allclose(hidden(model, part), hidden(model, part, jax.random.key(8)))
     tokens = jnp.full((1, 6), 3)
     zeros = jnp.zeros_like(tokens)
-    out = model.hidden(params, tokens, zeros, zeros + 1, zeros, key=KEY)[0]
+    out = hidden_of(model, params, tokens, zeros, zeros + 1, zeros, key=KEY)[0]
     assert len(np.unique(np.asarray(out).round(5), axis=0)) == 6  # the same token in the same place, six draws
 
 
 def test_a_reference_pass_drops_nothing():
     reference, batch = make_params(1), first(BATCH)
-    policy, frozen = policy_and_reference_logps(DROPPING, PARAMS, reference, batch, key=KEY)
-    np.testing.assert_array_equal(frozen.chosen, preference_logps(MODEL, reference, batch).chosen)
-    np.testing.assert_array_equal(policy.chosen, preference_logps(DROPPING, PARAMS, batch, key=KEY).chosen)
-    assert not np.allclose(policy.chosen, preference_logps(MODEL, PARAMS, batch).chosen)
+    both = jax.jit(functools.partial(policy_and_reference_logps, DROPPING))
+    policy, frozen = both(PARAMS, reference, batch, key=KEY)
+    np.testing.assert_array_equal(frozen.chosen, logps_of(MODEL, reference, batch).chosen)
+    np.testing.assert_array_equal(policy.chosen, logps_of(DROPPING, PARAMS, batch, key=KEY).chosen)
+    assert not np.allclose(policy.chosen, logps_of(MODEL, PARAMS, batch).chosen)
     loss = make_loss("dpo")
     plain, dropping = (make_eval_step(model, loss)(PARAMS, reference, BATCH) for model in (MODEL, DROPPING))
     jax.tree.map(np.testing.assert_array_equal, plain, dropping)
 
 
-MESH = make_mesh({"data": -1})
+MESH = make_mesh({"data": 2}, jax.devices()[:2])
 SPREAD = packed(make_pairs(8), groups=groups_of(MESH))
 
 
-def update(loss, batch, seed=0, step=0, model=DROPPING):
+ALONE = make_loss("dpo")
+TOGETHER = ALONE._replace(needs=ALONE.needs | {"batch"})
+
+
+@functools.cache
+def step_of(whole_batch, seed):
+    return make_train_step(DROPPING, TOGETHER if whole_batch else ALONE, optax.sgd(1.0), MESH, seed=seed)
+
+
+def update(batch, seed=0, step=0, whole_batch=False):
     """(parameters after one step of SGD, metrics)."""
     place = lambda number: jax.device_put(make_params(number), param_shardings(MESH, make_params(number)))  # noqa: E731
     state = init_state(place(0), optax.sgd(1.0), MESH, place(1))._replace(step=jnp.int32(step))
-    state, metrics = make_train_step(model, loss, optax.sgd(1.0), MESH, seed=seed)(state, batch)
+    state, metrics = step_of(whole_batch, seed)(state, batch)
     return jax.device_get(state.params), {name: float(value) for name, value in metrics.items()}
 
 
 def test_a_step_is_a_function_of_seed_and_step():
-    loss = make_loss("dpo")
-    _, start = update(loss, SPREAD)
-    assert update(loss, SPREAD)[1] == start
-    assert update(loss, SPREAD, seed=1)[1]["loss"] != start["loss"]
-    assert update(loss, SPREAD, step=1)[1]["loss"] != start["loss"]
+    _, start = update(SPREAD)
+    assert update(SPREAD)[1] == start
+    assert update(SPREAD, seed=1)[1]["loss"] != start["loss"]
+    assert update(SPREAD, step=1)[1]["loss"] != start["loss"]
 
 
 def test_a_loss_of_the_whole_batch_sees_and_differentiates_the_same_draws():
     pairs = make_pairs(16)
     batch = packed(pairs, micro_steps=2, groups=groups_of(MESH))
-    alone = make_loss("dpo")
-    together = alone._replace(needs=alone.needs | {"batch"})
-    (params, metrics), (wanted, expected) = update(together, batch), update(alone, batch)
+    (params, metrics), (wanted, expected) = update(batch, whole_batch=True), update(batch)
     assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), params, wanted)
     # The micro-steps draw apart: two that hold the same pairs do not lose the same.
     twice = packed(pairs[:8] * 2, micro_steps=2, groups=groups_of(MESH))
     halves = jax.tree.map(lambda x: x[:1], twice)
-    assert update(alone, twice)[1]["loss"] != update(alone, halves)[1]["loss"]
+    assert update(twice)[1]["loss"] != update(halves)[1]["loss"]

@@ -24,11 +24,10 @@ from prefalign_jax.export import (
     push,
     without_secrets,
 )
-from prefalign_jax.logps import preference_logps
 from prefalign_jax.models import hf_io
 from prefalign_jax.models.decoder import make_decoder
 from prefalign_jax.types import Pair, UserError, WriteError
-from small import first, packed
+from small import first, logps_of, packed
 from test_endings import Template
 from test_hf_io import CONFIG, TOKENS, assert_trees_equal, logits, write_directory
 
@@ -277,7 +276,7 @@ def ragged_pairs(eos: int, vocabulary: int = CONFIG.vocab_size) -> list[Pair]:
 def our_rewards(params, config, pairs, **layout) -> np.ndarray:
     """[2, B]: of the chosen and of the rejected responses."""
     layout = Layout(rewards=True, **layout)
-    rewards = preference_logps(make_decoder(config), params, first(packed(pairs, layout=layout)), needs={"reward"})
+    rewards = logps_of(make_decoder(config), params, first(packed(pairs, layout=layout)), needs={"reward"})
     return np.stack([rewards.chosen, rewards.rejected])
 
 

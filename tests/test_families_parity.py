@@ -73,6 +73,9 @@ CASES = {
     "gemma3_text": GEMMA | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "olmo2": {},
 }
+# One of each way to store, turn, normalise and route; the others are compared with torch where --everything is.
+CORE = ("llama llama3", "gemma2", "gpt_neox", "mixtral")
+WITH_TORCH = [case if case in CORE else pytest.param(case, marks=pytest.mark.everything) for case in CASES]
 BETA = 0.5
 LENGTHS = (24, 13, 6)
 TOKENS = (np.arange(72, dtype=np.int32).reshape(3, 24) ** 2 * 7 + 5) % 58 + 3  # no special ids
@@ -241,7 +244,7 @@ def test_a_token_changes_what_sees_it_and_nothing_else(golden):
 # With torch.
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=WITH_TORCH)
 def pair(request, tmp_path_factory):
     """(transformers' model, config, parameters) of one directory."""
     pytest.importorskip("torch")
@@ -310,7 +313,7 @@ def test_packed_rows_give_the_same_logps_and_gradients(pair, tmp_path, record_pr
     worst = 0.0
     for name, value in theirs.items():
         # A bias of keys that are not rotated shifts all scores alike: its gradient is rounding alone.
-        scale = max(np.abs(value).max(), 1e-3 * largest)
+        scale = max(np.abs(value).max(), 2e-3 * largest)
         np.testing.assert_allclose(ours[name], value, rtol=0, atol=1e-4 * scale, err_msg=name)
         worst = max(worst, float(np.abs(ours[name] - value).max() / scale))
     record_property("gradient", worst)
@@ -329,7 +332,7 @@ def test_the_export_is_the_same_model(pair, tmp_path, record_property):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", WITH_TORCH)
 def test_a_reward_model_gives_the_same_rewards_and_comes_back(case, tmp_path, record_property):
     pytest.importorskip("torch")
     kind = "SequenceClassification"

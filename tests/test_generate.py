@@ -10,14 +10,13 @@ from prefalign_jax.data.packing import Layout
 from prefalign_jax.generation import generate
 from prefalign_jax.generation.generate import sample, stream
 from prefalign_jax.generation.sampling import Sampling
-from prefalign_jax.logps import preference_logps
 from prefalign_jax.models.decoder import make_decoder
 from prefalign_jax.models.lora import Lora, init_adapters
 from prefalign_jax.models.quantize import quantize_params
 from prefalign_jax.models.rope import RopeScaling
 from prefalign_jax.sharding import make_mesh, param_shardings
 from prefalign_jax.types import Pair, UserError
-from small import CONFIG, MODEL, first, make_params, packed
+from small import CONFIG, MODEL, first, hidden_of, logps_of, make_params, packed
 
 PARAMS = make_params(0)
 RNG = np.random.default_rng(0)
@@ -180,7 +179,7 @@ def test_logps_are_those_of_training_whatever_was_drawn_from():
     strange = Sampling(temperature=2.0, top_k=20, top_p=0.9, repetition_penalty=1.5)
     found = draw(PROMPTS, seed=0, sampling=strange)
     pairs = [Pair(p, one.tokens, np.zeros(0, np.int32)) for p, (one,) in zip(PROMPTS, found, strict=True)]
-    logps = preference_logps(MODEL, PARAMS, first(packed(pairs, layout=Layout(rejected=False)))).chosen
+    logps = logps_of(MODEL, PARAMS, first(packed(pairs, layout=Layout(rejected=False)))).chosen
     np.testing.assert_allclose([one.logps.sum() for (one,) in found], logps, rtol=1e-5)
 
 
@@ -334,7 +333,7 @@ def test_the_penalty_sees_nothing_else():
 
 def _logits(prompt):
     ids, places = prompt[None], np.arange(len(prompt))[None]
-    return MODEL.hidden(PARAMS, ids, places, np.ones_like(ids), np.zeros_like(ids))[0, -1] @ MODEL.head(PARAMS).T
+    return hidden_of(MODEL, PARAMS, ids, places, np.ones_like(ids), np.zeros_like(ids))[0, -1] @ MODEL.head(PARAMS).T
 
 
 def test_another_temperature_compiles_nothing():
@@ -402,7 +401,14 @@ def test_no_prompts_no_samples():
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("case", ["llama llama3", "gemma2", "gpt_neox", "opt", "qwen3_moe", "phi", "gemma3_text"])
+@pytest.mark.parametrize(
+    "case",
+    ["llama llama3", "gemma2"]
+    + [
+        pytest.param(case, marks=pytest.mark.everything)
+        for case in ("gpt_neox", "opt", "qwen3_moe", "phi", "gemma3_text")
+    ],
+)
 def test_greedy_is_transformers_generate_token_for_token(case, tmp_path):
     torch = pytest.importorskip("torch")
     from prefalign_jax.models import hf_io

@@ -20,6 +20,7 @@ from prefalign_jax.models.quantize import KINDS, quantize_params
 from prefalign_jax.models.rope import RopeScaling
 from prefalign_jax.reference import params_digest
 from prefalign_jax.types import UserError
+from small import decoder, hidden_of
 
 GOLDEN = pathlib.Path(__file__).parent / "goldens" / "llama_logits.npz"
 # Every width differs from every other, so that no mapping to the wrong place or axis fits.
@@ -73,9 +74,9 @@ def write_directory(directory: pathlib.Path, config: DecoderConfig, tensors=None
 
 
 def logits(config: DecoderConfig, params, tokens=TOKENS) -> np.ndarray:
-    model = make_decoder(config)
+    model = decoder(config)
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    hidden = model.hidden(params, tokens, positions, np.ones_like(tokens), np.zeros_like(tokens))
+    hidden = hidden_of(model, params, tokens, positions, np.ones_like(tokens), np.zeros_like(tokens))
     return np.asarray(jnp.einsum("rld,vd->rlv", hidden, model.head(params), precision="highest"))
 
 
@@ -229,9 +230,19 @@ def test_what_is_mapped_of_the_files_is_let_go_of(tmp_path):
     assert np.isfinite(np.asarray(params["embed"]["embedding"])).all()
 
 
-@pytest.mark.parametrize("sizes", [None, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+FSDP, ALL_AXES = {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", ["float32", "stored"])
+@pytest.mark.parametrize(
+    ("dtype", "sizes"),
+    [("float32", None), ("stored", FSDP)]
+    + [
+        pytest.param(*more, marks=pytest.mark.everything)
+        for more in (("stored", None), ("float32", FSDP), ("stored", ALL_AXES), ("float32", ALL_AXES))
+    ],
+    ids=str,
+)
 def test_kernels_quantized_on_the_way_are_those_quantized_afterwards(kind, sizes, dtype, tmp_path):
     directory = write_directory(tmp_path / "model", WIDE, half_weights(WIDE))
     afterwards = quantize_params(hf_io.load_params(directory, WIDE, dtype=dtype), kind)

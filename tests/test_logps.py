@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +11,12 @@ from prefalign_jax.logps import (
     draws,
     places,
     policy_and_reference_logps,
-    preference_logps,
     token_kl,
     token_logps,
     token_sum_squares,
 )
 from prefalign_jax.types import CHOSEN, REJECTED, SIDES
-from small import FULL, MODEL, ORDINARY, first, make_pairs, make_params, packed
+from small import FULL, MODEL, ORDINARY, first, hidden_of, logps_of, make_pairs, make_params, packed
 
 RNG = np.random.default_rng(0)
 HIDDEN = RNG.normal(size=(2, 7, 8)).astype(np.float32)
@@ -31,10 +32,16 @@ def direct(hidden, head, targets):
 @pytest.mark.parametrize("chunk", [1, 4, 10, 28, 29, 1000])
 def test_chunks_give_the_direct_formula_in_value_and_gradient(chunk):
     cotangent = RNG.normal(size=TARGETS.shape).astype(np.float32)
-    value, pull = jax.vjp(lambda h, w: token_logps(h, w, TARGETS, chunk), HIDDEN, HEAD)
-    expected, expected_pull = jax.vjp(lambda h, w: direct(h, w, TARGETS), HIDDEN, HEAD)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def value_and_pulled(function, *args):
+        value, pull = jax.vjp(function, *args)
+        return value, pull(cotangent)
+
+    value, pulled = value_and_pulled(lambda h, w: token_logps(h, w, TARGETS, chunk), HIDDEN, HEAD)
+    expected, expected_pulled = value_and_pulled(lambda h, w: direct(h, w, TARGETS), HIDDEN, HEAD)
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
-    for got, wanted in zip(pull(cotangent), expected_pull(cotangent), strict=True):
+    for got, wanted in zip(pulled, expected_pulled, strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -99,6 +106,20 @@ def one_by_one(params, pair):
     return (*sides, logps[: size - 1].sum())
 
 
+@functools.cache
+def alone(mix):
+    """The three sums of each of five pairs one by one, and the gradient of their sum as mixed."""
+
+    def total(params):
+        sums = [one_by_one(params, pair) for pair in make_pairs(5)]
+        return sum(
+            w * x for w, x in zip(mix, [sums[i][side] for side in range(3) for i in range(5)], strict=True)
+        ), sums
+
+    (_, sums), grads = jax.value_and_grad(total, has_aux=True)(make_params())
+    return sums, grads
+
+
 @pytest.mark.parametrize("layout", [FULL, ORDINARY], ids=["tree", "ordinary"])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_packed_layouts_equal_one_pair_at_a_time_in_value_and_gradient(layout, groups):
@@ -107,15 +128,11 @@ def test_packed_layouts_equal_one_pair_at_a_time_in_value_and_gradient(layout, g
     mix = np.random.default_rng(1).normal(size=(3, 5)).astype(np.float32)
 
     def total(params):
-        out = preference_logps(MODEL, params, batch)
+        out = logps_of(MODEL, params, batch)
         return sum((w * x).sum() for w, x in zip(mix, (out.chosen, out.rejected, out.prompt), strict=True)), out
 
-    def plain(params):
-        sums = [one_by_one(params, pair) for pair in pairs]
-        return sum(mix[side, i] * sums[i][side] for i in range(5) for side in range(3)), sums
-
-    (_, got), grads = jax.value_and_grad(total, has_aux=True)(params)
-    (_, wanted), plain_grads = jax.value_and_grad(plain, has_aux=True)(params)
+    (_, got), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+    wanted, plain_grads = alone(tuple(mix.ravel()))
     np.testing.assert_allclose(
         np.stack([got.chosen, got.rejected, got.prompt], 1), np.array(wanted), rtol=2e-5, atol=2e-5
     )
@@ -128,7 +145,7 @@ def test_packed_layouts_equal_one_pair_at_a_time_in_value_and_gradient(layout, g
 def test_the_rejected_response_changes_no_chosen_log_probability():
     params, pairs = make_params(), make_pairs(4)
     flipped = [pair.__class__(pair.prompt, pair.chosen, 60 - pair.rejected) for pair in pairs]
-    before, after = (preference_logps(MODEL, params, first(packed(p, layout=FULL))) for p in (pairs, flipped))
+    before, after = (logps_of(MODEL, params, first(packed(p, layout=FULL))) for p in (pairs, flipped))
     np.testing.assert_array_equal(before.chosen, after.chosen)
     np.testing.assert_array_equal(before.prompt, after.prompt)
     assert (before.rejected != after.rejected).all()
@@ -137,10 +154,10 @@ def test_the_rejected_response_changes_no_chosen_log_probability():
 def test_filler_pairs_change_nothing():
     params, pairs = make_params(), make_pairs(3)
     batch = first(packed(pairs, batch_size=5))
-    out = preference_logps(MODEL, params, batch)
+    out = logps_of(MODEL, params, batch)
     np.testing.assert_array_equal(batch.weight, [1, 1, 1, 0, 0])
     np.testing.assert_array_equal(out.chosen_tokens[3:], 0)
-    np.testing.assert_allclose(out.chosen[:3], preference_logps(MODEL, params, first(packed(pairs))).chosen, rtol=2e-6)
+    np.testing.assert_allclose(out.chosen[:3], logps_of(MODEL, params, first(packed(pairs))).chosen, rtol=2e-6)
 
 
 # What some losses need besides
@@ -189,7 +206,7 @@ def per_token(params, pair, response):
 def test_shared_and_sampled_sums_take_as_many_tokens_as_the_shorter_response_has(layout, groups):
     params, pairs = make_params(), make_pairs(6)
     batch = first(packed(pairs, layout=layout, groups=groups))
-    out = preference_logps(MODEL, params, batch, needs={"shared", "sampled"})
+    out = logps_of(MODEL, params, batch, needs={"shared", "sampled"})
     slot, place, draw = batch.slot.reshape(-1), np.asarray(places(batch)), np.asarray(draws(batch))
     for number, pair in enumerate(pairs):
         size = min(len(pair.chosen), len(pair.rejected))
@@ -206,13 +223,13 @@ def test_shared_and_sampled_sums_take_as_many_tokens_as_the_shorter_response_has
 def test_the_tokens_drawn_depend_on_the_pair_alone_and_not_on_its_batch():
     params, pairs = make_params(), make_pairs(6)
     batch = first(packed(pairs))
-    whole = preference_logps(MODEL, params, batch, needs={"sampled"})
+    whole = logps_of(MODEL, params, batch, needs={"sampled"})
     other = batch._replace(index=batch.index + 6)
-    again = preference_logps(MODEL, params, other, needs={"sampled"})
+    again = logps_of(MODEL, params, other, needs={"sampled"})
     assert not np.allclose(whole.sampled.chosen, again.sampled.chosen)  # other pairs draw otherwise
     turned = first(packed(pairs[::-1], groups=2))
     turned = turned._replace(index=batch.index[::-1].copy())
-    moved = preference_logps(MODEL, params, turned, needs={"sampled"})
+    moved = logps_of(MODEL, params, turned, needs={"sampled"})
     np.testing.assert_allclose(moved.sampled.chosen[::-1], whole.sampled.chosen, rtol=1e-4, atol=1e-5)
 
 
@@ -234,7 +251,7 @@ def test_one_more_end_token_is_predicted_after_each_response_and_the_text_leaves
     ]
     pairs[0] = pairs[0].__class__(np.array([3, eos, 4, eos, 5], np.int32), pairs[0].chosen, pairs[0].rejected)
     batch = first(packed(pairs, layout=layout))
-    out = preference_logps(MODEL, params, batch, needs={"after", "prompt"})
+    out = logps_of(MODEL, params, batch, needs={"after", "prompt"})
     for number, pair in enumerate(pairs):
         for side, response in ((0, pair.chosen), (1, pair.rejected)):
             with_eos = per_token(params, pair, np.append(response, eos).astype(np.int32))
@@ -251,13 +268,12 @@ def test_policy_and_reference_come_with_their_divergence_and_the_reference_gets_
     params, reference, pairs = make_params(0), make_params(1), make_pairs(4)
     batch = first(packed(pairs))
     needs = {"token_kl", "sum_squares"}
-    policy, frozen = policy_and_reference_logps(MODEL, params, reference, batch, needs=needs)
-    np.testing.assert_allclose(policy.chosen, preference_logps(MODEL, params, batch).chosen, rtol=1e-6)
-    np.testing.assert_allclose(frozen.rejected, preference_logps(MODEL, reference, batch).rejected, rtol=1e-6)
-    hidden, other = (
-        MODEL.hidden(p, batch.tokens, batch.positions, batch.segments, batch.branches).reshape(-1, 16)[batch.source[0]]
-        for p in (params, reference)
-    )
+    both = jax.jit(functools.partial(policy_and_reference_logps, MODEL, needs=needs))
+    policy, frozen = both(params, reference, batch)
+    np.testing.assert_allclose(policy.chosen, logps_of(MODEL, params, batch).chosen, rtol=1e-6)
+    np.testing.assert_allclose(frozen.rejected, logps_of(MODEL, reference, batch).rejected, rtol=1e-6)
+    rows = batch.tokens, batch.positions, batch.segments, batch.branches
+    hidden, other = (hidden_of(MODEL, p, *rows).reshape(-1, 16)[batch.source[0]] for p in (params, reference))
     kl = np.asarray(direct_kl(hidden, MODEL.head(params), other, MODEL.head(reference)))
     squares = np.log(np.square(jax.nn.softmax(hidden @ MODEL.head(params).T)).sum(-1))
     for side in (CHOSEN, REJECTED):
@@ -267,7 +283,7 @@ def test_policy_and_reference_come_with_their_divergence_and_the_reference_gets_
             np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
     def total(reference):
-        policy, frozen = policy_and_reference_logps(MODEL, params, reference, batch, needs=needs)
+        policy, frozen = both(params, reference, batch)
         return policy.token_kl.chosen.sum() + frozen.chosen.sum()
 
-    assert all(not np.any(g) for g in jax.tree.leaves(jax.grad(total)(reference)))
+    assert all(not np.any(g) for g in jax.tree.leaves(jax.jit(jax.grad(total))(reference)))

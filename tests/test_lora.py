@@ -8,18 +8,17 @@ import numpy as np
 import optax
 import pytest
 
-from prefalign_jax.logps import preference_logps
 from prefalign_jax.losses import make_loss
 from prefalign_jax.models.decoder import make_decoder
 from prefalign_jax.models.lora import Lora, init_adapters, join, merge
 from prefalign_jax.sharding import groups_of, make_mesh, param_shardings
 from prefalign_jax.train_step import init_state, make_train_step
 from prefalign_jax.types import UserError
-from small import CONFIG, MODEL, first, make_pairs, make_params, packed
+from small import CONFIG, MODEL, first, logps_of, make_pairs, make_params, packed
 
 LORA = Lora(rank=4, alpha=8.0)
 ADAPTED = make_decoder(CONFIG, lora=LORA)
-BASE = make_params(0)
+BASE, BATCH = make_params(0), first(packed(make_pairs(3)))
 
 
 def drawn(lora=LORA, seed=1):
@@ -30,7 +29,7 @@ def drawn(lora=LORA, seed=1):
 
 
 def chosen_logps(model, params):
-    return preference_logps(model, params, first(packed(make_pairs(3)))).chosen
+    return logps_of(model, params, BATCH).chosen
 
 
 def test_fresh_dora_changes_nothing_but_rounding():
@@ -70,8 +69,15 @@ def test_the_targets_are_the_linear_layers_that_the_regex_names():
         init_adapters(jax.random.key(0), BASE, Lora(targets="attn"))
 
 
-@pytest.mark.parametrize("sizes", [{"data": -1}, {"data": 1, "fsdp": 4, "tensor": 2}], ids=["data", "fsdp-tensor"])
-@pytest.mark.parametrize("name", ["dpo", "orpo"])
+DATA, SPLIT = {"data": -1}, {"data": 1, "fsdp": 4, "tensor": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("dpo", SPLIT), ("orpo", DATA)]
+    + [pytest.param(*more, marks=pytest.mark.everything) for more in (("dpo", DATA), ("orpo", SPLIT))],
+    ids=str,
+)
 def test_only_adapters_are_trained_and_have_moments_and_the_base_is_the_reference(name, sizes):
     mesh, optimizer = make_mesh(sizes), optax.adamw(1e-2)
     place = lambda tree: jax.device_put(tree, param_shardings(mesh, tree))  # noqa: E731
@@ -93,8 +99,8 @@ def test_only_adapters_are_trained_and_have_moments_and_the_base_is_the_referenc
 
 def test_the_gradient_is_that_of_the_merged_weights_through_the_chain_rule():
     adapters = drawn()
-    grads = jax.grad(lambda a: chosen_logps(ADAPTED, join(BASE, a)).sum())(adapters)
-    wanted = jax.grad(lambda a: chosen_logps(MODEL, merge(BASE, a, LORA)).sum())(adapters)
+    grads = jax.jit(jax.grad(lambda a: chosen_logps(ADAPTED, join(BASE, a)).sum()))(adapters)
+    wanted = jax.jit(jax.grad(lambda a: chosen_logps(MODEL, merge(BASE, a, LORA)).sum()))(adapters)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-4), grads, wanted)
 
 

@@ -3,11 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from prefalign_jax.data.packing import Layout
-from prefalign_jax.logps import preference_logps
 from prefalign_jax.losses import make_loss
 from prefalign_jax.losses.orpo import log_odds, orpo
 from prefalign_jax.types import Pair, PairLogps
-from small import MODEL, first, make_pairs, make_params, packed
+from small import MODEL, first, hidden_of, logps_of, make_pairs, make_params, packed
 
 
 def means(chosen, rejected) -> PairLogps:
@@ -71,7 +70,7 @@ def test_three_options_together_are_the_authors_code():
         inputs = np.stack([np.pad(text, (0, width - len(text)), constant_values=eos) for text in texts])
         attention = np.arange(width) < np.array([[len(text)] for text in texts])
         zeros = np.zeros_like(inputs)
-        hidden = MODEL.hidden(params, inputs, zeros + np.arange(width), zeros + 1, zeros)
+        hidden = hidden_of(MODEL, params, inputs, zeros + np.arange(width), zeros + 1, zeros)
         logps = jax.nn.log_softmax(np.asarray(hidden) @ np.asarray(MODEL.head(params)).T)[:, :-1]
         return inputs, attention, np.take_along_axis(np.asarray(logps), inputs[:, 1:, None], 2)[..., 0]
 
@@ -91,6 +90,4 @@ def test_three_options_together_are_the_authors_code():
 
     loss = make_loss("orpo", lam=lam, nll_over="text", nll_mean="batch", extra_eos=True)
     batch = first(packed(pairs, layout=Layout(prompt=True, after=True)))
-    np.testing.assert_allclose(
-        loss(preference_logps(MODEL, params, batch, needs=loss.needs))[0].mean(), theirs, rtol=1e-5
-    )
+    np.testing.assert_allclose(loss(logps_of(MODEL, params, batch, needs=loss.needs))[0].mean(), theirs, rtol=1e-5)

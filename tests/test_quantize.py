@@ -3,11 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prefalign_jax.logps import preference_logps
 from prefalign_jax.models.decoder import make_decoder
 from prefalign_jax.models.lora import Lora, init_adapters, join
 from prefalign_jax.models.quantize import KINDS, NF4, dequantize, dequantize_params, quantize, quantize_params
-from small import CONFIG, MODEL, first, make_pairs, make_params, packed
+from small import CONFIG, MODEL, first, logps_of, make_pairs, make_params, packed
 
 RNG = np.random.default_rng(0)
 KERNEL = RNG.normal(size=(2, 128, 24)).astype(np.float32)
@@ -49,13 +48,13 @@ def test_a_decoder_computes_with_them_as_with_the_kernels_they_stand_for(kind):
     small = quantize_params(params, kind)
     plain = dequantize_params(small)
     batch = first(packed(make_pairs(3)))
-    found = preference_logps(make_decoder(CONFIG, lora=lora), small, batch).chosen
-    wanted = preference_logps(MODEL, plain, batch).chosen
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
-    assert not np.allclose(wanted, preference_logps(MODEL, params, batch).chosen, rtol=1e-5)
-    adapters = init_adapters(jax.random.key(0), small, lora)
     model = make_decoder(CONFIG, lora=lora)
-    grads = jax.grad(lambda a: preference_logps(model, join(small, a), batch).chosen.sum())(adapters)
+    found = logps_of(model, small, batch).chosen
+    wanted = logps_of(MODEL, plain, batch).chosen
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    assert not np.allclose(wanted, logps_of(MODEL, params, batch).chosen, rtol=1e-5)
+    adapters = init_adapters(jax.random.key(0), small, lora)
+    grads = jax.jit(jax.grad(lambda a: logps_of(model, join(small, a), batch).chosen.sum()))(adapters)
     assert any(np.any(g) for g in jax.tree.leaves(grads))
 
 

@@ -424,19 +424,22 @@ FIRST = {
 SCAN = "handbook/beta_loss_scan.py"
 # What differs from another in numbers alone needs no step of its own.
 STEPPED = [name for name in PUBLISHED if not name.endswith(("M", "openhermes", "think,model=SFT")) and name != SCAN]
-# A faster one has their family, and another their loss.
-LONGER = ("handbook/smollm2.py:dpo", "handbook/constitutional_ai.py:sft", "course/smollm2_dpo.py:hh_rlhf")
-LONGER += ("course/smollm2_orpo.py", "course/smollm2_orpo.py:orpo_dpo_mix")
+# Adapters on a quantized base, experts with ORPO, SFT, a window of every fourth layer: the others have nothing else.
+CORE = ("handbook/zephyr_7b_dpo.py:qlora", "handbook/zephyr_141b_orpo.py", "handbook/smollm2.py:sft")
+CORE += ("handbook/smollm3_apo_zero.py:model=SFT",)
 IPO = {"loss.name": "ipo", "loss.tau": 0.1, "loss.per_token": True}
 KTO = {"loss.name": "kto_pair", "loss.beta": 0.1}
 
 
 @pytest.mark.parametrize(
     ("name", "overrides"),
-    [pytest.param(name, {}, id=name, marks=[pytest.mark.everything] * (name in LONGER)) for name in STEPPED]
-    + [pytest.param(SCAN, IPO, id="scan-ipo"), pytest.param(SCAN, KTO, id="scan-kto", marks=pytest.mark.everything)],
+    [pytest.param(name, {}, id=name, marks=[pytest.mark.everything] * (name not in CORE)) for name in STEPPED]
+    + [
+        pytest.param(SCAN, IPO, id="scan-ipo", marks=pytest.mark.everything),
+        pytest.param(SCAN, KTO, id="scan-kto", marks=pytest.mark.everything),
+    ],
 )
-def test_a_recipe_steps_at_reduced_width(name, overrides, tiny_tokenizer, tmp_path):
+def test_a_recipe_steps_at_reduced_width(name, overrides, tiny_tokenizer, no_curves, tmp_path):
     wanted, model = PUBLISHED[name], tmp_path / "model"
     tiny_tokenizer.save_pretrained(model)
     (model / "config.json").write_text(json.dumps(shrink(SHAPES[wanted.shape], len(tiny_tokenizer))))

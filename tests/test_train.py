@@ -26,6 +26,7 @@ from prefalign_jax.files import locked
 from prefalign_jax.losses import LOSSES
 from prefalign_jax.models.lora import Lora
 from prefalign_jax.models.quantize import KINDS, quantize_params
+from prefalign_jax.pages import plots
 from prefalign_jax.sharding import make_mesh, param_shardings
 from prefalign_jax.train import train
 from prefalign_jax.types import UserError
@@ -50,13 +51,19 @@ def config_of(loss: str = "dpo", **fields):
     return c
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
+pytestmark = pytest.mark.usefixtures("no_curves")
+draw_curves = plots.plot_curves
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_device():
     """A mesh of as many devices as there are is one of one here: eight take longer and matter to few tests."""
     made = module.make_mesh
-    monkeypatch.setattr(
-        module, "make_mesh", lambda sizes: made(sizes, jax.devices()[:1] if -1 in sizes.values() else None)
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            module, "make_mesh", lambda sizes: made(sizes, jax.devices()[:1] if -1 in sizes.values() else None)
+        )
+        yield
 
 
 def rows(path):
@@ -75,7 +82,9 @@ def runs(tmp_path_factory):
         workdir = tmp_path_factory.mktemp(loss)
         # One device's worth of rows on each of eight: fsdp 4 x tensor 2 for ORPO, data 8 for DPO.
         mesh = {"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2} if loss == "orpo" else {"mesh.data": 8}
-        made[loss] = workdir, train(config_of(loss, **mesh), workdir)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plots, "plot_curves", draw_curves)
+            made[loss] = workdir, train(config_of(loss, **mesh), workdir)
     return made
 
 
@@ -213,6 +222,18 @@ def whole(tmp_path_factory):
     return workdir
 
 
+UNDISTURBED = {"data.eval_fraction": 0.3, "data.shuffle": True, "steps": 5, "export.enabled": False}
+UNDISTURBED |= {"eval_steps": 2, "save_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """(workdir, Result) of a run that nothing disturbs, in this process."""
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    return workdir, train(config_of(**UNDISTURBED), workdir)
+
+
+@pytest.mark.everything
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
 def test_killed_and_resumed_is_bit_for_bit_the_run_that_was_not(number, whole, tmp_path):
     broken = tmp_path / "broken"
@@ -290,22 +311,36 @@ def test_rows_in_memory_train_and_are_resumed_as_those_of_a_file_are(tmp_path):
         train(config_of(**{**fields, "data.path": "x"}), tmp_path / "memory", data=pairs)
 
 
-def test_an_evaluation_that_a_stop_cut_off_is_made_on_resuming(tmp_path, monkeypatch):
-    """SIGTERM at the very step that is to be evaluated."""
-    fields = {"data.eval_fraction": 0.3, "eval_steps": 2, "steps": 5, "export.enabled": False}
-    train(config_of(**fields), tmp_path / "whole")
+class Cut(BaseException):
+    """What no part of a run catches."""
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "cut off"])
+def test_a_run_that_ended_early_goes_on_bit_for_bit_with_its_evaluations(how, undisturbed, tmp_path, monkeypatch):
+    """SIGTERM at the very step that is to be evaluated, and an end two steps after the last checkpoint."""
 
     class Log(module.Log):
         def flush(self):
-            if self.waiting and self.waiting[0] == 1:  # read while step 2 runs
+            number = self.waiting and self.waiting[0]
+            if (number, how) == (1, "SIGTERM"):  # read while step 2 runs
                 os.kill(os.getpid(), signal.SIGTERM)
+            if (number, how) == (4, "cut off"):
+                raise Cut
             super().flush()
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "Log", Log)
-        assert train(config_of(**fields), tmp_path / "broken").step == 2
-    assert not train(config_of(**fields), tmp_path / "broken").stopped
-    assert rows(tmp_path / "broken" / "eval.jsonl") == rows(tmp_path / "whole" / "eval.jsonl")
+        if how == "SIGTERM":
+            assert train(config_of(**UNDISTURBED), tmp_path / "broken").step == 2
+        else:
+            with pytest.raises(Cut):
+                train(config_of(**UNDISTURBED), tmp_path / "broken")
+    result = train(config_of(**UNDISTURBED), tmp_path / "broken")
+    assert not result.stopped
+    for name in ("loss", "grad_norm"):
+        assert column(tmp_path / "broken", name) == column(undisturbed[0], name)
+    assert rows(tmp_path / "broken" / "eval.jsonl") == rows(undisturbed[0] / "eval.jsonl")
+    jax.tree.map(np.testing.assert_array_equal, result.params, undisturbed[1].params)
 
 
 def test_two_runs_do_not_write_in_one_directory(tmp_path):

@@ -45,7 +45,7 @@ def measure() -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "tests/test_families_parity.py", f"--junitxml={report}"]
-        command += ["-o", "junit_family=xunit1"]  # which keeps properties
+        command += ["--everything", "-o", "junit_family=xunit1"]  # which keeps properties
         if subprocess.run(command, cwd=ROOT).returncode:
             raise UserError("the parity tests failed: the page is left as it is")
         cases = defaultdict(dict)
