@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 LENGTH = 1024  # tokens, where the models have as many positions
 FIELDS = ("too_long", "seed", "batch_size", "dtype")  # options that are fields of an experiment
 DATA_FIELDS = ("split", "format", "limit", "eval_fraction", "chat_template", "ascii_quotes", "keep_end")
+DATA_FIELDS += ("chat_template_kwargs", "template_may_drop", "special_in_text", "date")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -74,6 +75,10 @@ def _parser() -> Parser:
     add("--eval_fraction", type=float, default=0.0, metavar="X", help="measure what a run with this field held out")
     add("--seed", type=int, default=0, help="of that run, and of the examples at random (default: 0)")
     add("--chat_template", metavar="NAME", help="chatml, llama3, zephyr, a .jinja file; the tokenizer's own by default")
+    add("--chat_template_kwargs", metavar="JSON", help='variables of the template: {"enable_thinking": false}')
+    add("--template_may_drop", metavar="PARTS", help="parts that the template may leave out: system,reasoning,...")
+    add("--special_in_text", default="keep", help="special tokens that rows spell: keep as tokens (default), split")
+    add("--date", metavar="DAY", help="YYYY-MM-DD, for templates that print the date (default: the run's, or today)")
     parser.add_truth("--ascii_quotes", help="curly quotes and dashes to ASCII, as data.ascii_quotes of the run")
     parser.add_truth("--keep_end", help="count what the template writes after the end of turn, as data.keep_end")
     add("--batch_size", type=int, default=16, metavar="N", help="pairs at once (default: 16)")
@@ -108,7 +113,7 @@ def experiment_of(parser: Parser, options: argparse.Namespace, words: Sequence[s
     shapes = {path: load_config(resolve(exported(path))) for path in paths}
     config.max_length = options.max_length or min(LENGTH, *(shape.max_position for shape in shapes.values()))
     config.reference.kind = "copy" if "reference" in loss.needs else "none"
-    experiment = read(config)
+    experiment = read(config).dated(Path(options.model))
     if options.examples < 1:
         raise UserError(f"--examples={options.examples} must be at least 1")
     if "reference" in loss.needs and not options.reference:

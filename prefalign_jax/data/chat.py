@@ -236,10 +236,9 @@ def tokenize_prompts(
     texts_of = _texts_of(tokenizer, chat, Remarks() if remarks is None else remarks, responses=False)
     encode = encoder(tokenizer, SpecialTokens(tokenizer))
     for number, prompt in enumerate(prompts, 1):
-        where = Place(f"prompt {number}")
-        one = prompt if isinstance(prompt, Prompt) else Prompt(prompt, "", where)
+        one = prompt if isinstance(prompt, Prompt) else Prompt(prompt, "", Place(f"prompt {number}"))
         told = dict(tools=one.tools, chat_template_kwargs=one.chat_template_kwargs)
-        (ids,) = encode(texts_of(Record(one.prompt, "", "", where=where, **told)))
+        (ids,) = encode(texts_of(Record(one.prompt, "", "", where=one.where, **told)))
         if isinstance(one.prompt, str) and ids[: len(prefix)] != prefix:
             ids = prefix + ids
         if not ids:

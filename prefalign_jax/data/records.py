@@ -290,10 +290,13 @@ class Prompt(NamedTuple):
     chat_template_kwargs: tuple[tuple[str, Any], ...] = ()
 
 
+TOLD = ("tools", "chat_template_kwargs")  # fields of a row with a prompt that the chat template is told
+
+
 def told(prompt: Prompt) -> dict[str, Any]:
-    """What a row with this prompt says beside it: its tools and what it tells the chat template, where it does."""
-    fields = {"tools": list(prompt.tools), "chat_template_kwargs": dict(prompt.chat_template_kwargs)}
-    return {name: value for name, value in fields.items() if value}
+    """Those fields of a row with this prompt, where it has them."""
+    values = dict(zip(TOLD, (list(prompt.tools), dict(prompt.chat_template_kwargs)), strict=True))
+    return {name: value for name, value in values.items() if value}
 
 
 def read_prompts(

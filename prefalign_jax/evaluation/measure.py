@@ -12,6 +12,7 @@ from prefalign_jax.assemble import load_model
 from prefalign_jax.data.chat import load_tokenizer, tokenize_records
 from prefalign_jax.data.pipeline import PairSet, make_pair_set, mismatched
 from prefalign_jax.data.records import Record, ascii_quotes, read_records, split_by_prompt
+from prefalign_jax.data.remarks import Remarks, lines
 from prefalign_jax.evaluation.held_out import (
     Displacement,
     Slice,
@@ -151,14 +152,16 @@ def held_out_pairs(
         records = split_by_prompt(records, data.eval_fraction, config.seed)[1]
     if data.ascii_quotes:
         records = [ascii_quotes(record) for record in records]
-    pairs, counts = tokenize_records(
-        records, tokenizer, max_length=config.max_length, too_long=config.too_long, keep_end=data.keep_end
-    )
+    remarks = Remarks()
+    how = dict(max_length=config.max_length, too_long=config.too_long, keep_end=data.keep_end, chat=experiment.chat)
+    pairs, counts = tokenize_records(records, tokenizer, **how, remarks=remarks)
     dropped = {reason: dropped.get(reason, 0) + counts.get(reason, 0) for reason in {**dropped, **counts}}
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
     if not pairs:
         raise UserError(f"{data.path}: no {loss.unit} left to measure, dropped {reasons}")
     note(f"{len(pairs)} {loss.unit}; dropped {reasons}")
+    for line in lines(remarks, data.special_in_text == "split"):
+        note(line)
     return records, mismatched(pairs, config.max_length) if "mismatched" in loss.needs else pairs, dropped
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import json
 import os
@@ -11,7 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from prefalign_jax.data.chat import load_tokenizer, tokenize_prompts
-from prefalign_jax.data.records import Prompt, read_prompts
+from prefalign_jax.data.records import TOLD, Prompt, read_prompts, told
+from prefalign_jax.data.remarks import Remarks, lines
+from prefalign_jax.data.template import ChatOptions, chat_options, prints_date
 from prefalign_jax.files import append, hold, parse_json, writing
 from prefalign_jax.generation.generate import Completion, stream, text_of
 from prefalign_jax.generation.sample_files import Sample
@@ -40,6 +43,9 @@ class Draw(NamedTuple):
       stop: texts that end a response; they are left out of it.
       chat_template: in place of the tokenizer's own.
       dtype: of the computation.
+      chat_template_kwargs: variables of the chat template, a JSON object.
+      template_may_drop: parts that the chat template may leave out, names of template.MAY_DROP with commas.
+      date: YYYY-MM-DD, for templates that print the date; None is the day of the first sample.
     """
 
     sampling: Sampling = Sampling()
@@ -48,6 +54,18 @@ class Draw(NamedTuple):
     stop: Sequence[str] = ()
     chat_template: str | None = None
     dtype: str = "float32"
+    chat_template_kwargs: str | None = None
+    template_may_drop: str | None = None
+    date: str | None = None
+
+    @property
+    def chat(self) -> ChatOptions:
+        """What the chat template is told.
+
+        Raises:
+          UserError: a value is no object, no name or no day.
+        """
+        return chat_options(self.chat_template_kwargs, self.template_may_drop, self.date, where="--")
 
     def checked(self) -> Draw:
         """Itself.
@@ -58,11 +76,14 @@ class Draw(NamedTuple):
         choose("--dtype", self.dtype, dict.fromkeys(DTYPES))
         if not all(self.stop):
             raise UserError("--stop: an empty text ends every response; leave it out")
+        self.chat  # noqa: B018 (it names what is wrong)
         return self
 
     def settings(self) -> dict[str, Any]:
         """As a sample has them."""
         rest = {"max_new_tokens": self.max_new_tokens, "stop": [*self.stop]}
+        told = {"chat_template_kwargs": dict(self.chat.kwargs), "template_may_drop": [*self.chat.may_drop]}
+        rest |= {name: value for name, value in {**told, "date": self.date}.items() if value}
         return {**vars(self.sampling), **rest, "chat_template": self.chat_template, "dtype": self.dtype}
 
 
@@ -103,32 +124,41 @@ def sample_to_file(
     asked, dropped = read_prompts(prompts, split=split, limit=limit)
     for reason, count in dropped.items():
         note(f"left out: {count} {reason}")
-    run = {"model": name or model, "seed": draw.seed, "settings": draw.settings()}
+    tokenizer = load_tokenizer(resolve(exported(model)), draw.chat_template)
     with _file(out) as descriptor:
+        if prints_date(tokenizer):
+            draw = draw._replace(date=draw.date or _day(out) or datetime.date.today().isoformat())
+        run = {"model": name or model, "seed": draw.seed, "settings": draw.settings()}
         done = held(out, descriptor, run)
-        left = [(i, one) for i, one in enumerate(asked) if any((_key(one.prompt), j) not in done for j in range(n))]
+        keys = [_key({"prompt": one.prompt, **told(one)}) for one in asked]
+        left = [(i, one) for i, one in enumerate(asked) if any((keys[i], j) not in done for j in range(n))]
         if not left:
             note(f"{out} holds all {n * len(asked)} samples")
             return
-        tokens, samples = 0, _samples(model, dict(left), draw, n, batch_size, mesh or {"data": -1})
+        tokens, samples = 0, _samples(model, tokenizer, dict(left), draw, n, batch_size, mesh or {"data": -1})
         with Progress(n * len(left), "sample") as progress:
             for count, (prompt, number, drawn, text) in enumerate(samples, 1):
                 tokens += drawn.tokens.size
                 progress.update(count, {"tokens": tokens})
-                if (_key(prompt.prompt), number) in done:
+                if (_key({"prompt": prompt.prompt, **told(prompt)}), number) in done:
                     continue
                 row = Sample(prompt.prompt, text, id=prompt.id, **run)._asdict()
-                row |= {"sample": number, "ended": drawn.ended}
+                row |= {**told(prompt), "sample": number, "ended": drawn.ended}
                 row |= {"tokens": drawn.tokens.tolist(), "logps": drawn.logps.tolist()}
                 append(out, descriptor, (json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
 def _samples(
-    model: str, prompts: Mapping[int, Prompt], draw: Draw, n: int, batch_size: int, mesh: Mapping[str, int]
+    model: str,
+    tokenizer: Any,
+    prompts: Mapping[int, Prompt],
+    draw: Draw,
+    n: int,
+    batch_size: int,
+    mesh: Mapping[str, int],
 ) -> Iterator[tuple[Prompt, int, Completion, str]]:
     """(prompt, number of the sample, what was drawn, its text) of the prompts, whose keys are their numbers."""
     directory = resolve(exported(model))
-    tokenizer = load_tokenizer(directory, draw.chat_template)
     vocabulary = load_config(directory).vocab_size
     if len(tokenizer) > vocabulary:
         raise UserError(f"--model={model}: its {vocabulary} embeddings lack tokens of its tokenizer")
@@ -139,11 +169,14 @@ def _samples(
     )
     decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
     stop_tokens, stop_strings = split_stops(draw.stop, tokenizer)
-    asked = [*prompts.values()]
+    asked, remarks = [*prompts.values()], Remarks()
+    ids = tokenize_prompts(asked, tokenizer, draw.chat, remarks)
+    for line in lines(remarks):
+        note(line)
     for i, number, drawn in stream(
         decoder,
         params,
-        tokenize_prompts([one.prompt for one in asked], tokenizer),
+        ids,
         numbers=[*prompts],
         n=n,
         seed=draw.seed,
@@ -175,7 +208,7 @@ def held(out: Path, descriptor: int, run: Mapping[str, Any]) -> set[tuple[str, i
             row = parse_json(text, SAMPLE, where=f"--out={out}, row {number}")
         except UserError as error:
             raise UserError(f"{error}; this is no sample: name another file") from None
-        done.add((_key(row["prompt"]), row["sample"]))
+        done.add((_key({name: row[name] for name in ("prompt", *TOLD) if name in row}), row["sample"]))
         before = {name: row[name] for name in run}
         for name, value in _flat(run).items():
             if (old := _flat(before).get(name)) != value:
@@ -202,8 +235,15 @@ def _file(out: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _key(prompt: Any) -> str:
-    return json.dumps(prompt, sort_keys=True)
+def _key(asked: Mapping[str, Any]) -> str:
+    return json.dumps(asked, sort_keys=True)
+
+
+def _day(out: Path) -> str | None:
+    """The date that the samples of a file were asked with; None where they say none."""
+    with contextlib.suppress(ValueError, KeyError, TypeError), out.open("rb") as file:
+        return json.loads(file.readline())["settings"].get("date")
+    return None
 
 
 def _flat(run: Mapping[str, Any]) -> dict[str, Any]:
