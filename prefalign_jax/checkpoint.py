@@ -214,8 +214,8 @@ def _damage(directory: Path) -> str:
         if manifest.exists():
             wanted = read_json(manifest, {"metrics": "an object", "files": {"*": "a string"}})["files"]
             share = names[jax.process_index() :: jax.process_count()]
-            found = _checksums(directory, share)
-            bad = {name for name in share if found[name] != wanted.get(name)} | (wanted.keys() - set(names))
+            sums = _checksums(directory, share)
+            bad = {name for name in share if sums[name] != wanted.get(name)} | (wanted.keys() - set(names))
             damage = f"{min(bad)} is not what was written" if bad else ""
         else:  # of a version that wrote no manifest
             read_json(directory / "_CHECKPOINT_METADATA", "an object")

@@ -52,7 +52,7 @@ CHOICES: dict[str, Sequence[str] | Mapping[str, Any]] = {
     "model.remat": REMAT,
     "model.attention": ATTENTION,
     "model.param_dtype": (*DTYPES, "stored"),
-    "model.quantize": quantize.KINDS,
+    "model.quantize": quantize.QUANTIZATIONS,
     "schedule": SCHEDULES,
     "matmul_precision": ("highest", "high", "default"),
     "job": JOBS,

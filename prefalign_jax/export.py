@@ -218,8 +218,8 @@ def padded_apart(tokenizer: Any) -> Any:
     meant = [i for i, text in special.items() if "pad" in text.lower()]
     candidates = [*meant, tokenizer.unk_token_id, tokenizer.bos_token_id, *special]
     tokenizer = copy.deepcopy(tokenizer)
-    found = next((i for i in candidates if i not in ends), None)
-    tokenizer.pad_token = None if found is None else tokenizer.convert_ids_to_tokens(found)
+    padding = next((i for i in candidates if i not in ends), None)
+    tokenizer.pad_token = None if padding is None else tokenizer.convert_ids_to_tokens(padding)
     return tokenizer
 
 

@@ -185,21 +185,21 @@ def _sum_of(path: Path) -> Path:
 
 
 DEEPEST = 64  # levels of nesting in JSON; what reads a value level by level breaks at some depth, and nothing has more
-KINDS: dict[str, Callable[[Any], bool]] = {
+JSON_KINDS: dict[str, Callable[[Any], bool]] = {
     "anything": lambda x: True,
     "null": lambda x: x is None,
     "true": lambda x: x is True,
     "false": lambda x: x is False,
     "an integer": lambda x: type(x) is int and -(2**63) <= x < 2**63,
     "a count": lambda x: type(x) is int and 0 < x < 2**31,
-    "a number": lambda x: type(x) is float or KINDS["an integer"](x),
-    "a positive number": lambda x: KINDS["a number"](x) and 0 < x < math.inf,
+    "a number": lambda x: type(x) is float or JSON_KINDS["an integer"](x),
+    "a positive number": lambda x: JSON_KINDS["a number"](x) and 0 < x < math.inf,
     "a string": lambda x: isinstance(x, str),
     "a list": lambda x: isinstance(x, list),
     "an object": lambda x: isinstance(x, dict),
 }
-# KINDS joined by ' or '; (one shape, or another); [the shape of a list's elements]; {field: shape}, where 'field?' may
-# be missing and '*' is every field.
+# JSON_KINDS joined by ' or '; (one shape, or another); [the shape of a list's elements]; {field: shape}, where
+# 'field?' may be missing and '*' is every field.
 Shape = str | tuple["Shape", ...] | list["Shape"] | Mapping[str, "Shape"]
 
 
@@ -276,9 +276,9 @@ def shaped(value: Any, shape: Shape, *, where: object) -> Any:
       UserError: it has another.
     """
     if isinstance(shape, str):
-        if not any(KINDS[kind](value) for kind in shape.split(" or ")):
-            found = "nothing" if value is None else f"{value!r:.40}"
-            raise UserError(f"{where}: expected {shape}, found {found}")
+        if not any(JSON_KINDS[kind](value) for kind in shape.split(" or ")):
+            shown = "nothing" if value is None else f"{value!r:.40}"
+            raise UserError(f"{where}: expected {shape}, found {shown}")
     elif isinstance(shape, tuple):
         for one in shape[:-1]:
             with contextlib.suppress(UserError):

@@ -28,8 +28,7 @@ from prefalign_jax.data.mixture import (
 )
 from prefalign_jax.data.pairs import Origin, Pairs, digest_of, from_list
 from prefalign_jax.data.pipeline import PairSet, mismatched
-from prefalign_jax.data.records import Prompt, Record, ascii_quotes, flip_labels, read_prompts
-from prefalign_jax.data.records import draw as draw_number
+from prefalign_jax.data.records import Prompt, Record, ascii_quotes, draw_number, flip_labels, read_prompts
 from prefalign_jax.data.remarks import Remarks, lines
 from prefalign_jax.data.rows import content_digest, count_rows, files_left_out
 from prefalign_jax.data.template import prints_date
@@ -116,10 +115,10 @@ def load_pairs(experiment: Experiment, tokenizer: Any) -> Data:
     about = []
     if experiment.mixed:
         for number, source in enumerate(trained):
-            there = int((training.source == number).sum())
-            share = there / max(1, len(training))
-            about.append({"source": str(source), unit: there, "share": share, "dropped": lost[TRAINING][number]})
-            note(f"  {source}: {there} ({share:.1%}); dropped {listed(lost[TRAINING][number])}")
+            from_source = int((training.source == number).sum())
+            share = from_source / max(1, len(training))
+            about.append({"source": str(source), unit: from_source, "share": share, "dropped": lost[TRAINING][number]})
+            note(f"  {source}: {from_source} ({share:.1%}); dropped {listed(lost[TRAINING][number])}")
     if held_out or others:
         note(f"held out data: {len(held_out)} {unit}; dropped {reasons[HELD_OUT]}{more.remarks() if others else ''}")
     for part, remarks in noticed.items():

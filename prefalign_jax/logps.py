@@ -99,8 +99,8 @@ def _forward(hidden, head, targets, chunk, softcap):
         logits, start, _ = _logits(hidden, head, index, chunk, softcap)
         new_top = jnp.maximum(top, logits.max(-1))
         total = total * jnp.exp(top - new_top) + jnp.exp(logits - new_top[..., None]).sum(-1)
-        mine = _one_hot(targets, start, columns) & (logits > -jnp.inf)
-        at_target = at_target + jnp.where(mine, logits, 0.0).sum(-1)
+        hit = _one_hot(targets, start, columns) & (logits > -jnp.inf)
+        at_target = at_target + jnp.where(hit, logits, 0.0).sum(-1)
         return (new_top, total, at_target), None
 
     kind = jnp.promote_types(hidden.dtype, "float32")

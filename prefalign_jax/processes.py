@@ -33,7 +33,7 @@ LAUNCHERS: dict[str, Callable[[Mapping[str, str]], int]] = {
 _FROM_ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
-def join(
+def join_processes(
     coordinator: str | None = None,
     processes: str | None = None,
     process: int | None = None,

@@ -58,9 +58,9 @@ def compute(
     out = None
     for batch in eval_batches(data):
         real = batch.index[0] >= 0
-        found = jax.device_get(logps(params, place_batch(mesh, batch)))
-        out = out or jax.tree.map(lambda x: np.zeros(len(data.pairs), np.float32), found)
-        for column, values in zip(jax.tree.leaves(out), jax.tree.leaves(found), strict=True):
+        computed = jax.device_get(logps(params, place_batch(mesh, batch)))
+        out = out or jax.tree.map(lambda x: np.zeros(len(data.pairs), np.float32), computed)
+        for column, values in zip(jax.tree.leaves(out), jax.tree.leaves(computed), strict=True):
             column[batch.index[0][real]] = values[real]
         progress(int(batch.index.max()) + 1)
     return out
@@ -127,9 +127,9 @@ def cached(path: Path, make: Callable[[], PairLogps]) -> PairLogps:
     Returns:
       `PairLogps` of NumPy arrays.
     """
-    found = _read(path)
-    if all_have(found is not None):
-        return found
+    stored = _read(path)
+    if all_have(stored is not None):
+        return stored
     logps = make()
     by_first(lambda: _write(path, logps))
     return logps

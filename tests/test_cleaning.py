@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefalign_jax.data.cleaning import CLEANING, KINDS, MARKERS, BoundStep, clean, cleaning_steps
+from prefalign_jax.data.cleaning import CLEANING, MARKERS, RECORD_KINDS, BoundStep, clean, cleaning_steps
 from prefalign_jax.data.records import Record
 from prefalign_jax.types import UserError
 
@@ -178,7 +178,7 @@ def test_a_mistake_is_named(names, options, kind, says):
     assert all(word in str(caught.value) for word in says.split(" "))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RECORD_KINDS)
 def test_steps_have_all_their_options(kind):
     names = [name for name, step in CLEANING.items() if kind in step.kinds]
     nothing = {name: dict.fromkeys(step.options) for name, step in CLEANING.items()}

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from prefalign_jax import sharding
 from prefalign_jax.models import families, hf_io
 from prefalign_jax.models.decoder import DecoderConfig, make_decoder
-from prefalign_jax.models.quantize import KINDS, quantize_params
+from prefalign_jax.models.quantize import QUANTIZATIONS, quantize_params
 from prefalign_jax.models.rope import RopeScaling
 from prefalign_jax.reference import params_digest
 from prefalign_jax.types import UserError
@@ -204,7 +204,7 @@ def shardings_of(tree, sizes):
 
 
 @pytest.mark.parametrize("sizes", [None, {"data": 8}, {"data": 4, "fsdp": 2}, {"fsdp": 4, "tensor": 2}], ids=str)
-@pytest.mark.parametrize("kind", [None, *KINDS])
+@pytest.mark.parametrize("kind", [None, *QUANTIZATIONS])
 def test_the_host_holds_one_tensor_at_a_time(kind, sizes, held, tmp_path):
     tensors = half_weights(WIDE)
     directory = write_directory(tmp_path / "model", WIDE, tensors)
@@ -233,7 +233,7 @@ def test_what_is_mapped_of_the_files_is_let_go_of(tmp_path):
 FSDP, ALL_AXES = {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
 @pytest.mark.parametrize(
     ("dtype", "sizes"),
     [("float32", None), ("stored", FSDP)]

@@ -10,7 +10,7 @@ import pytest
 from prefalign_jax import processes
 from prefalign_jax.config import defaults
 from prefalign_jax.data.chat import load_tokenizer
-from prefalign_jax.evaluation.policy_samples import draw, measure, scorer_of
+from prefalign_jax.evaluation.policy_samples import draw_samples, measure, scorer_of
 from prefalign_jax.experiment import read
 from prefalign_jax.intervals import bootstrap_mean
 from prefalign_jax.jobs import JOBS
@@ -99,7 +99,7 @@ def test_what_is_measured_is_what_was_drawn():
     tokenizer, shape = load_tokenizer(MODEL), load_config(MODEL)
     model, params = make_decoder(shape), load_params(MODEL, shape)
     fields = config_of("x", "pairs").samples
-    draw_some = functools.partial(draw, model, params, tokenizer, stop_tokens=[tokenizer.eos_token_id])
+    draw_some = functools.partial(draw_samples, model, params, tokenizer, stop_tokens=[tokenizer.eos_token_id])
     drawn = draw_some(QUESTIONS, fields, per_prompt=5, seed=3)
     means, scores = measure(drawn, fields, scorer_of("more_words"), (model, params))
     assert means["samples/kl"] == pytest.approx(0, abs=1e-4)

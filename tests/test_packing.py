@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from prefalign_jax.data.packing import Layout, Shape, fill_rows, lengths_of, make_plan, mean_tokens, pack
+from prefalign_jax.data.packing import Layout, Shape, arrange, fill_rows, lengths_of, mean_tokens, pack
 from prefalign_jax.data.pipeline import batch_of, make_pair_set
 from prefalign_jax.models.attention import tree_mask
 from prefalign_jax.types import CHOSEN, PROMPT, REJECTED, SIDES, TILE, Pair, UserError
@@ -97,7 +97,7 @@ def test_rows_overflow_nowhere_and_use_little_more_than_needed():
 
 
 def test_groups_get_equally_many_rows_to_within_one():
-    plan = make_plan(lengths_of(make_pairs(23), FULL), 4, 64)
+    plan = arrange(lengths_of(make_pairs(23), FULL), 4, 64)
     rows = [len(group) for group in plan.groups]
     assert max(rows) - min(rows) <= 1 and sum(rows) > 0
 

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from conftest import FAST_TO_COMPILE
 from prefalign_jax import processes
-from prefalign_jax.processes import LAUNCHERS, STOPPED, agreed, all_have, by_first, fetch, join
+from prefalign_jax.processes import LAUNCHERS, STOPPED, agreed, all_have, by_first, fetch, join_processes
 from prefalign_jax.types import UserError
 
 TRL = pathlib.Path(__file__).parent / "goldens" / "trl"
@@ -58,7 +58,7 @@ def take_part(process, count, port, workdir, fields, at, number, other):
     train.Log.flush = flush_and_stop
 
     def run():
-        join(f"127.0.0.1:{port}", str(count), process, HEARTBEAT)
+        join_processes(f"127.0.0.1:{port}", str(count), process, HEARTBEAT)
         return run_train(config_of(workdir, **fields, **(other if process else {})), workdir)
 
     sys.exit(status_of(run))
@@ -207,12 +207,12 @@ def test_four_processes_train_as_two_do(whole):
 )
 def test_what_is_missing_to_join_is_named(given, environment, says):
     with pytest.raises(UserError) as error:
-        join(*given, environment=environment)
+        join_processes(*given, environment=environment)
     assert says in str(error.value)
 
 
 def test_without_a_launcher_nothing_is_joined():
-    join(environment={"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "1", "TPU_WORKER_HOSTNAMES": "localhost"})
+    join_processes(environment={"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "1", "TPU_WORKER_HOSTNAMES": "localhost"})
     assert not jax.distributed.is_initialized()
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from prefalign_jax.models.decoder import make_decoder
 from prefalign_jax.models.lora import Lora, init_adapters, join
-from prefalign_jax.models.quantize import KINDS, NF4, dequantize, dequantize_params, quantize, quantize_params
+from prefalign_jax.models.quantize import NF4, QUANTIZATIONS, dequantize, dequantize_params, quantize, quantize_params
 from small import CONFIG, MODEL, first, logps_of, make_pairs, make_params, packed
 
 RNG = np.random.default_rng(0)
@@ -17,7 +17,7 @@ def round_trip(kernel, kind):
     return np.asarray(dequantize(stored[kind], stored["scales"], jnp.float32)), stored
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
 def test_every_weight_is_the_nearest_level_of_its_block(kind):
     found, stored = round_trip(KERNEL, kind)
     blocks = KERNEL.reshape(2, 2, 64, 24)
@@ -28,7 +28,7 @@ def test_every_weight_is_the_nearest_level_of_its_block(kind):
     np.testing.assert_allclose(np.abs(found.reshape(blocks.shape) - blocks), nearest, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
 def test_levels_come_back_exactly_zeros_and_the_largest_among_them(kind):
     levels = np.float32([0, 1, -1] if kind == "int8" else NF4)
     kernel = np.resize(levels, (64, 3)) * np.float32([1.0, 0.25, 0.0])
@@ -42,7 +42,7 @@ def test_bytes_are_one_or_a_half_for_each_weight_and_a_scale_for_each_block():
         assert stored["scales"].nbytes == KERNEL.size / 64 * 4
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
 def test_a_decoder_computes_with_them_as_with_the_kernels_they_stand_for(kind):
     params, lora = make_params(0), Lora(rank=2)
     small = quantize_params(params, kind)

@@ -13,7 +13,7 @@ from prefalign_jax.data.pipeline import batch_of, make_pair_set
 from prefalign_jax.losses import make_loss
 from prefalign_jax.models.decoder import Placement, make_decoder
 from prefalign_jax.models.lora import Lora, init_adapters
-from prefalign_jax.models.quantize import KINDS, quantize_params
+from prefalign_jax.models.quantize import QUANTIZATIONS, quantize_params
 from prefalign_jax.optim import make_optimizer
 from prefalign_jax.sharding import (
     RULES,
@@ -134,7 +134,7 @@ def test_every_rule_is_of_use():
     models = [BIASED] + [make_decoder(dataclasses.replace(CONFIG, **more)) for more in ({"reward": True}, EXPERTS)]
     trees = [jax.eval_shape(model.init, jax.random.key(0)) for model in models]
     trees.append(jax.eval_shape(lambda params: init_adapters(jax.random.key(0), params, Lora(dora=True)), trees[0]))
-    trees += [jax.eval_shape(lambda params, kind=kind: quantize_params(params, kind), trees[0]) for kind in KINDS]
+    trees += [jax.eval_shape(lambda params, kind=k: quantize_params(params, kind), trees[0]) for k in QUANTIZATIONS]
     for tree in trees:
         param_shardings(MESH, tree)
     for left_out in RULES:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from prefalign_jax.data import token_cache
-from prefalign_jax.data.pairs import COLUMNS, Origin, digest_of, from_list, join
+from prefalign_jax.data.pairs import COLUMNS, Origin, concatenate, digest_of, from_list
 from prefalign_jax.data.token_cache import cached_tokens, token_key
 from prefalign_jax.types import Pair, Place
 from small import make_pairs
@@ -191,16 +191,16 @@ def test_whatever_decides_the_tokens_is_in_the_key(tiny_tokenizer, monkeypatch):
 
 
 def test_columns_read_as_the_list_they_were_made_of():
-    pairs = join(chunks())
+    pairs = concatenate(chunks())
     assert len(pairs) == 7 and all(map(equal, pairs, PAIRS)) and equal(pairs[-1], PAIRS[-1])
     assert [pair.where for pair in pairs[2:5]] == [Place(), Place("x"), Place("a", 2)]
     with pytest.raises(IndexError):
         pairs[7]
-    assert list(join([])) == [] and not join([])
+    assert list(concatenate([])) == [] and not concatenate([])
 
 
 def test_choosing_pairs_copies_no_token():
-    pairs = join(chunks())
+    pairs = concatenate(chunks())
     index = np.array([5, 0, 0, 3])
     chosen = pairs.select(index)
     assert [equal(a, PAIRS[i]) for a, i in zip(chosen, index, strict=True)] == [True] * 4
@@ -211,7 +211,7 @@ def test_choosing_pairs_copies_no_token():
 
 
 def test_another_pairs_completion_as_the_rejected_one():
-    pairs = join(chunks())
+    pairs = concatenate(chunks())
     other, most = np.array([1, 2, 3, 4, 5, 6, 0]), np.array([1, 2, 3, 4, 5, 6, 99])
     changed = pairs.with_rejected(other, most)
     wanted = [dataclasses.replace(p, rejected=PAIRS[o].chosen[:m]) for p, o, m in zip(PAIRS, other, most, strict=True)]

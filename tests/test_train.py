@@ -25,7 +25,7 @@ from prefalign_jax.config import defaults
 from prefalign_jax.files import locked
 from prefalign_jax.losses import LOSSES
 from prefalign_jax.models.lora import Lora
-from prefalign_jax.models.quantize import KINDS, quantize_params
+from prefalign_jax.models.quantize import QUANTIZATIONS, quantize_params
 from prefalign_jax.pages import plots
 from prefalign_jax.sharding import make_mesh, param_shardings
 from prefalign_jax.train import train
@@ -549,7 +549,7 @@ def test_a_base_in_bfloat16_gives_the_numbers_of_its_widened_copy(halves, tmp_pa
             np.testing.assert_array_equal(found[key], wanted[key], err_msg=key)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
 def test_a_base_is_quantized_on_its_way_whether_read_or_drawn(kind, halves):
     mesh = make_mesh({"fsdp": -1})
     load = functools.partial(assemble.load_model, mesh=mesh, tokens=0, lora=Lora())

@@ -97,12 +97,12 @@ def _by_points(runs: Sequence[Run], points: Sequence[dict[str, Any]]) -> list[Gr
 
 def _labels(fields: Sequence[dict[str, Any]], runs: Sequence[Run]) -> list[str]:
     """The loss's name, and as many other fields as it takes to tell the groups apart."""
-    labels = [str(of.get("loss.name", "")) for of in fields]
+    labels = [str(one.get("loss.name", "")) for one in fields]
     for name in fields[0]:
         if len(set(labels)) == len(labels):
             break
-        if name != "loss.name" and len({json.dumps(of[name]) for of in fields}) > 1:
-            given = [f"{name.removeprefix('loss.')}={of[name]}" if of[name] is not None else "" for of in fields]
+        if name != "loss.name" and len({json.dumps(one[name]) for one in fields}) > 1:
+            given = [f"{name.removeprefix('loss.')}={one[name]}" if one[name] is not None else "" for one in fields]
             labels = [", ".join(filter(None, pair)) for pair in zip(labels, given, strict=True)]
     alone = runs[0].config.get("loss.name") or runs[0].name
     return [label or (alone if len(fields) == 1 else "default") for label in labels]

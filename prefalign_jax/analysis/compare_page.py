@@ -141,7 +141,7 @@ def write_page(
         panels = []
         for name in shown if column == "step" else metrics:
             if any(band(group, name, column) for group in groups):
-                figure = draw(groups, name, column)
+                figure = draw_metric(groups, name, column)
                 panels.append(Panel(svg(figure, f"{name} by {column}"), _kinds(groups, name, column)))
                 pictures[f"{_slug(name)}-{column}"] = png(figure)
         curves.append((f"curves-{column}", panels))
@@ -379,7 +379,7 @@ def _slug(name: str) -> str:
 
 
 @styled
-def draw(groups: Sequence[Group], metric: str, column: str = "step") -> matplotlib.figure.Figure:
+def draw_metric(groups: Sequence[Group], metric: str, column: str = "step") -> matplotlib.figure.Figure:
     """A metric's curves against a measure of what was spent, a band around the mean of each group."""
     figure = matplotlib.figure.Figure(figsize=(4.4, 2.9))
     axes = figure.add_subplot()

@@ -44,8 +44,8 @@ class Run(NamedTuple):
 
     def spent(self) -> dict[str, np.ndarray]:
         """`totals` at each logged row, with what earlier stages spent."""
-        of = totals(self.train)
-        return {name: values + (self.earlier.get(name, 0.0) if name != "step" else 0.0) for name, values in of.items()}
+        own = totals(self.train)
+        return {name: values + (self.earlier.get(name, 0.0) if name != "step" else 0.0) for name, values in own.items()}
 
     @property
     def finished(self) -> bool:
@@ -126,15 +126,15 @@ def find_runs(directories: Sequence[Path]) -> list[Run]:
             raise UserError(f"{directory}: no such directory; name the --workdir of a run or of a sweep")
         points = [mark.parent for mark in directory.rglob(MARK)]
         marks = {point: read_mark(point)["done"] for point in points}
-        found = [point / done["run"] if done else latest_stage(point) for point, done in marks.items()]
-        found += [
+        directories_of_runs = [point / done["run"] if done else latest_stage(point) for point, done in marks.items()]
+        directories_of_runs += [
             file.parent
             for file in directory.rglob("metrics.jsonl")
             if not any(point in file.parents for point in points)
         ]
-        if not found:
+        if not directories_of_runs:
             raise UserError(f"{directory}: no run is there: no metrics.jsonl in it or below")
-        for path in sorted(set(found)):
+        for path in sorted(set(directories_of_runs)):
             place = path.relative_to(directory)
             parts = [directory.resolve().name] * (len(directories) > 1 or not place.parts) + list(place.parts)
             point = next((point for point in points if point == path or point in path.parents), None)
@@ -150,10 +150,10 @@ def differing(runs: Iterable[Run]) -> list[str]:
     runs = list(runs)
     configs = [run.config for run in runs]
     names = dict.fromkeys(name for config in configs for name in config)
-    found = [name for name in names if any(config.get(name) != configs[0].get(name) for config in configs)]
+    names_that_differ = [name for name in names if any(config.get(name) != configs[0].get(name) for config in configs)]
     if all(config.get("epochs") or config.get("examples") for config in configs):
-        found = [name for name in found if name != "steps"]
-    return sorted(found, key=lambda name: name != "loss.name")
+        names_that_differ = [name for name in names_that_differ if name != "steps"]
+    return sorted(names_that_differ, key=lambda name: name != "loss.name")
 
 
 def totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:

@@ -49,8 +49,8 @@ def launch(name: str, doc: str, main: Callable[[ConfigDict, Path], int | None], 
     if workdir is None:
         workdir = Path("runs") / Path(options.config.split(":")[0]).stem
         print(f"workdir: {workdir}", file=sys.stderr)
-    from prefalign_jax.processes import join
+    from prefalign_jax.processes import join_processes
 
     heartbeat = {} if options.heartbeat is None else {"heartbeat": options.heartbeat}
-    join(options.coordinator, options.processes, options.process, **heartbeat)
+    join_processes(options.coordinator, options.processes, options.process, **heartbeat)
     return main(config, workdir)

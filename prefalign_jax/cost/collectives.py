@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.-]+) \(.*\{\s*$")
-_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
 _CALLED = re.compile(r"(?:body|to_apply|called_computations|branch_computations|calls)=\{?([^,}]+(?:, ?%[\w.-]+)*)")
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 
@@ -20,7 +20,7 @@ class Collective(NamedTuple):
     """One collective of a program.
 
     Attributes:
-      kind: one of KINDS.
+      kind: one of COLLECTIVES.
       shapes: of its results on a device.
       size: bytes of the results on a device.
       group: the devices of the first of the groups that exchange something.
@@ -71,7 +71,7 @@ def collectives(text: str, devices: int) -> list[Collective]:
         elif name:
             bodies[name].append(line)
     times, looped = _times(bodies, entry)
-    found = []
+    counted = []
     for name, lines in bodies.items():
         for line in lines:
             if not (match := _COLLECTIVE.search(line)) or name not in times:
@@ -89,8 +89,8 @@ def collectives(text: str, devices: int) -> list[Collective]:
             size = sum(_bits(dtype) * math.prod(dims) // 8 for dtype, dims in shapes)
             where = re.search(r'op_name="([^"]*)"', line)
             dims = tuple(dims for _, dims in shapes)
-            found.append(Collective(kind, dims, size, group, times[name], looped[name], where[1] if where else ""))
-    return found
+            counted.append(Collective(kind, dims, size, group, times[name], looped[name], where[1] if where else ""))
+    return counted
 
 
 def _bits(dtype: str) -> int:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from prefalign_jax.assemble import decoder_of, drawn_dtype, step_of
 from prefalign_jax.cost.chips import CHIPS, Chip
-from prefalign_jax.cost.collectives import KINDS, Collective, collectives
+from prefalign_jax.cost.collectives import COLLECTIVES, Collective, collectives
 from prefalign_jax.cost.flops import count_flops
 from prefalign_jax.cost.shapes import SHAPES
 from prefalign_jax.data.pipeline import batch_of, make_pair_set
@@ -197,12 +197,12 @@ def _kept(text: str, layers: int, own: set[tuple[int, ...]]) -> int:
     return most
 
 
-def seconds(found: Plan, chip: Chip) -> tuple[float, float]:
+def seconds(step: Plan, chip: Chip) -> tuple[float, float]:
     """(in matrix products, in collectives) of a step, at ATTAINED and REACHED of the chip's figures."""
-    computing = found.flops / math.prod(found.mesh.values()) / (ATTAINED * chip.flops)
+    computing = step.flops / math.prod(step.mesh.values()) / (ATTAINED * chip.flops)
     sending = sum(
         one.sent * (one.times or 1) / (REACHED * (chip.link if _in_host(one, chip) else chip.network))
-        for one in found.traffic
+        for one in step.traffic
     )
     return computing, sending
 
@@ -211,66 +211,66 @@ def _in_host(one: Collective, chip: Chip) -> bool:
     return len({device // chip.host for device in one.group}) == 1
 
 
-def advice(found: Plan, config: ConfigDict, chip: Chip) -> list[str]:
+def advice(step: Plan, config: ConfigDict, chip: Chip) -> list[str]:
     """What to change where a step does not fit, and what that leaves of a device's memory; best first."""
-    over = found.total - ROOM * chip.memory
+    over = step.total - ROOM * chip.memory
     if over <= 0:
         return []
-    memory, out = found.memory, []
+    memory, out = step.memory, []
     in_full = config.lora.rank is None  # all weights are trained
 
     def offer(saved: float, text: str) -> None:
-        if saved > 0.01 * found.total:
-            out.append(f"{text}: {(found.total - saved) / GB:.1f} GB a device")
+        if saved > 0.01 * step.total:
+            out.append(f"{text}: {(step.total - saved) / GB:.1f} GB a device")
 
     working = memory["activations"] + memory["temporaries"]
     if config.model.remat != "full":
         offer(memory["activations"] * 0.8, "--config.model.remat=full")
     pairs = config.batch_size // config.micro_steps
-    if pairs > math.prod(found.mesh[axis] for axis in ("data", "fsdp")):
+    if pairs > math.prod(step.mesh[axis] for axis in ("data", "fsdp")):
         offer(working / 2, f"--config.micro_steps={2 * config.micro_steps}, at least")
     if in_full and config.reference.kind == "copy":
         offer(memory["reference"], "--config.reference.kind=cached")
     if in_full and config.model.param_dtype == "float32":
         saved = memory["parameters"] / 2 + memory["gradients"] / 2
         offer(saved, "--config.model.param_dtype=bfloat16 --config.model.stochastic_rounding=True")
-    if found.mesh["data"] > 1:
+    if step.mesh["data"] > 1:
         state = memory["parameters"] + memory["reference"] + memory["optimizer"] + memory["gradients"]
-        offer(state * (1 - 1 / found.mesh["data"]), "--config.mesh.data=1 --config.mesh.fsdp=-1")
+        offer(state * (1 - 1 / step.mesh["data"]), "--config.mesh.data=1 --config.mesh.fsdp=-1")
     if in_full:
         offer(memory["optimizer"] + memory["gradients"] + memory["parameters"] / 2, "adapters, --config.lora.rank=16")
     elif config.model.quantize is None:
         offer(0.7 * memory["reference"], "--config.model.quantize=nf4")
     held = sum(memory[name] for name in ("parameters", "reference", "optimizer", "gradients"))
-    offer(held / 2, f"{2 * math.prod(found.mesh.values())} devices along fsdp")
+    offer(held / 2, f"{2 * math.prod(step.mesh.values())} devices along fsdp")
     return out
 
 
-def report(found: Plan, config: ConfigDict, chip_name: str) -> str:
+def report(step: Plan, config: ConfigDict, chip_name: str) -> str:
     """The plan as text."""
     chip = CHIPS[chip_name]
-    devices = math.prod(found.mesh.values())
-    axes = " x ".join(f"{name} {size}" for name, size in found.mesh.items() if size > 1) or "one device"
-    lines = [f"{devices} {chip_name}, {axes}; {config.batch_size} pairs a step, {found.tokens} tokens", ""]
+    devices = math.prod(step.mesh.values())
+    axes = " x ".join(f"{name} {size}" for name, size in step.mesh.items() if size > 1) or "one device"
+    lines = [f"{devices} {chip_name}, {axes}; {config.batch_size} pairs a step, {step.tokens} tokens", ""]
     room = f"of {chip.memory / GB:.0f} GB, {ROOM:.0%} of which a program gets"
-    rows = [(name, f"{size / GB:.2f}", "") for name, size in found.memory.items()]
-    lines += [aligned(("memory of a device", "GB", ""), [*rows, ("total", f"{found.total / GB:.2f}", room)]), ""]
+    rows = [(name, f"{size / GB:.2f}", "") for name, size in step.memory.items()]
+    lines += [aligned(("memory of a device", "GB", ""), [*rows, ("total", f"{step.total / GB:.2f}", room)]), ""]
     rows = []
-    for kind in KINDS:
-        mine = [one for one in found.traffic if one.kind == kind]
+    for kind in COLLECTIVES:
+        of_kind = [one for one in step.traffic if one.kind == kind]
         for near, where in ((True, "in a host"), (False, "between hosts")):
-            part = [one for one in mine if _in_host(one, chip) == near]
+            part = [one for one in of_kind if _in_host(one, chip) == near]
             if part:
                 times = sum(one.times or 1 for one in part)
                 sent = sum(one.sent * (one.times or 1) for one in part)
                 rows.append((f"{kind}, {where}", times, f"{sent / GB:.3f}"))
     lines.append(aligned(("sent by a device a step", "times", "GB"), rows))
-    computing, sending = seconds(found, chip)
-    lines += ["", f"{found.flops / devices / 1e12:.1f} TFLOP a device, {computing:.2f} s at {ATTAINED:.0%} of the peak"]
+    computing, sending = seconds(step, chip)
+    lines += ["", f"{step.flops / devices / 1e12:.1f} TFLOP a device, {computing:.2f} s at {ATTAINED:.0%} of the peak"]
     lines += [f"{sending:.2f} s in collectives at {REACHED:.0%} of the links' bandwidth"]
     lines += [f"a step: {max(computing, sending):.2f} s if both overlap, {computing + sending:.2f} s if they do not"]
-    changes = advice(found, config, chip)
-    over = found.total - ROOM * chip.memory
+    changes = advice(step, config, chip)
+    over = step.total - ROOM * chip.memory
     if over > 0:
         lines += ["", f"It does not fit, by {over / GB:.1f} GB. Each of these by itself would leave:"]
         lines += [f"  {change}" for change in changes]

@@ -120,9 +120,9 @@ def tokenize_records(
       The pairs in the order of the records, and the number of records dropped for each reason.
     """
     options = dict(max_length=max_length, too_long=too_long, keep_end=keep_end, chat=chat, remarks=remarks)
-    found = [pair for _, pair in iter_pairs(records, tokenizer, **options)]
-    reasons = [pair for pair in found if isinstance(pair, str)]
-    return [pair for pair in found if not isinstance(pair, str)], dict(collections.Counter(reasons))
+    outcomes = [pair for _, pair in iter_pairs(records, tokenizer, **options)]
+    reasons = [pair for pair in outcomes if isinstance(pair, str)]
+    return [pair for pair in outcomes if not isinstance(pair, str)], dict(collections.Counter(reasons))
 
 
 def iter_pairs(

@@ -20,7 +20,7 @@ from prefalign_jax.data.words import parts, responses, words
 from prefalign_jax.options import Checks, check_hyper, choose, hyper_parameters, split_names
 from prefalign_jax.types import UserError
 
-KINDS = ("pairs", "unpaired", "supervised")  # of records
+RECORD_KINDS = ("pairs", "unpaired", "supervised")  # of records
 
 # What ends or begins a turn in the formats that data come from.
 MARKERS = (
@@ -268,7 +268,7 @@ class Step(NamedTuple):
     """
 
     run: Callable[..., Cleaned]
-    kinds: tuple[str, ...] = KINDS
+    kinds: tuple[str, ...] = RECORD_KINDS
     scores: bool = False
     held_out: bool = False
     tokenizer: bool = False
@@ -331,7 +331,7 @@ def cleaning_steps(names: str | None, options: Mapping[str, Mapping[str, Any]], 
     Args:
       names: keys of CLEANING, in the order in which they are to run, separated by commas.
       options: name -> {option: value}; None stands for the default.
-      kind: of the records, one of KINDS.
+      kind: of the records, one of RECORD_KINDS.
 
     Returns:
       The steps with all their options.

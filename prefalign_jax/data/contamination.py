@@ -89,12 +89,12 @@ def make_index(sources: dict[str, Sequence[Text]], ngram: int) -> Index:
         for prompt in prompts:
             said = [words(turn) for turn in turns(prompt)]
             longest = max(said, key=len, default=[])
-            found = [run for turn in said for run in runs(turn, ngram)]
-            if not found and len(longest) >= index.head:
-                found = [" ".join(longest)]
-            elif not found and longest:
+            known_runs = [run for turn in said for run in runs(turn, ngram)]
+            if not known_runs and len(longest) >= index.head:
+                known_runs = [" ".join(longest)]
+            elif not known_runs and longest:
                 index.short.setdefault(" ".join(word for turn in said for word in turn), name)
-            for run in found:
+            for run in known_runs:
                 head = " ".join(run.split(" ")[: index.head])
                 index.heads.setdefault(head, {}).setdefault(run, name)
     return index

@@ -81,7 +81,7 @@ def make_datasheet(
       data: the training pairs.
       read, stages, mixture: of `load_data.Data`.
       steps: of the cleaning.
-      kind: one of cleaning.KINDS.
+      kind: one of cleaning.RECORD_KINDS.
       chat: whether there are messages, which go through the chat template.
       tokenizer: Hugging Face tokenizer.
       digest: of the training pairs.

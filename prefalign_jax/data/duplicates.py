@@ -135,8 +135,8 @@ def _bands(threshold: float, permutations: int) -> tuple[int, int]:
     """datasketch's choice of (bands, rows of each), which it takes a while over."""
     from datasketch import MinHashLSH
 
-    found = MinHashLSH(threshold=min(threshold, _MOST), num_perm=permutations, weights=_WEIGHTS)
-    return found.b, found.r
+    index = MinHashLSH(threshold=min(threshold, _MOST), num_perm=permutations, weights=_WEIGHTS)
+    return index.b, index.r
 
 
 def jaccard(a: frozenset, b: frozenset) -> float:

@@ -158,8 +158,8 @@ def meaning_of(name: Any, value: Any) -> Meaning | None:
       >>> meaning_of("System-Prompt", "Be brief.").common, meaning_of("turns", 3), meaning_of("id", "a7")
       ('system', None, None)
     """
-    found = MEANINGS.get(str(name).strip().lower().replace("-", "_").replace(" ", "_"))
-    return None if found is None or (found.text and not isinstance(value, str | list | dict)) else found
+    meaning = MEANINGS.get(str(name).strip().lower().replace("-", "_").replace(" ", "_"))
+    return None if meaning is None or (meaning.text and not isinstance(value, str | list | dict)) else meaning
 
 
 def account(row: Mapping, used: Collection[str], kind: str, parts: Iterable[Any], unread: Counter) -> None:

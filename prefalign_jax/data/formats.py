@@ -71,9 +71,9 @@ def detect(row: Row, pairs: bool = True) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def _detect(there: frozenset[str], pairs: bool) -> str:
+def _detect(fields: frozenset[str], pairs: bool) -> str:
     for name, one in FORMATS.items():
-        if there.issuperset((*one.fields, *one.signs)) and there.isdisjoint(one.without) and (pairs or not one.pairs):
+        if fields.issuperset((*one.fields, *one.signs)) and fields.isdisjoint(one.without) and (pairs or not one.pairs):
             return name
     return "common"
 

@@ -30,7 +30,17 @@ import numpy as np
 from prefalign_jax.data.formats import FORMATS
 from prefalign_jax.data.memory import MemoryRows
 from prefalign_jax.data.pairs import Pairs
-from prefalign_jax.data.records import Prompt, Reading, Record, Rows, Tally, Text, draw, iter_prompts, iter_records
+from prefalign_jax.data.records import (
+    Prompt,
+    Reading,
+    Record,
+    Rows,
+    Tally,
+    Text,
+    draw_number,
+    iter_prompts,
+    iter_records,
+)
 from prefalign_jax.data.rows import content_digest, read_rows
 from prefalign_jax.data.splits import TEST, VALIDATION, split_of
 from prefalign_jax.data.values import name_of, names
@@ -193,12 +203,12 @@ def load_function(name: str, field: str) -> Callable[[Mapping], Any]:
     """
     module, _, function = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), function)
+        loaded = getattr(importlib.import_module(module), function)
     except Exception as error:  # a module raises whatever it likes
-        found = error
-    if not callable(found):
-        raise UserError(f"{field}={name!r}: expected 'module:function', importable from here, found {found!r}")
-    return found
+        loaded = error
+    if not callable(loaded):
+        raise UserError(f"{field}={name!r}: expected 'module:function', importable from here, found {loaded!r}")
+    return loaded
 
 
 def source_digest(source: Source) -> str:
@@ -206,8 +216,8 @@ def source_digest(source: Source) -> str:
     digest = hashlib.sha256(content_digest(source.name, source.part).encode())
     digest.update(repr(source._replace(weight=None)).encode())
     if source.map_fn:
-        found = importlib.util.find_spec(source.map_fn.partition(":")[0])
-        digest.update(Path(found.origin).read_bytes())
+        spec = importlib.util.find_spec(source.map_fn.partition(":")[0])
+        digest.update(Path(spec.origin).read_bytes())
     return digest.hexdigest()
 
 
@@ -278,7 +288,7 @@ def read_source(source: Source, number: int, tally: Tally, *, seed: int = 0, **k
     def taken() -> Iterator[Record]:
         for record in records:
             texts = [record.prompt, record.chosen, record.rejected]
-            if source.fraction < 1 and draw(f"fraction {seed}", texts) >= source.fraction:
+            if source.fraction < 1 and draw_number(f"fraction {seed}", texts) >= source.fraction:
                 tally.dropped["left out by the fraction"] += 1
             else:
                 yield record._replace(source=number, held_out=source.use == "eval")
@@ -345,14 +355,14 @@ def in_proportion(numbers: np.ndarray, weights: Sequence[float | None], seed: in
     share = np.array([weight or 0.0 for weight in weights], np.float64)
     if not share.any():
         return np.arange(len(numbers))
-    there = np.bincount(numbers, minlength=len(share))
-    if (there[share > 0] == 0).any():
-        raise UserError(f"no pair is left of source {int(np.argmax((share > 0) & (there == 0)))} of data.mix")
+    available = np.bincount(numbers, minlength=len(share))
+    if (available[share > 0] == 0).any():
+        raise UserError(f"no pair is left of source {int(np.argmax((share > 0) & (available == 0)))} of data.mix")
     share /= share.sum()
-    total = (there[share > 0] / share[share > 0]).min()
-    take = np.minimum(np.floor(total * share + 0.5).astype(np.int64), there)
+    total = (available[share > 0] / share[share > 0]).min()
+    take = np.minimum(np.floor(total * share + 0.5).astype(np.int64), available)
     chosen = [
-        np.flatnonzero(numbers == source)[np.random.default_rng((seed, source)).permutation(there[source])[:count]]
+        np.flatnonzero(numbers == source)[np.random.default_rng((seed, source)).permutation(available[source])[:count]]
         for source, count in enumerate(take)
     ]
     return np.sort(np.concatenate(chosen))

@@ -190,7 +190,7 @@ def _runs(lengths: Lengths, at: np.ndarray) -> Runs:
     return Runs(length, at.reshape(pairs, pieces, 1) + np.cumsum(length, axis=2) - length, branch, position)
 
 
-class Plan(NamedTuple):
+class Arrangement(NamedTuple):
     """Where every piece of a micro-batch goes, and what that takes.
 
     Attributes:
@@ -211,7 +211,7 @@ class Plan(NamedTuple):
     shape: Shape
 
 
-def make_plan(lengths: Lengths, groups: int, row_length: int | None = None, sequences: bool = False) -> Plan:
+def arrange(lengths: Lengths, groups: int, row_length: int | None = None, sequences: bool = False) -> Arrangement:
     """Chooses group, row and place of every piece of a micro-batch.
 
     Args:
@@ -245,7 +245,7 @@ def make_plan(lengths: Lengths, groups: int, row_length: int | None = None, sequ
         pairs, sides = lengths.inputs.shape
         count = np.bincount(group_of, minlength=groups).max() * sides * pairs // len(sizes)  # a piece has one or all
         shape = shape._replace(sequences=int(count), span=round_up(_longest(lengths), TILE))
-    return Plan(dealt, at, group_of, segment, tiles, shape)
+    return Arrangement(dealt, at, group_of, segment, tiles, shape)
 
 
 def _longest(lengths: Lengths) -> int:
@@ -253,7 +253,7 @@ def _longest(lengths: Lengths) -> int:
 
 
 def _tiles(runs: Runs, group: np.ndarray, groups: int, blocks: int) -> list[np.ndarray]:
-    """The tiles of attention that are not empty, see `Plan`: a token sees its own run and its piece's prompt."""
+    """The tiles of attention that are not empty, see `Arrangement`: a token sees its own run and its piece's prompt."""
     length, at = runs.length.reshape(-1), runs.at.reshape(-1)
     prompt_at, prompt_length = (np.broadcast_to(x[:, :, :1], x.shape).reshape(-1) for x in (runs.at, runs.length))
     group = np.repeat(group, runs.length.shape[2])
@@ -290,7 +290,7 @@ def mean_tokens(pairs: Sequence[Pair]) -> np.ndarray:
 
 
 def lay_out(
-    plan: Plan,
+    plan: Arrangement,
     shape: Shape,
     pairs: Sequence[Pair],
     index: Sequence[int],
@@ -303,7 +303,7 @@ def lay_out(
     """Writes a plan, or the rows of some of its groups, into arrays of a fixed shape.
 
     Args:
-      plan: from `make_plan`.
+      plan: from `arrange`.
       shape: at least what the plan needs.
       pairs: the plan's pairs, at most `batch_size`; missing ones are filler of weight 0.
       index: each pair's number in its data set.
@@ -323,15 +323,15 @@ def lay_out(
     place_of = np.full(len(plan.groups), -1)
     place_of[list(own)] = np.arange(groups)
     group = place_of[plan.group].reshape(lengths.pieces.shape)
-    mine = group >= 0
+    placed = group >= 0
 
     # Tokens.
     tokens, segments, branches, positions = np.zeros((4, groups * shape.rows, shape.length), np.int32)
-    length = np.where(mine[:, :, None], runs.length, 0).reshape(-1)
+    length = np.where(placed[:, :, None], runs.length, 0).reshape(-1)
     start = runs.at + group[:, :, None] * (shape.rows * shape.length)
     run, step = _spread(length)
     here = start.reshape(-1)[run] + step
-    tokens.reshape(-1)[here] = _joined(_inputs, pairs, layout, mine)
+    tokens.reshape(-1)[here] = _joined(_inputs, pairs, layout, placed)
     segments.reshape(-1)[here] = np.repeat(plan.segment, runs.length.shape[2])[run]
     branches.reshape(-1)[here] = runs.branch.reshape(-1)[run]
     positions.reshape(-1)[here] = runs.position.reshape(-1)[run] + step
@@ -339,8 +339,8 @@ def lay_out(
     # Trained tokens.
     source, target = np.zeros((2, groups, shape.trained), np.int32)
     slot = np.full((groups, shape.trained), SIDES * batch_size, np.int32)
-    count, first, of = _targets(lengths, runs, layout)
-    of += SIDES * np.arange(len(pairs)).reshape(-1, 1, 1)
+    count, first, offsets = _targets(lengths, runs, layout)
+    offsets += SIDES * np.arange(len(pairs)).reshape(-1, 1, 1)
     owner = np.broadcast_to(group[:, :, None], count.shape).reshape(-1)
     count = np.where(owner >= 0, count.reshape(-1), 0)
     filled = np.zeros(len(count), np.int64)
@@ -348,10 +348,10 @@ def lay_out(
         here = owner == g
         filled[here] = np.cumsum(count[here]) - count[here]
     run, step = _spread(count)
-    there = (owner * shape.trained + filled)[run] + step
-    source.reshape(-1)[there] = first.reshape(-1)[run] + step
-    target.reshape(-1)[there] = _joined(_outputs, pairs, layout, mine)
-    slot.reshape(-1)[there] = of.reshape(-1)[run]
+    positions_of = (owner * shape.trained + filled)[run] + step
+    source.reshape(-1)[positions_of] = first.reshape(-1)[run] + step
+    target.reshape(-1)[positions_of] = _joined(_outputs, pairs, layout, placed)
+    slot.reshape(-1)[positions_of] = offsets.reshape(-1)[run]
 
     # Attention. Blocks count through rows of another length than the plan's only if there is one row.
     tiles = np.full((groups, shape.tiles, 2), (blocks, 0), np.int32)
@@ -381,9 +381,9 @@ def _sequences(runs: Runs, group: np.ndarray, groups: int, shape: Shape) -> Sequ
         owner = group[:, piece]
         number = np.zeros(len(owner), np.int64)
         for g in range(groups):
-            mine = owner == g
-            number[mine] = filled[g] + np.arange(mine.sum())
-            filled[g] += mine.sum()
+            in_group = owner == g
+            number[in_group] = filled[g] + np.arange(in_group.sum())
+            filled[g] += in_group.sum()
         begin = 0
         for part in (0, run):  # the prompt, then what follows it
             length = np.where(owner >= 0, runs.length[:, piece, part], 0)
@@ -396,12 +396,12 @@ def _sequences(runs: Runs, group: np.ndarray, groups: int, shape: Shape) -> Sequ
 
 
 def _joined(
-    parts_of: Callable[[Pair, Layout], list[list[np.ndarray]]], pairs: Sequence[Pair], layout: Layout, mine: np.ndarray
+    parts_of: Callable[[Pair, Layout], list[list[np.ndarray]]], pairs: Sequence[Pair], layout: Layout, kept: np.ndarray
 ) -> np.ndarray:
-    """The parts of the pieces that are `mine`, [N, pieces] bool, one after the other."""
+    """The parts of the pieces that are `kept`, [N, pieces] bool, one after the other."""
     parts = [
         part
-        for pair, wanted in zip(pairs, mine, strict=True)
+        for pair, wanted in zip(pairs, kept, strict=True)
         if wanted.any()
         for piece, want in zip(parts_of(pair, layout), wanted, strict=True)
         if want
@@ -509,7 +509,7 @@ def choose_shapes(
         widest = widest._replace(sequences=batch_size * lengths.inputs.shape[1], span=round_up(_longest(lengths), TILE))
     shapes = []
     for number, batches in enumerate(trials):
-        needs = np.array([make_plan(lengths.of(batch), groups, row_length, sequences).shape for batch in batches])
+        needs = np.array([arrange(lengths.of(batch), groups, row_length, sequences).shape for batch in batches])
         for quantile in (0.5, 1.0) if number == 0 else (1.0,):
             shapes.append(_rounded(np.quantile(needs, quantile, axis=0, method="higher"), widest))
     shapes = dict.fromkeys([*shapes, _rounded(widest, widest)])
@@ -567,7 +567,7 @@ def pack(
     means = mean_tokens(pairs) if means is None else means
     lengths = lengths_of(pairs, layout) if lengths is None else lengths
     parts = [np.arange(m * share, min((m + 1) * share, len(pairs))) for m in range(micro_steps)]
-    plans = [make_plan(lengths.of(part), groups, row_length, sequences) for part in parts]
+    plans = [arrange(lengths.of(part), groups, row_length, sequences) for part in parts]
     shape = _smallest(shapes, Shape(*np.max([plan.shape for plan in plans], axis=0)))
     micro = [
         lay_out(

@@ -177,7 +177,7 @@ def from_list(pairs: Sequence[Pair], origins: Iterable[Origin] | None = None) ->
     )
 
 
-def join(parts: Sequence[Pairs]) -> Pairs:
+def concatenate(parts: Sequence[Pairs]) -> Pairs:
     """One after the other."""
     if len(parts) == 1:
         return parts[0]

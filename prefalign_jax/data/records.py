@@ -198,16 +198,16 @@ def _records(rows: Rows, tally: Tally, reading: Reading) -> Iterator[Record]:
             responses = reading.responses if one is row else ("chosen", "rejected")[: len(reading.responses)]
             try:
                 if reading.unpaired:
-                    found = _unpaired(one, reading, tally)
+                    records = _unpaired(one, reading, tally)
                 else:
-                    found = [_record(one, responses, reading, tally)]
+                    records = [_record(one, responses, reading, tally)]
                 kept = tuple((name, scalar(row.get(name), name)) for name in reading.columns)
             except Malformed as error:
                 raise UserError(f"{where}: {error}") from None
             except Dropped as reason:
                 tally.dropped[str(reason)] += 1
             else:
-                yield from (record._replace(where=where, columns=kept) for record in found)
+                yield from (record._replace(where=where, columns=kept) for record in records)
 
 
 def _without(rows: Rows, reading: Reading, unread: collections.Counter) -> Rows:
@@ -391,7 +391,7 @@ def split_by_prompt(records: Iterable[Record], fraction: float, seed: int) -> tu
         raise UserError(f"fraction to hold out: expected a number in [0, 1), found {fraction}")
     sides: tuple[list[Record], list[Record]] = [], []
     for record in records:
-        sides[draw(seed, record.prompt) < fraction].append(record)
+        sides[draw_number(seed, record.prompt) < fraction].append(record)
     return sides
 
 
@@ -412,13 +412,13 @@ def flip_labels(records: Iterable[Record], share: float, seed: int) -> tuple[lis
       0
     """
     out = list(records)
-    flipped = [i for i, r in enumerate(out) if draw(f"flip {seed}", [r.prompt, r.chosen, r.rejected]) < share]
+    flipped = [i for i, r in enumerate(out) if draw_number(f"flip {seed}", [r.prompt, r.chosen, r.rejected]) < share]
     for i in flipped:
         out[i] = out[i]._replace(chosen=out[i].rejected, rejected=out[i].chosen)
     return out, len(flipped)
 
 
-def draw(seed: int | str, what: Any) -> float:
+def draw_number(seed: int | str, what: Any) -> float:
     """A number in [0, 1) that is a function of its arguments."""
     key = f"{seed}\n{json.dumps(what, sort_keys=True, ensure_ascii=False)}"
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
@@ -601,10 +601,10 @@ def _number(row: Mapping, field: str, what: str = "a finite number", above: floa
     value = row.get(field)
     if missing(value) and not isinstance(value, float) or value == "":
         return None
-    found = number(value, field, what, above)
-    if 0 < found < SMALLEST and above == 0:
+    value_read = number(value, field, what, above)
+    if 0 < value_read < SMALLEST and above == 0:
         raise expected(f"{what} that float32 does not hold as 0", value, field)
-    return found
+    return value_read
 
 
 def _split_strings(prompt: Text | None, sides: list[str], fields: Sequence[str]) -> tuple[str, list[str]]:

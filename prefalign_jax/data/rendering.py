@@ -210,17 +210,17 @@ class Renderer:
         continued: bool,
     ) -> Form:
         """The form of a shape, or of the conversations of a shape that have these opaque parts."""
-        found = list(parts_of(messages, tools))
-        parts = tuple(part for part, _ in found)
+        parts_here = list(parts_of(messages, tools))
+        parts = tuple(part for part, _ in parts_here)
         render = functools.partial(self._template.render, kwargs=kwargs)
-        values = marked(found)
+        values = marked(parts_here)
         for number in opaque:
-            values[number] = found[number][1]
+            values[number] = parts_here[number][1]
         try:
             with_marks, marked_tools = with_values(messages, tools, values)
             text = render(with_marks, marked_tools, asked=asked)
         except Exception:  # it looks at names and identities: marks go into the texts alone
-            looked_at = [n for n, (part, value) in enumerate(found) if part.name in ("", "calls", "tools")]
+            looked_at = [n for n, (part, value) in enumerate(parts_here) if part.name in ("", "calls", "tools")]
             if not looked_at or opaque:
                 return Form(parts, None)
             return Form(parts, Frame(("",), (), {}, (), tuple(looked_at)))
@@ -228,7 +228,7 @@ class Renderer:
 
         def left(number: int) -> bool:
             other = [*values]
-            other[number] = {"x": "x"} if isinstance(found[number][1], Mapping) else "x"
+            other[number] = {"x": "x"} if isinstance(parts_here[number][1], Mapping) else "x"
             try:
                 return render(*with_values(messages, tools, other), asked=asked) == text
             except Exception:  # it looked
@@ -299,11 +299,11 @@ class Renderer:
 
     def _end_of_turn(self, tail: str) -> int:
         """How much of what follows a response belongs to it: its first EOS or special token, and white space."""
-        found = re.search(re.escape(self._eos), tail) if self._eos else None
-        found = found or self._special.search(tail)
-        if found is None:
+        match = re.search(re.escape(self._eos), tail) if self._eos else None
+        match = match or self._special.search(tail)
+        if match is None:
             return 0
-        return len(tail) - len(tail[found.end() :].lstrip())
+        return len(tail) - len(tail[match.end() :].lstrip())
 
     def _response(
         self, messages: Messages, tools: Tools, form: Form, before: int, start: str, text: str, remarks: Remarks

@@ -272,8 +272,8 @@ def _elements(file: Path, opened: BinaryIO) -> Iterator[tuple[Place, Any]]:
             case "]":
                 at, ended = at + 1, True
             case other:
-                found = f"{other!r}" if other else "the end of the file"
-                raise UserError(f"{where}: expected ',' or ']' after it, found {found}")
+                what = f"{other!r}" if other else "the end of the file"
+                raise UserError(f"{where}: expected ',' or ']' after it, found {what}")
     if rest := next_character():
         raise UserError(f"{Place(str(file), number + 1)}: expected nothing after the array, found {rest!r}")
 
@@ -345,8 +345,8 @@ def _table_rows(file: Path) -> Iterator[tuple[Place, Any]]:
                 if not cells:
                     continue
                 if len(cells) != len(head):
-                    found = f"{len(cells)} values for {len(head)} columns"
-                    raise UserError(f"{Place(str(file), number)}: expected one value a column, found {found}")
+                    what = f"{len(cells)} values for {len(head)} columns"
+                    raise UserError(f"{Place(str(file), number)}: expected one value a column, found {what}")
                 yield Place(str(file), number), dict(zip(head, cells, strict=True))
     except UserError:
         raise

@@ -42,17 +42,17 @@ class SpecialTokens:
 
     def spelled(self, record: Record) -> set[str]:
         """Those that stand in a record's own text."""
-        found: set[str] = set()
+        spelled_tokens: set[str] = set()
         for text in strings_of([record.prompt, record.chosen, record.rejected, record.tools]):
-            found.update(self._pattern.findall(text))
-        return found
+            spelled_tokens.update(self._pattern.findall(text))
+        return spelled_tokens
 
     def broken(self, record: Record) -> Record:
         """The record with a break in each of them."""
 
         def broken(value: Any) -> Any:
             if isinstance(value, str):
-                return self._pattern.sub(lambda found: found[0][0] + _BREAK + found[0][1:], value)
+                return self._pattern.sub(lambda match: match[0][0] + _BREAK + match[0][1:], value)
             if isinstance(value, Mapping):
                 return {key: inner if key == "role" else broken(inner) for key, inner in value.items()}
             return type(value)(map(broken, value)) if isinstance(value, list | tuple) else value
@@ -62,7 +62,7 @@ class SpecialTokens:
 
     def written(self, text: str) -> Written:
         """A text that was rendered of a broken record."""
-        return Written(self._pattern.sub(lambda found: _OURS + found[0] + _OURS, text).replace(_BREAK, ""))
+        return Written(self._pattern.sub(lambda match: _OURS + match[0] + _OURS, text).replace(_BREAK, ""))
 
     def encode(self, texts: Sequence[Written]) -> list[list[int]]:
         """Ids of such texts, without the special tokens that a tokenizer adds.

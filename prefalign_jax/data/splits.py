@@ -49,14 +49,14 @@ def data_files(directory: Path, kinds: re.Pattern[str]) -> dict[PurePosixPath, P
       directory: to look through, with all that it holds.
       kinds: what a name must match.
     """
-    there = {PurePosixPath(file.relative_to(directory).as_posix()): file for file in directory.rglob("*")}
+    files_by_name = {PurePosixPath(file.relative_to(directory).as_posix()): file for file in directory.rglob("*")}
     return {
-        path: there[path]
-        for path in sorted(there)
+        path: files_by_name[path]
+        for path in sorted(files_by_name)
         if kinds.search(path.name)
         and path.name not in _ABOUT
         and not any(part.startswith((".", "__")) for part in path.parts)
-        and there[path].is_file()
+        and files_by_name[path].is_file()
     }
 
 
@@ -102,8 +102,8 @@ def split_files(path: Path, split: str, kinds: re.Pattern[str], readable: str) -
     files = data_files(path, kinds)
     chosen = of_split(files, split)
     if not chosen:
-        there = ", ".join(map(str, [*files][:4])) or f"no {readable}"
-        raise UserError(f"{path}: no file of the split {split!r}, found {there}; name another split or a file")
+        listing = ", ".join(map(str, [*files][:4])) or f"no {readable}"
+        raise UserError(f"{path}: no file of the split {split!r}, found {listing}; name another split or a file")
     return [files[one] for one in chosen]
 
 

@@ -34,8 +34,8 @@ def quantiles(values: Sequence[float] | np.ndarray) -> dict[str, float]:
     values = np.asarray(values)
     if not values.size:
         return {}
-    found = np.quantile(values, list(QUANTILES.values()), method="inverted_cdf").tolist()
-    return dict(zip(QUANTILES, found, strict=True)) | {"mean": float(values.mean())}
+    values_at = np.quantile(values, list(QUANTILES.values()), method="inverted_cdf").tolist()
+    return dict(zip(QUANTILES, values_at, strict=True)) | {"mean": float(values.mean())}
 
 
 def length_bias(
@@ -119,9 +119,9 @@ def truncation(full: Sequence[Pair], kept: Sequence[Pair], max_length: int) -> d
         out["pairs"] += 1
         out["too_long"] += prompt + max(len(pair.chosen), len(pair.rejected)) > max_length
         out["tokens"] += prompt + response
-        there = left[pair.where, pair.label]
-        if there:
-            one = there.pop(0)
+        kept_pairs = left[pair.where, pair.label]
+        if kept_pairs:
+            one = kept_pairs.pop(0)
             prompt -= len(one.prompt)
             response -= len(one.chosen) + len(one.rejected)
             out["cut_prompt"] += prompt > 0

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prefalign_jax.data.pairs import PARTS, Pairs, join
+from prefalign_jax.data.pairs import PARTS, Pairs, concatenate
 from prefalign_jax.files import intact, remove_parts, sealed
 from prefalign_jax.processes import note
 from prefalign_jax.types import WriteError
@@ -93,7 +93,7 @@ def cached_tokens(path: Path | None, make: Callable[[], Made]) -> tuple[Pairs, d
         except WriteError as error:  # a full disk, a directory that is not ours
             note(f"tokens are kept in memory: {error}")
     chunks, about = make()
-    return join(list(chunks)), dict(about())
+    return concatenate(list(chunks)), dict(about())
 
 
 _UNREADABLE = (OSError, ValueError, KeyError)  # Arrow's own errors among them
@@ -127,7 +127,7 @@ def _read(path: Path) -> tuple[Pairs, dict[str, Any]]:
         reader = pa.ipc.open_file(source)
         batches = [reader.get_batch_with_custom_metadata(i) for i in range(reader.num_record_batches)]
     *batches, (_, about) = batches
-    return join([_chunk(batch, metadata) for batch, metadata in batches]), json.loads(about[b"about"])
+    return concatenate([_chunk(batch, metadata) for batch, metadata in batches]), json.loads(about[b"about"])
 
 
 def _chunk(batch: Any, metadata: Mapping[bytes, bytes]) -> Pairs:

@@ -71,8 +71,8 @@ def name_of(field: Any) -> str:
 
 def names(row: Mapping) -> str:
     """The fields that a row has, for a message."""
-    there = [name_of(name) for name, value in row.items() if not missing(value)]
-    return ", ".join(there[:_NAMES]) + (f", ... ({len(there)} in all)" if len(there) > _NAMES else "") or "no field"
+    filled = [name_of(name) for name, value in row.items() if not missing(value)]
+    return ", ".join(filled[:_NAMES]) + (f", ... ({len(filled)} in all)" if len(filled) > _NAMES else "") or "no field"
 
 
 def missing(value: Any) -> bool:

@@ -60,10 +60,10 @@ def shingles(text: str, size: int) -> frozenset[str]:
       >>> sorted(shingles("The cat, the cat!", 2)), shingles("Hi", 2), shingles(" !? ", 2), shingles("", 2)
       (['cat the', 'the cat'], frozenset({'hi'}), frozenset({'!?'}), frozenset())
     """
-    found = words(text)
-    if not found:
+    tokens = words(text)
+    if not tokens:
         return frozenset([text.strip()] if text.strip() else [])
-    return frozenset(runs(found, min(size, len(found))))
+    return frozenset(runs(tokens, min(size, len(tokens))))
 
 
 def turns(prompt: Text) -> list[str]:

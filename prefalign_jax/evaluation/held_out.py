@@ -183,18 +183,18 @@ def slice_labels(pairs: Sequence[Pair], records: Sequence[Record], kind: str = "
       UserError: a column has so many values that it makes no slices.
     """
     sources = {record.where: record for record in records}
-    mine = [sources[pair.where] for pair in pairs]
+    own_sources = [sources[pair.where] for pair in pairs]
     labels = {}
     if kind == "pairs":
         labels["length"] = [_length(len(pair.chosen), len(pair.rejected)) for pair in pairs]
     if kind == "completions":
         labels["label"] = ["desirable" if pair.label else "undesirable" for pair in pairs]
-    labels["turns"] = [_turns(record) for record in mine]
-    files = [record.where.file for record in mine]
+    labels["turns"] = [_turns(record) for record in own_sources]
+    files = [record.where.file for record in own_sources]
     if len(set(files)) > 1:
         labels["file"] = files
     for number, (name, _) in enumerate(records[0].columns):
-        values = [record.columns[number][1] for record in mine]
+        values = [record.columns[number][1] for record in own_sources]
         values = ["(none)" if value is None else str(value) for value in values]
         if len(set(values)) > MOST_SLICES:
             raise UserError(f"column {name!r} has {len(set(values))} values; slice by one with at most {MOST_SLICES}")

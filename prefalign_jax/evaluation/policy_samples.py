@@ -28,7 +28,7 @@ from prefalign_jax.models.hf_io import resolve
 from prefalign_jax.processes import is_first
 from prefalign_jax.types import LanguageModel, Pair, Params, TrainState
 
-ROWS = 64  # samples computed together
+BATCH = 64  # samples computed together
 MODEL = "model:"  # what a reward's name begins with if it is a reward model's directory
 
 
@@ -93,7 +93,7 @@ def make_sampler(
 
     def sample_now(state: TrainState, step: int) -> dict[str, float]:
         policy = model.join(state.reference, state.params) if model.join else state.params
-        drawn = draw(model, policy, tokenizer, prompts, fields, **options)
+        drawn = draw_samples(model, policy, tokenizer, prompts, fields, **options)
         means, scores = measure(drawn, fields, score, started or (model, state.reference), mesh)
         about = {"model": workdir.name, "step": step, "seed": config.seed}
         rows = [{"prompt": p, "response": text, **about} for p, text in zip(drawn.prompts, drawn.texts, strict=True)]
@@ -106,7 +106,7 @@ def make_sampler(
     return sample_now
 
 
-def draw(
+def draw_samples(
     model: LanguageModel,
     params: Params,
     tokenizer: Any,
@@ -133,7 +133,7 @@ def draw(
       chat: what the chat template is told.
     """
     ids = tokenize_prompts(prompts, tokenizer, chat)
-    found = sample(
+    completions = sample(
         model,
         params,
         ids,
@@ -142,10 +142,10 @@ def draw(
         max_new_tokens=fields.max_new_tokens,
         stop_tokens=stop_tokens,
         sampling=sampling_of(fields),
-        batch_size=ROWS,
+        batch_size=BATCH,
         numbers=range(first, first + len(ids)),
     )
-    flat = [(i, one) for i, several in enumerate(found) for one in several]
+    flat = [(i, one) for i, several in enumerate(completions) for one in several]
     empty = np.zeros(0, np.int32)
     return Drawn(
         prompts=[one.prompt if isinstance(one := prompts[i], Prompt) else one for i, _ in flat],
@@ -189,7 +189,7 @@ def measure(
         columns["reward"] = scores
         out["samples/unscored"] = float(np.isnan(scores).sum())
     if sampling_of(fields) == Sampling():
-        columns["kl"] = drawn.logps - sequence_logps(*reference, drawn.pairs, ROWS, mesh)
+        columns["kl"] = drawn.logps - sequence_logps(*reference, drawn.pairs, BATCH, mesh)
     columns["length"] = np.array([len(pair.chosen) for pair in drawn.pairs], np.float64)
     for name, values in columns.items():
         known = np.isfinite(values)

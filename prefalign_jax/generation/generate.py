@@ -111,8 +111,8 @@ def sample(
       >>> len(found), len(found[0]), found[0][0].tokens.size <= 4
       (2, 3, True)
     """
-    found = {(i, j): one for i, j, one in stream(model, params, prompts, n=n, **options)}
-    return [[found[i, j] for j in range(n)] for i in range(len(prompts))]
+    completions = {(i, j): one for i, j, one in stream(model, params, prompts, n=n, **options)}
+    return [[completions[i, j] for j in range(n)] for i in range(len(prompts))]
 
 
 def stream(

@@ -175,20 +175,20 @@ def whole_conversations(samples: Iterable[Sample]) -> list[Sample]:
     Returns:
       The conversations in the same order, their ids those of the questions.
     """
-    found: list[tuple[str, list[str], list[str], str]] = []
+    conversations: list[tuple[str, list[str], list[str], str]] = []
     for sample in samples:
         number, _, turn = sample.id.rpartition("/")
         if turn == "1":
-            found.append((number, [], [], sample.model))
-        found[-1][1].append(sample.prompt[-1]["content"])
-        found[-1][2].append(sample.response)
+            conversations.append((number, [], [], sample.model))
+        conversations[-1][1].append(sample.prompt[-1]["content"])
+        conversations[-1][2].append(sample.response)
 
     def joined(what: str, texts: list[str]) -> str:
         return texts[0] if len(texts) == 1 else "\n\n".join(f"[{what} {n}]\n{text}" for n, text in enumerate(texts, 1))
 
     return [
         Sample(joined("question", asked), joined("answer", answers), model, number)
-        for number, asked, answers, model in found
+        for number, asked, answers, model in conversations
     ]
 
 
@@ -219,8 +219,8 @@ def _field(where: Place | str, row: Mapping[str, Any], name: str, kind: Any, def
     if value is None and default is not _NEEDED:
         return default
     if not isinstance(value, kind) or isinstance(value, bool):
-        found = "nothing" if value is None else f"{type(value).__name__} {value!r:.40}"
-        raise UserError(f"{where}: field {name!r}: expected {_WORDS[kind]}, found {found}")
+        shown = "nothing" if value is None else f"{type(value).__name__} {value!r:.40}"
+        raise UserError(f"{where}: field {name!r}: expected {_WORDS[kind]}, found {shown}")
     return value
 
 

@@ -197,7 +197,7 @@ def written_pair(shown: Shown, tokenizer: Any, kind: str, title: str, where: str
     Args:
       shown: from `shown_pairs`.
       tokenizer: Hugging Face tokenizer.
-      kind: one of cleaning.KINDS.
+      kind: one of cleaning.RECORD_KINDS.
       title, where: plain text.
     """
     about = [where]

@@ -38,7 +38,7 @@ def would_drop(
 
     Args:
       records: as they are trained on.
-      kind: one of cleaning.KINDS.
+      kind: one of cleaning.RECORD_KINDS.
       scores: whether they have margins.
       watch, loses: as in `cleaning.clean`.
     """
@@ -68,7 +68,7 @@ def make_report(
       pairs: as they are trained on.
       full: as they would be without max_length.
       scores: what the data say of how good the responses are: name -> [N].
-      kind: one of cleaning.KINDS.
+      kind: one of cleaning.RECORD_KINDS.
       max_length: see `truncation`.
       watch, loses: as in `cleaning.clean`.
 

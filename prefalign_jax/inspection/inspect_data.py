@@ -30,11 +30,11 @@ from prefalign_jax.types import UserError
 FIRST = 24  # pairs of the first steps on the page
 EACH = 3  # pairs of each kind of extreme
 NO_LIMIT = 2**30  # tokens
-SIDES = ("chosen", "rejected")
+RESPONSES = ("chosen", "rejected")
 LATER = ("held-out prompts", "weights")  # stages after tokenization
 SCORES = (
     "margin",
-    *(form.format(side) for form in ("score_{}", "{}_score", "rating_{}", "{}-rating") for side in SIDES),
+    *(form.format(side) for form in ("score_{}", "{}_score", "rating_{}", "{}-rating") for side in RESPONSES),
 )
 
 
@@ -136,12 +136,12 @@ def groups_of_pairs(config: ConfigDict, data: PairSet, layout: Any, eos: int) ->
 
 def scores_of(config: ConfigDict, sources: Sequence[Source]) -> dict[str, np.ndarray]:
     """The scores that the training rows have, by the name of their field: {name: [rows that have one]}."""
-    found: dict[str, list[float]] = {name: [] for name in SCORES}
+    scores: dict[str, list[float]] = {name: [] for name in SCORES}
     for source in sources:
         options = dict(seed=config.seed, responses=("chosen",), columns=SCORES)
         with contextlib.suppress(UserError):  # rows that the loss reads, but not as demonstrations
             for record in read_source(source, 0, Tally(), **options):
                 for name, value in record.columns:
                     if isinstance(value, int | float):
-                        found[name].append(value)
-    return {name: np.array(values, np.float64) for name, values in found.items() if values}
+                        scores[name].append(value)
+    return {name: np.array(values, np.float64) for name, values in scores.items() if values}

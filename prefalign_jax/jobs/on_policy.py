@@ -15,7 +15,7 @@ from prefalign_jax.assemble import load_model
 from prefalign_jax.data.chat import load_tokenizer
 from prefalign_jax.data.pairing import Scored, pair_up
 from prefalign_jax.data.records import told
-from prefalign_jax.evaluation.policy_samples import draw, scorer_of
+from prefalign_jax.evaluation.policy_samples import draw_samples, scorer_of
 from prefalign_jax.experiment import read
 from prefalign_jax.files import locked, read_json, write_json
 from prefalign_jax.generation.sample_files import write_jsonl
@@ -71,7 +71,7 @@ def make_pairs(config: ConfigDict, model_path: str, directory: Path, seed: int) 
     score = scorer_of(fields.reward)
     with Progress(len(prompts), "prompt") as progress:
         for first in range(0, len(prompts), AT_ONCE):
-            part = draw(
+            part = draw_samples(
                 model,
                 params,
                 tokenizer,

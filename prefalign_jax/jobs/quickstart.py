@@ -148,7 +148,7 @@ def measure(result: Result, questions: list[dict], seed: int) -> tuple[np.ndarra
     tokenizer = result.tokenizer
     prompts = [np.array(tokenizer(q["prompt"]).input_ids, np.int32) for q in questions]
     options = dict(seed=seed, max_new_tokens=56, stop_tokens=[tokenizer.eos_token_id], batch_size=256)
-    drawn = [found[0].tokens for found in sample(result.model, result.params, prompts, **options)]
+    drawn = [samples[0].tokens for samples in sample(result.model, result.params, prompts, **options)]
     texts = tokenizer.batch_decode(drawn, skip_special_tokens=True)
     rewards = np.array([reward(q["thing"], text) for q, text in zip(questions, texts, strict=True)])
     empty = np.zeros(0, np.int32)

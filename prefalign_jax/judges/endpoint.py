@@ -320,7 +320,7 @@ class Client:
         timer.start()
         try:
             with self.opener.open(request, timeout=self.timeout) as response:
-                found = self.parse(self.read(response))
+                reply = self.parse(self.read(response))
         except urllib.error.HTTPError as error:
             text = ""
             with error, contextlib.suppress(OSError, http.client.HTTPException):
@@ -329,16 +329,16 @@ class Client:
             reason = f"HTTP {error.code}{_message(text, self.scrub)}"
             return Failure(reason, again, _retry_after(error.headers), error.code in _HOPELESS)
         except TimeoutError:
-            found = Failure("timeout", again=True)
+            reply = Failure("timeout", again=True)
         except urllib.error.URLError as error:
             timed_out = isinstance(error.reason, TimeoutError)
-            found = Failure("timeout" if timed_out else "no connection", again=True)
+            reply = Failure("timeout" if timed_out else "no connection", again=True)
         except (OSError, http.client.HTTPException):
-            found = Failure("connection broken", again=True)
+            reply = Failure("connection broken", again=True)
         finally:
             timer.cancel()
         # What was cut looks broken, or even whole to the library.
-        return Failure("timeout", again=True) if isinstance(found, Failure) and time.monotonic() >= deadline else found
+        return Failure("timeout", again=True) if isinstance(reply, Failure) and time.monotonic() >= deadline else reply
 
     def read(self, response: Any) -> str:
         """The whole body."""

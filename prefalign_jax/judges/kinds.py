@@ -43,7 +43,7 @@ def of_person(path: str, out: Path) -> Judge:
 
 
 # Kind -> (makes the judge, the function whose keyword-only parameters are its options).
-KINDS: dict[str, tuple[Callable[..., Judge], Callable[[str], Any]]] = {
+JUDGES: dict[str, tuple[Callable[..., Judge], Callable[[str], Any]]] = {
     "reward": (of_reward, lambda name: choose("reward", name, rewards.REWARDS)),
     "model": (of_model, lambda path: reward_model.scorer),
     "endpoint": (of_endpoint, lambda url: endpoint.endpoint),
@@ -63,7 +63,7 @@ def make_judge(spec: str, given: Sequence[str], out: Path) -> Judge:
       UserError: there is no such judge, or it has no such option.
     """
     kind, _, what = spec.partition(":")
-    make, taker = choose("--judge", kind, KINDS)
+    make, taker = choose("--judge", kind, JUDGES)
     if not what:
         raise UserError(f"--judge={spec}: write {kind}: and a name, directory, URL or file after it")
     known, options = hyper_parameters(taker(what)), {}

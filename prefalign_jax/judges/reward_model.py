@@ -71,8 +71,8 @@ def scorer(
 
     def score_pairs(pairs: list[Pair], done: Cache | None) -> list[float]:
         keys = [f"{key} {digest_of([pair])}" for pair in pairs] if done else [""] * len(pairs)
-        found = [done.get(key) if done else None for key in keys]
-        wanted = [i for i, value in enumerate(found) if value is None]
+        known_rewards = [done.get(key) if done else None for key in keys]
+        wanted = [i for i, value in enumerate(known_rewards) if value is None]
         if wanted:
             data = make_pair_set([pairs[i] for i in wanted], batch_size, layout=layout, attends=model.attends)
             for batch in eval_batches(data):
@@ -80,10 +80,10 @@ def scorer(
                 for number, value in zip(batch.index[0], values, strict=True):
                     if number >= 0:
                         i = wanted[number]
-                        found[i] = float(value)
+                        known_rewards[i] = float(value)
                         if done:
-                            done.put(keys[i], found[i])
-        return found
+                            done.put(keys[i], known_rewards[i])
+        return known_rewards
 
     def score(prompts: Sequence[Text], responses: Sequence[str]) -> Scores:
         records = []
@@ -94,7 +94,7 @@ def scorer(
         pairs = [pair for pair in made if not isinstance(pair, str)]
         reasons = [f"{pair} for the reward model" if isinstance(pair, str) else "" for pair in made]
         with open_cache(cache) if cache else contextlib.nullcontext() as done:
-            found = iter(score_pairs(pairs, done))
-        return Scores(np.array([np.nan if reason else next(found) for reason in reasons]), reasons)
+            known_rewards = iter(score_pairs(pairs, done))
+        return Scores(np.array([np.nan if reason else next(known_rewards) for reason in reasons]), reasons)
 
     return score

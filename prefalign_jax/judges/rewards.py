@@ -59,8 +59,8 @@ def kindness(prompt: str, response: str) -> float:
 
     A count over a word list (KIND, UNKIND) made for children's stories: it knows no negation and no meaning.
     """
-    found = words(response)
-    return sum((word in KIND) - (word in UNKIND) for word in found) / max(len(found), 1)
+    spoken = words(response)
+    return sum((word in KIND) - (word in UNKIND) for word in spoken) / max(len(spoken), 1)
 
 
 def matches(prompt: str, response: str, *, pattern: str = "") -> float:
@@ -105,8 +105,8 @@ def scorer(name: str, **options: object) -> Scorer:
     check_hyper(f"reward {name!r}", options, hyper_parameters(function), CHECKS)
 
     def score(prompts: Sequence[Text], responses: Sequence[str]) -> Scores:
-        found = [float(function(as_text(p), r, **options)) for p, r in zip(prompts, responses, strict=True)]
-        reasons = ["" if math.isfinite(x) else f"the reward is {x}" for x in found]
-        return Scores(np.where(np.isfinite(found), found, np.nan), reasons)
+        rewards = [float(function(as_text(p), r, **options)) for p, r in zip(prompts, responses, strict=True)]
+        reasons = ["" if math.isfinite(x) else f"the reward is {x}" for x in rewards]
+        return Scores(np.where(np.isfinite(rewards), rewards, np.nan), reasons)
 
     return score

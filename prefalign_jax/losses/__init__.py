@@ -235,11 +235,11 @@ def _make_mixture(name: str, text: str, given: Mapping[str, Any]) -> BoundLoss:
 
 def _expanded(text: str) -> list[Term]:
     """The terms of a sum, those that have a name as a sum themselves written out."""
-    found = []
+    expanded = []
     for term in terms(text):
         inner = _expanded(MIXTURES[term.name]) if term.name in MIXTURES else [Term(1.0, term.name, {})]
-        found += [Term(term.weight * t.weight, t.name, {**t.options, **term.options}) for t in inner]
-    return found
+        expanded += [Term(term.weight * t.weight, t.name, {**t.options, **term.options}) for t in inner]
+    return expanded
 
 
 @functools.cache

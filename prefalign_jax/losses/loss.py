@@ -266,8 +266,8 @@ def _checked(name: str, result: Any, shape: tuple[int, ...]) -> tuple[Array, dic
     loss, metrics = result
     for what, value in {"the loss": loss, **{f"metric {key!r}": value for key, value in metrics.items()}}.items():
         if getattr(value, "shape", None) != shape:
-            found = getattr(value, "shape", type(value).__name__)
-            raise UserError(f"loss {name!r}: {what} has shape {found} where one number per pair is due, {shape}")
+            given_shape = getattr(value, "shape", type(value).__name__)
+            raise UserError(f"loss {name!r}: {what} has shape {given_shape} where one number per pair is due, {shape}")
     if taken := metrics.keys() & set(RESERVED):
         raise UserError(
             f"loss {name!r}: a metric is called {taken.pop()!r}, which the step writes; give it another name"

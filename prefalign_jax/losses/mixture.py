@@ -42,7 +42,7 @@ def terms(text: str) -> list[Term]:
       >>> terms("1e-1*bco(shift=none)+sft")
       [Term(weight=0.1, name='bco', options={'shift': 'none'}), Term(weight=1.0, name='sft', options={})]
     """
-    found, at = [], 0
+    read, at = [], 0
     while True:
         match = _TERM.match(text, at)
         options = [item.partition("=") for item in ((match and match["options"]) or "").split(",") if item.strip()]
@@ -53,12 +53,10 @@ def terms(text: str) -> list[Term]:
             raise UserError(f"loss.name={text!r}: cannot read {rest!r}; write {form}")
         if len(set(keys)) < len(keys):
             raise UserError(f"loss.name={text!r}: {match['name']} has an option twice")
-        found.append(
-            Term(weight, match["name"], dict(zip(keys, (value.strip() for *_, value in options), strict=True)))
-        )
+        read.append(Term(weight, match["name"], dict(zip(keys, (value.strip() for *_, value in options), strict=True))))
         at = match.end()
         if not match["end"]:
-            return found
+            return read
 
 
 def mix(name: str, text: str, weights: Sequence[float], parts: Sequence[BoundLoss]) -> BoundLoss:

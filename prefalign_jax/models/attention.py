@@ -202,8 +202,8 @@ def gathered(x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
 
 def _gathered(x: jax.Array, index: jax.Array) -> jax.Array:
     def one(part: jax.Array) -> jax.Array:
-        there = (part >= 0).reshape(*part.shape, *(1,) * (x.ndim - 2))
-        return jnp.where(there, _blocks(x, part), jnp.zeros((), x.dtype))
+        present = (part >= 0).reshape(*part.shape, *(1,) * (x.ndim - 2))
+        return jnp.where(present, _blocks(x, part), jnp.zeros((), x.dtype))
 
     return functools.reduce(jnp.add, (one(index[:, k]) for k in range(index.shape[1])))
 

@@ -67,7 +67,7 @@ class Linear(nnx.Module):
 
     def weight(self, dtype: jnp.dtype) -> jax.Array:
         """W [in, out], whatever it is stored as."""
-        kind = next((kind for kind in quantize.KINDS if hasattr(self, kind)), None)
+        kind = next((kind for kind in quantize.QUANTIZATIONS if hasattr(self, kind)), None)
         if kind is None:
             return self.kernel[...].astype(dtype)
         return quantize.dequantize(getattr(self, kind)[...], self.scales[...], dtype)
@@ -541,7 +541,7 @@ def make_decoder(
                 linear = functools.reduce(getattr, path.split("/"), decoder)
                 setattr(linear, name, nnx.Param(jnp.zeros(shape)))
                 linear.lora = lora
-                if name in quantize.KINDS:
+                if name in quantize.QUANTIZATIONS:
                     del linear.kernel
             return decoder
 

@@ -107,7 +107,7 @@ def load_params(
       config: its shape, from `load_config`, with `reward` as the caller wants the model.
       dtype: type of the parameters whatever the stored one, or 'stored' to keep that: of layers that differ the one
         that holds both, float32 for float64, and for a score of zeros.
-      quantize: one of quantize.KINDS for the kernels of the linear layers, None for none.
+      quantize: one of quantize.QUANTIZATIONS for the kernels of the linear layers, None for none.
       shardings: None, or a tree like the parameters' with a NamedSharding for each.
 
     Returns:
@@ -553,8 +553,8 @@ class _Part(NamedTuple):
 
     def __getitem__(self, index: Any) -> np.ndarray:
         whole = self.tensor.view()
-        mine = split(whole.T if self.row.transpose else whole, self.row, self.sizes, self.heads)[self.number]
-        return np.array((mine.T if self.row.transpose else mine)[index])
+        part = split(whole.T if self.row.transpose else whole, self.row, self.sizes, self.heads)[self.number]
+        return np.array((part.T if self.row.transpose else part)[index])
 
 
 def split(whole: np.ndarray, row: families.Weight, sizes: list[int], heads: int) -> list[np.ndarray]:

@@ -50,7 +50,7 @@ def load_decoder(
       tokens: len(tokenizer).
       multiple: rows of embedding and head are padded to a multiple of this, without probability.
       dtype: of the parameters, or 'stored' for the type in the file.
-      quantize: one of quantize.KINDS for the kernels of the linear layers.
+      quantize: one of quantize.QUANTIZATIONS for the kernels of the linear layers.
       drawn: a random key; the parameters are drawn then, and only the shape is taken from `path`.
 
     Returns:

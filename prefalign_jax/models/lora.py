@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from prefalign_jax.models.quantize import KINDS, dequantize_params
+from prefalign_jax.models.quantize import QUANTIZATIONS, dequantize_params
 from prefalign_jax.types import Params, UserError
 
 A, B, MAGNITUDE = "lora_a", "lora_b", "lora_magnitude"
-EXTRA = (A, B, MAGNITUDE, *KINDS, "scales")
+EXTRA = (A, B, MAGNITUDE, *QUANTIZATIONS, "scales")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,8 +66,8 @@ def experts(
     """
     k, count = chosen.shape[1], gate.shape[0]
     expert = chosen.reshape(-1) - first
-    mine = (expert >= 0) & (expert < count)
-    expert = jnp.where(mine, expert, count)  # others come last, in no group
+    local = (expert >= 0) & (expert < count)
+    expert = jnp.where(local, expert, count)  # others come last, in no group
     order = jnp.argsort(expert, stable=True)
     token = order // k
     sizes = jnp.bincount(expert, length=count + 1)[:count].astype(jnp.int32)
@@ -77,7 +77,7 @@ def experts(
 
     rows = x[token]
     out = multiply(jax.nn.silu(multiply(rows, gate)) * multiply(rows, up), down)
-    out = jnp.where(mine[order][:, None], out * weights.reshape(-1)[order][:, None].astype(out.dtype), 0)
+    out = jnp.where(local[order][:, None], out * weights.reshape(-1)[order][:, None].astype(out.dtype), 0)
     return jnp.zeros_like(x).at[token].add(out)
 
 

@@ -98,33 +98,33 @@ def save_adapters(
         if not _linear(rows):
             continue
         paths = [row.path.removesuffix("/kernel") for row in rows]
-        mine = [path for path in paths if f"{path}/{A}" in flat]
-        if not mine:
+        adapted = [path for path in paths if f"{path}/{A}" in flat]
+        if not adapted:
             others.add(_module(rows[0]))
             continue
-        arrays = {path: {leaf: fetch(flat[f"{path}/{leaf}"][layer]) for leaf in (A, B)} for path in mine}
+        arrays = {path: {leaf: fetch(flat[f"{path}/{leaf}"][layer]) for leaf in (A, B)} for path in adapted}
         rank, at, blocks = sum(x[A].shape[-1] for x in arrays.values()), 0, []
         for path, row in zip(paths, rows, strict=True):
             blocks.append(np.zeros((rank, shapes[row.path][-1]), np.float32))
-            if path in mine:
+            if path in adapted:
                 b = arrays[path][B]
                 blocks[-1][at : at + len(b)] = b
                 at += len(b)
-        found = {
+        arrays_of_tensor = {
             A: np.concatenate([x[A] for x in arrays.values()], axis=-1),
             B: joined(blocks, rows[0], config.num_heads),
         }
         if lora.dora:
-            if missing := [path for path in paths if path not in mine]:
+            if missing := [path for path in paths if path not in adapted]:
                 raise UserError(
-                    f"DoRA adapters of {mine[0]} cannot be written in PEFT's format without one of {missing[0]}: a "
+                    f"DoRA adapters of {adapted[0]} cannot be written in PEFT's format without one of {missing[0]}: a "
                     f"{config.family} model keeps both in {name}; add it to lora.targets, or use the merged export"
                 )
             lengths = [fetch(flat[f"{path}/{MAGNITUDE}"][layer]) for path in paths]
-            found[MAGNITUDE] = joined(lengths, rows[0], config.num_heads)
+            arrays_of_tensor[MAGNITUDE] = joined(lengths, rows[0], config.num_heads)
         ranks[_module(rows[0])] = rank
         stored_as_in_out |= not rows[0].transpose
-        for leaf, value in found.items():
+        for leaf, value in arrays_of_tensor.items():
             key = f"{PEFT_PREFIX}{name.removesuffix('.weight')}.{_LEAVES[leaf]}"
             tensors[key] = np.ascontiguousarray(value.T.astype(np.float32))
     saved = []  # modules that are trained in full
@@ -217,10 +217,10 @@ def load_adapters(directory: str | pathlib.Path, config: DecoderConfig) -> tuple
         if not _linear(rows):
             continue
         module = name.removesuffix(".weight")
-        found = {leaf: stored.pop(f"{PEFT_PREFIX}{module}.{theirs}", None) for leaf, theirs in _LEAVES.items()}
-        if all(value is None for value in found.values()):
+        arrays = {leaf: stored.pop(f"{PEFT_PREFIX}{module}.{theirs}", None) for leaf, theirs in _LEAVES.items()}
+        if all(value is None for value in arrays.values()):
             continue
-        for leaf, value in found.items():
+        for leaf, value in arrays.items():
             if (value is None) == (leaf != MAGNITUDE or lora.dora):
                 raise UserError(f"{directory}: {module} has {'no' if value is None else 'a'} {_LEAVES[leaf]}")
         try:
@@ -230,13 +230,13 @@ def load_adapters(directory: str | pathlib.Path, config: DecoderConfig) -> tuple
             raise UserError(f"{file}: rank_pattern, alpha_pattern: {one_line(error)}") from None
         sizes = [shapes[row.path][-1] for row in rows]
         wanted = {A: (rank, shapes[rows[0].path][-2]), B: (sum(sizes), rank), MAGNITUDE: (sum(sizes),)}
-        for leaf, value in found.items():
+        for leaf, value in arrays.items():
             if value is not None and value.shape != wanted[leaf]:
                 raise UserError(
                     f"{directory}: {module}.{_LEAVES[leaf]} has shape {value.shape} where {wanted[leaf]} is due"
                 )
         stretched = dataclasses.replace(lora, rank=rank, alpha=alpha).scale / lora.scale
-        stacks[rows][layer] = {A: found[A].T, B: found[B].T * np.float32(stretched), MAGNITUDE: found[MAGNITUDE]}
+        stacks[rows][layer] = {A: arrays[A].T, B: arrays[B].T * np.float32(stretched), MAGNITUDE: arrays[MAGNITUDE]}
     full = _take_full(directory, stored, config, shapes)
     if stored:
         raise UserError(f"{directory}: tensor {next(iter(stored))} has no place in a {config.family} model")

@@ -12,7 +12,7 @@ from flax import traverse_util
 from prefalign_jax.options import choose
 from prefalign_jax.types import Params
 
-KINDS = ("int8", "nf4")
+QUANTIZATIONS = ("int8", "nf4")
 BLOCK = 64  # inputs that share a scale, or the largest power of two below that divides them
 
 # Quantiles of the normal distribution, scaled to [-1, 1]; 0 is one of them. QLoRA, arXiv 2305.14314, appendix E.
@@ -50,7 +50,7 @@ def quantize(kernel: jax.Array, kind: str) -> dict[str, jax.Array]:
     Raises:
       UserError: the kind is unknown.
     """
-    choose("quantize", kind, dict.fromkeys(KINDS))
+    choose("quantize", kind, dict.fromkeys(QUANTIZATIONS))
     *stack, features_in, features_out = kernel.shape
     block = block_of(features_in)
     blocks = kernel.astype(jnp.float32).reshape(*stack, features_in // block, block, features_out)
@@ -94,7 +94,7 @@ def quantize_params(params: Params, kind: str) -> Params:
 
     Args:
       params: the parameter tree of `make_decoder`.
-      kind: one of KINDS.
+      kind: one of QUANTIZATIONS.
 
     Returns:
       The tree, with {KIND, scales} in the place of each kernel.
@@ -113,7 +113,7 @@ def dequantize_params(params: Params, dtype: str = "float32") -> Params:
     out = dict(flat)
     for path in flat:
         linear, _, name = path.rpartition("/")
-        if name in KINDS:
+        if name in QUANTIZATIONS:
             codes, scales = out.pop(path), out.pop(f"{linear}/scales")
             out[f"{linear}/kernel"] = dequantize(codes, scales, jnp.dtype(dtype))
     return traverse_util.unflatten_dict(out, sep="/")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-KINDS = ("linear", "llama3", "yarn", "dynamic", "longrope")
+ROTATIONS = ("linear", "llama3", "yarn", "dynamic", "longrope")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ def frequencies(
         if multiplier is None:
             multiplier = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
         return (plain / np.array(scaling.long_factor if long else scaling.short_factor)).astype(np.float32), multiplier
-    raise ValueError(f"rope scaling {scaling.kind!r} is unknown; write one of {', '.join(KINDS)}")
+    raise ValueError(f"rope scaling {scaling.kind!r} is unknown; write one of {', '.join(ROTATIONS)}")
 
 
 def rotation(

@@ -103,7 +103,7 @@ def main() -> None:
     if orpo:
         chosen = trainer.metrics[0].other_metrics["logps/chosen"]
     seconds, cpu, compiled = np.subtract(trainer.ended, trainer.began).T.tolist()
-    found = {
+    measured = {
         "chosen_logps": float(np.mean(chosen)),
         "losses": [float(metrics.loss) for metrics in trainer.metrics],
         "seconds": seconds,
@@ -112,7 +112,7 @@ def main() -> None:
         "versions": {"easydel": version("easydel"), "jax": jax.__version__},
         **device_figures(),
     }
-    print(json.dumps(found))
+    print(json.dumps(measured))
 
 
 if __name__ == "__main__":

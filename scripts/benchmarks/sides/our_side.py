@@ -102,7 +102,7 @@ def main() -> None:
     units = (2 if lora else 3) + (1 if "reference" in loss.needs and spec["reference"] != "cached" else 0)
     head = config.vocab_size * config.hidden_size
     useful = [2 * units * (body * t + head * n) for t, n in zip(tokens, trained, strict=True)]
-    found = {
+    measured = {
         **device_figures(),  # before the products below
         "losses": losses,
         "chosen_logps": chosen[0],
@@ -119,7 +119,7 @@ def main() -> None:
         "matmul_flops": matmul_rate(spec["dtype"]),
         "versions": {"jax": jax.__version__},
     }
-    print(json.dumps(found))
+    print(json.dumps(measured))
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def main() -> None:
         )
         trainer.train()
     peak = torch.cuda.max_memory_allocated() if gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = {
+    measured = {
         "losses": watch.losses[: spec["steps"]],
         "chosen_logps": watch.chosen[0],
         "seconds": watch.seconds,
@@ -130,7 +130,7 @@ def main() -> None:
         "versions": {"trl": trl.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "device": torch.cuda.get_device_name() if gpu else "cpu",
     }
-    print(json.dumps(found))
+    print(json.dumps(measured))
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def main() -> None:
         )
         trainer.kept = []
         trainer.train(batches())
-    found = {
+    measured = {
         "chosen_logps": trainer.chosen[0],
         "losses": [loss for loss, *_ in trainer.kept],
         "seconds": [end[1] - start[0] for start, end in zip(began, trainer.kept, strict=False)],
@@ -99,7 +99,7 @@ def main() -> None:
         "versions": {"google-tunix": version("google-tunix"), "jax": jax.__version__},
         **device_figures(),
     }
-    print(json.dumps(found))
+    print(json.dumps(measured))
 
 
 if __name__ == "__main__":
