@@ -29,6 +29,7 @@ class Alphabet:
         self._known: dict[str, bool] = {}
         every = _every_byte()
         self._whole = self._back(every) == every
+        self._spelled = frozenset("".join(tokenizer.get_vocab()))  # no text that comes back has any other character
 
     def lost(self, *texts: str) -> set[str]:
         """The characters of some texts that do not come back from their tokens."""
@@ -40,6 +41,8 @@ class Alphabet:
             for new in characters - self._known.keys():
                 self._known[new] = self._holds(new)
             alone = {one for one in characters if not self._known[one]}
+            lost |= alone - self._spelled
+            alone &= self._spelled
             if alone:  # a token of several characters may hold what none holds alone
                 back = self._back(text)
                 lost |= {one for one in alone if back.count(one) < text.count(one)}
