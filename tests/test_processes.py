@@ -137,6 +137,7 @@ def test_two_processes_train_evaluate_generate_and_export_as_one_does(whole, alo
     assert drawn[0] == drawn[1]
 
 
+@pytest.mark.everything
 def test_a_killed_process_stops_the_others_and_the_same_command_goes_on_bit_for_bit(whole):
     broken = whole.with_name("broken")
     statuses, (said, _) = launch(broken, at=5, number=signal.SIGKILL)
@@ -152,6 +153,7 @@ def test_a_killed_process_stops_the_others_and_the_same_command_goes_on_bit_for_
     assert ours.read_bytes() == theirs.read_bytes()
 
 
+@pytest.mark.everything
 def test_a_checkpoint_of_eight_devices_is_resumed_on_two_by_two_and_sigterm_stops_all_at_one_step(alone, tmp_path):
     from prefalign_jax.train import train
 
