@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from prefalign_jax.exits import lost_peer
-from prefalign_jax.files import checksum, read_json, write_json, write_text, writing
+from prefalign_jax.files import checksum, intact, read_json, sealed, write_json, write_text, writing
 from prefalign_jax.metrics import read_metrics
 from prefalign_jax.options import flatten
 from prefalign_jax.processes import agreed, by_first, gathered, is_first, note
@@ -65,10 +65,8 @@ class Checkpoints:
 
     def metrics(self, step: int) -> dict[str, float]:
         """Of the evaluation at a step, {} if there was none or nobody can tell."""
-        try:
-            return read_json(self.directory / str(step) / MANIFEST, {"metrics": {"*": "a number"}})["metrics"]
-        except UserError:
-            return {}
+        manifest = self.directory / str(step) / MANIFEST
+        return read_json(manifest, {"metrics": {"*": "a number"}})["metrics"] if intact(manifest) else {}
 
     def best(self) -> int | None:
         """The step that is best by `best_metric`, the first of several; None if none was evaluated."""
@@ -92,7 +90,9 @@ class Checkpoints:
                 stack.callback(shutil.rmtree, part, ignore_errors=True)
             written.result()
             if is_first():
-                write_json(part / MANIFEST, {"metrics": metrics, "files": _checksums(part, _files(part))})
+                about = {"metrics": metrics, "files": _checksums(part, _files(part))}
+                with sealed(part / MANIFEST) as manifest:
+                    write_json(manifest, about)
                 part.rename(self.directory / str(step))
                 kept = {*self.steps()[-self.keep :], self.best() if self.best_metric else None}
                 for old in set(self.steps()) - kept:
@@ -200,7 +200,7 @@ def save(
 def _files(directory: Path) -> list[str]:
     """Names of the files of a checkpoint that its manifest lists."""
     files = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
-    return sorted(name for name in files if name != MANIFEST)
+    return sorted(name for name in files if not name.startswith(MANIFEST))
 
 
 def _checksums(directory: Path, names: Sequence[str]) -> dict[str, str]:
@@ -211,7 +211,9 @@ def _damage(directory: Path) -> str:
     """What is wrong with a checkpoint, '' if nothing: several processes read a part of its files each, and all know."""
     try:
         names, manifest = _files(directory), directory / MANIFEST
-        if manifest.exists():
+        if any(directory.glob(f"{MANIFEST}*")):
+            if not intact(manifest):
+                raise ValueError(f"{MANIFEST} is not what was written")
             wanted = read_json(manifest, {"metrics": "an object", "files": {"*": "a string"}})["files"]
             share = names[jax.process_index() :: jax.process_count()]
             sums = _checksums(directory, share)
