@@ -187,8 +187,8 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
     if is_first():
         draw_curves(workdir)
     if config.export.enabled:
-        at = checkpoint.chosen(checkpoints, config.export.checkpoint)
-        if at != step:
+        which = config.export.checkpoint  # the last is at hand, and its files need not be read
+        if which != "last" and (at := checkpoint.chosen(checkpoints, which)) != step:
             means = checkpoints.metrics(at)
             state = state._replace(params=checkpoint.load_params(checkpoints, at, state.params))
         about = dict(data=as_markdown(datasheet, level=3), metrics=means, history=history)
