@@ -18,10 +18,9 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from prefalign_jax.exits import lost_peer
-from prefalign_jax.files import checksum, intact, read_json, sealed, write_json, write_text, writing
-from prefalign_jax.metrics import read_metrics
+from prefalign_jax.files import checksum, intact, read_json, read_json_lines, sealed, write_json, write_text, writing
 from prefalign_jax.options import flatten
-from prefalign_jax.processes import agreed, by_first, gathered, is_first, note
+from prefalign_jax.processes import agreed, by_first, gathered, is_first, note, told_by_first
 from prefalign_jax.sharding import shapes_of
 from prefalign_jax.types import Params, TrainState, UserError, WriteError, one_line
 
@@ -45,6 +44,7 @@ FREE = ("data.eval_path", "data.eval_split", "data.eval_limit", "data.cache_dir"
 TOLD = ("steps", "examples", "epochs", "learning_rate", "schedule", "warmup_steps", "warmup_examples", "warmup_epochs")
 TOLD += ("grad_clip", "micro_steps", "mesh", "vocabulary_chunk")
 HISTORY = "history.jsonl"  # in the workdir: where a run was resumed with other values
+_CHANGE = {"step": "an integer", "changed": "an object"}  # a row of it
 
 MANIFEST = "manifest.json"  # in each checkpoint: its files with their checksums, and its evaluation metrics
 
@@ -383,11 +383,21 @@ def record_changes(workdir: Path, step: int, changed: Mapping[str, tuple[Any, An
       All that is kept, a row {'step': ..., 'changed': {field: [before, now]}} for each time.
     """
     path = Path(workdir) / HISTORY
-    rows = [row for row in (read_metrics(path) if step else []) if row["step"] < step]
+    rows = read_changes(workdir, step)
     rows += [{"step": step, "changed": {name: list(pair) for name, pair in changed.items()}}] if changed else []
     if is_first() and (rows or path.exists()):
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
+
+
+def read_changes(workdir: Path, step: int) -> list[dict[str, Any]]:
+    """What `record_changes` has kept of the steps before this one, as the first process reads it: it alone writes.
+
+    Raises:
+      UserError: the file has another form.
+    """
+    path = Path(workdir) / HISTORY
+    return [row for row in told_by_first(lambda: read_json_lines(path, _CHANGE)) if row["step"] < step]
 
 
 class Timer:

@@ -15,7 +15,6 @@ from prefalign_jax.data.datasheet import as_markdown
 from prefalign_jax.experiment import Experiment, from_json
 from prefalign_jax.export import export_adapters, export_run
 from prefalign_jax.files import locked, read_json
-from prefalign_jax.metrics import read_metrics
 from prefalign_jax.models.lora import Lora, full_parameters, init_adapters, join, merge
 from prefalign_jax.sharding import make_mesh
 from prefalign_jax.types import LanguageModel, Params
@@ -94,7 +93,7 @@ def export_kept(workdir: str | Path, which: str = "last", directory: str | Path 
         kept = load_kept(workdir, which)
         directory = Path(directory) if directory else workdir / f"export-{kept.step}"
         sheet = read_json(workdir / "datasheet.json", "an object")
-        history = [row for row in read_metrics(workdir / checkpoint.HISTORY) if row["step"] < kept.step]
+        history = checkpoint.read_changes(workdir, kept.step)
         about = dict(data=as_markdown(sheet, level=3), metrics=kept.metrics, history=history, directory=directory)
         export_run(kept.experiment, kept.params, kept.model.config, kept.tokenizer, workdir, **about)
         if kept.lora:

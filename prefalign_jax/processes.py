@@ -180,6 +180,17 @@ def by_first(action: Callable[[], Any]) -> None:
         raise mistake or (WriteError if said[0] == WriteError.status else UserError)(said[1])
 
 
+def told_by_first(read: Callable[[], Any]) -> Any:
+    """What the first process reads, in all of them: a file that it also writes may be half written to the others.
+
+    Args:
+      read: gives what JSON can say; its UserError is raised in all processes.
+    """
+    values: list[Any] = []
+    by_first(lambda: values.append(read()))
+    return agreed(values[0] if values else None)
+
+
 def all_have(value: bool) -> bool:
     """Whether something is true in every process."""
     return all(gathered(value))

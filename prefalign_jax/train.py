@@ -33,7 +33,7 @@ from prefalign_jax.models.hf_io import load_config, resolve
 from prefalign_jax.models.lora import Lora, merge
 from prefalign_jax.options import did_you_mean
 from prefalign_jax.pages import plots
-from prefalign_jax.processes import agreed, by_first, is_first, note, stop_requested, stop_signal
+from prefalign_jax.processes import by_first, is_first, note, stop_requested, stop_signal, told_by_first
 from prefalign_jax.progress import Progress
 from prefalign_jax.sharding import make_mesh, place_batch, shapes_of
 from prefalign_jax.train_step import init_state, make_eval_step
@@ -141,7 +141,7 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
         return bool(every) and step % every == 0
 
     # Loop. First comes the evaluation at the start, or one that an earlier run was stopped before.
-    evaluated = agreed([row["step"] for row in read_metrics(workdir / "eval.jsonl")])
+    evaluated = [row["step"] for row in evaluations(workdir)]
     if start == 0 or (due(start, config.eval_steps) and start not in evaluated and start < total):
         evaluate_now(start)
     order = dict(seed=config.seed, shuffle=config.data.shuffle, balance=config.data.balance)
@@ -225,16 +225,21 @@ def merged(state: TrainState, lora: Lora | None) -> Params:
     return merge(state.reference, state.params, lora) if lora else state.params
 
 
+def evaluations(workdir: Path) -> list[dict[str, Any]]:
+    """The rows of eval.jsonl, the same in all processes."""
+    return told_by_first(lambda: read_metrics(workdir / "eval.jsonl"))
+
+
 def first_evaluation(workdir: Path) -> dict[str, float]:
     """What was measured before the first step, {} if nothing was."""
-    rows = agreed(read_metrics(workdir / "eval.jsonl"))
+    rows = evaluations(workdir)
     return rows[0] if rows and rows[0]["step"] == 0 else {}
 
 
 def left_alone(workdir: Path, step: int, total: int, model: LanguageModel, params: Params, tokenizer: Any) -> Result:
     """Of a run that is already longer than it is asked to be: nothing in its directory changes."""
     note(f"{workdir} is trained to step {step} already, and {total} are asked for; it is left as it is")
-    rows = agreed(read_metrics(workdir / "eval.jsonl"))
+    rows = evaluations(workdir)
     last = {name: value for name, value in (rows[-1] if rows else {}).items() if name != "step"}
     return Result(step, False, first_evaluation(workdir), last, model, params, tokenizer)
 

@@ -77,6 +77,12 @@ def test_what_changes_when_a_run_goes_on_is_said_and_kept(finished, tmp_path, ca
     assert rows(workdir / "history.jsonl") == json.loads((workdir / "config.json").read_text())["history"] == wanted
     assert "| 4 | learning_rate | 0.001 | 0.0005 |" in (workdir / "export" / "README.md").read_text()
     assert column(workdir)[:4] == column(finished)
+    again = config_of(**{**FIELDS, "steps": 7, "learning_rate": 5e-4, "micro_steps": 2, "export.enabled": False})
+    train(again, workdir)
+    wanted.append({"step": 6, "changed": {"steps": [6, 7]}})
+    assert rows(workdir / "history.jsonl") == wanted
+    card = (export_kept(workdir, "last", tmp_path / "last") / "README.md").read_text()
+    assert "| 6 | steps | 6 | 7 |" in card and "| 4 | steps | 4 | 6 |" in card
     with pytest.raises(UserError, match="trained with data.shuffle=False, not True"):
         train(config_of(**{**FIELDS, "data.shuffle": True}), workdir)
 

@@ -163,7 +163,9 @@ def test_a_checkpoint_of_eight_devices_is_resumed_on_two_by_two_and_sigterm_stop
     statuses, said = launch(longer, at=12, number=signal.SIGTERM, steps=5000)
     assert statuses == [STOPPED, STOPPED], said
     assert "resumed at step 10" in said[0]
-    stopped = int(re.search(r"stopped at step (\d+) of 5000, saved", said[0])[1])
+    ended = re.search(r"stopped at step (\d+) of 5000, saved", said[0])
+    assert ended, said
+    stopped = int(ended[1])
     assert stopped >= 12
     assert (longer / "checkpoints" / str(stopped)).is_dir()  # which both had to write
     train(config_of(wanted, steps=11), wanted)

@@ -45,6 +45,7 @@ from ml_collections import ConfigDict
 
 from prefalign_jax.config import defaults
 from prefalign_jax.evaluation.held_out import sequence_log_ratios
+from prefalign_jax.files import read_json_lines
 from prefalign_jax.generation.sample_files import write_jsonl
 from prefalign_jax.intervals import Interval, bootstrap_mean
 from prefalign_jax.jobs.quickstart import measure, write_base, write_world
@@ -203,13 +204,13 @@ np.testing.assert_allclose(by_differences, by_hand, rtol=1e-3)
 if MODEL is None:
     write_world(RUNS / "data", seed=0, **WORLD)
     for name in ("sft", "train"):
-        print(name, read_metrics(RUNS / "data" / f"{name}.jsonl")[0], "\n")
+        print(name, read_json_lines(RUNS / "data" / f"{name}.jsonl")[0], "\n")
 
 
 def fine_tuned(width):
     """Trains a tokenizer and a model of this width on questions and answers."""
     data, base = RUNS / "data" / "sft.jsonl", RUNS / f"base_{width}"
-    texts = [" ".join(row.values()) for row in read_metrics(data)]
+    texts = [" ".join(row.values()) for row in read_json_lines(data)]
     write_base(base, texts, ConfigDict({"vocabulary": 512, "hidden": width, "layers": 2, "heads": 4}))
     fields = {"model.random_init": True, "epochs": 2.0}
     return train(settings("sft", base, data, fields), RUNS / f"sft_{width}")
@@ -269,7 +270,7 @@ print({name: round(value, 4) for name, value in after.after.items() if name.star
 
 # %%
 if MODEL is None:
-    QUESTIONS = read_metrics(RUNS / "data" / "held_out.jsonl")[:QUESTIONS_ASKED]
+    QUESTIONS = read_json_lines(RUNS / "data" / "held_out.jsonl")[:QUESTIONS_ASKED]
     TOPICS = np.arange(len(QUESTIONS)) // 10
 
 

@@ -46,6 +46,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from prefalign_jax.config import defaults
+from prefalign_jax.files import read_json_lines
 from prefalign_jax.generation.sample_files import write_jsonl
 from prefalign_jax.intervals import Interval, bootstrap_difference, bootstrap_mean, t_interval
 from prefalign_jax.jobs.quickstart import measure, write_base, write_world
@@ -205,13 +206,15 @@ np.testing.assert_allclose(by_differences, by_hand, rtol=1e-3)
 if MODEL is None:
     write_world(RUNS / "data", seed=0, **WORLD)
     for name in ("pretrain", "train"):
-        print(name, read_metrics(RUNS / "data" / f"{name}.jsonl")[0], "\n")
+        print(name, read_json_lines(RUNS / "data" / f"{name}.jsonl")[0], "\n")
 
 
 def pretrained(width):
     """Trains a tokenizer and a model of this width on plain text."""
     data, base = RUNS / "data", RUNS / f"base_{width}"
-    texts = [" ".join(row.values()) for name in ("pretrain", "train") for row in read_metrics(data / f"{name}.jsonl")]
+    texts = [
+        " ".join(row.values()) for name in ("pretrain", "train") for row in read_json_lines(data / f"{name}.jsonl")
+    ]
     write_base(base, texts, ConfigDict({"vocabulary": 512, "hidden": width, "layers": 2, "heads": 4}))
     fields = {"model.random_init": True, "learning_rate": 3e-3}
     return train(settings("sft", base, data / "pretrain.jsonl", fields), RUNS / f"pretrain_{width}")
@@ -268,7 +271,7 @@ for row in (rows[0], rows[-1]):
 
 # %%
 if MODEL is None:
-    QUESTIONS = read_metrics(RUNS / "data" / "held_out.jsonl")[:QUESTIONS_ASKED]
+    QUESTIONS = read_json_lines(RUNS / "data" / "held_out.jsonl")[:QUESTIONS_ASKED]
     TOPICS = np.arange(len(QUESTIONS)) // 10
     _, _, old_texts = measure(before, QUESTIONS, seed=0)
     _, _, new_texts = measure(orpo_run, QUESTIONS, seed=0)
