@@ -1,6 +1,6 @@
 """DPO of any model on any preference data.
 
-    python scripts/train.py --config=experiments/dpo.py:model=PATH_OR_HUB_NAME,data=PATH_OR_HUB_NAME --workdir=DIR
+    prefalign train --config=experiments/dpo.py:model=PATH_OR_HUB_NAME,data=PATH_OR_HUB_NAME --workdir=DIR
 
 The loss starts at log 2 = 0.6931 and falls; rewards/accuracies rises above 0.5. Evaluate on data.eval_path, or hold out
 part of the prompts: --config.data.eval_fraction=0.05. Any other loss of docs/losses.md: `:loss=ipo,model=...`. Losses

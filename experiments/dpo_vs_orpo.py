@@ -1,8 +1,8 @@
 """DPO against ORPO over three seeds, of any model on any preference data; each at the learning rate of its paper.
 
-    python scripts/sweep.py --config=experiments/dpo_vs_orpo.py:model=PATH_OR_HUB_NAME,data=PATH_OR_HUB_NAME \\
+    prefalign sweep --config=experiments/dpo_vs_orpo.py:model=PATH_OR_HUB_NAME,data=PATH_OR_HUB_NAME \\
       --workdir=DIR
-    python scripts/report.py DIR
+    prefalign report DIR
 
 Held-out prompts are drawn by the seed, so intervals over seeds take in which prompts were held out. `small` sets the
 learning rate for models of about a million parameters: `:small,model=...`.

@@ -1,6 +1,6 @@
 """ORPO of any model on any preference data: preference and imitation in one stage, without a reference.
 
-    python scripts/train.py --config=experiments/orpo.py:model=PATH_OR_HUB_NAME,data=PATH_OR_HUB_NAME --workdir=DIR
+    prefalign train --config=experiments/orpo.py:model=PATH_OR_HUB_NAME,data=PATH_OR_HUB_NAME --workdir=DIR
 
 loss.lam is the paper's lambda (TRL calls it beta). For TRL's numbers: --config.loss.nll_over=prompt+chosen
 --config.loss.nll_mean=batch. nll_loss falls as in fine-tuning; log_odds_chosen rises from about 0.

@@ -1,6 +1,6 @@
 """ORPO on Anthropic's HH-RLHF: raw transcripts, the prompt up to the last "\\n\\nAssistant:" of both sides.
 
-    python scripts/train.py --workdir=DIR \\
+    prefalign train --workdir=DIR \\
       --config=experiments/orpo_hh_rlhf.py:model=PATH_OR_HUB_NAME,data=Anthropic/hh-rlhf:harmless-base
 
 `data` may be a file as well, such as harmless-base/test.jsonl.gz; a share of its prompts is then held out, and no

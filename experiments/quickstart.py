@@ -1,8 +1,8 @@
 """A language model aligned in minutes, with no network and no file from outside.
 
-    python scripts/train.py --config=experiments/quickstart.py          # DPO
-    python scripts/train.py --config=experiments/quickstart.py:orpo
-    python scripts/sweep.py --config=experiments/quickstart.py --workdir=runs/sweep    # both, over three seeds
+    prefalign train --config=experiments/quickstart.py          # DPO
+    prefalign train --config=experiments/quickstart.py:orpo
+    prefalign sweep --config=experiments/quickstart.py --workdir=runs/sweep    # both, over three seeds
 
 Generates a corpus with a known true reward, trains a tokenizer and a small Llama-shaped model on it, aligns the model
 on noisy preference pairs, and prints what changed on held-out prompts.

@@ -1,6 +1,6 @@
 """Supervised fine-tuning of any model: prompts with completions, message lists, or the chosen side of pairs.
 
-    python scripts/train.py --config=experiments/sft.py:model=PATH_OR_HUB_NAME,data=PATH_OR_HUB_NAME --workdir=DIR
+    prefalign train --config=experiments/sft.py:model=PATH_OR_HUB_NAME,data=PATH_OR_HUB_NAME --workdir=DIR
 
 nll_loss falls from the base model's. Trained on the response alone; --config.loss.over=prompt+chosen adds the prompt.
 """

@@ -1,7 +1,7 @@
 """The smol course's exercise in DPO: SmolLM2-135M on UltraFeedback or HH-RLHF.
 
-    python scripts/train.py --config=experiments/course/smollm2_dpo.py --workdir=DIR
-    python scripts/train.py --config=experiments/course/smollm2_dpo.py:hh_rlhf --workdir=DIR
+    prefalign train --config=experiments/course/smollm2_dpo.py --workdir=DIR
+    prefalign train --config=experiments/course/smollm2_dpo.py:hh_rlhf --workdir=DIR
 
 Another set, or the model of an earlier exercise: --config.data.path=..., --config.model.path=...
 

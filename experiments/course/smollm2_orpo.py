@@ -1,8 +1,8 @@
 """The smol course's exercise in ORPO: SmolLM2-135M, not fine-tuned before, on UltraFeedback, a mix or HH-RLHF.
 
-    python scripts/train.py --config=experiments/course/smollm2_orpo.py --workdir=DIR
-    python scripts/train.py --config=experiments/course/smollm2_orpo.py:orpo_dpo_mix --workdir=DIR
-    python scripts/train.py --config=experiments/course/smollm2_orpo.py:hh_rlhf --workdir=DIR
+    prefalign train --config=experiments/course/smollm2_orpo.py --workdir=DIR
+    prefalign train --config=experiments/course/smollm2_orpo.py:orpo_dpo_mix --workdir=DIR
+    prefalign train --config=experiments/course/smollm2_orpo.py:hh_rlhf --workdir=DIR
 
 A subset: --config.data.limit=2000. Another set: --config.data.path=...
 

@@ -1,7 +1,7 @@
 """The preference-tuning scan: DPO, IPO and KTO on pairs, each at ten betas, for one of two fine-tuned 7B models.
 
-    python scripts/train.py --config=experiments/handbook/beta_loss_scan.py --workdir=DIR
-    python scripts/train.py --config=experiments/handbook/beta_loss_scan.py:openhermes --workdir=DIR \\
+    prefalign train --config=experiments/handbook/beta_loss_scan.py --workdir=DIR
+    prefalign train --config=experiments/handbook/beta_loss_scan.py:openhermes --workdir=DIR \\
       --config.loss.name=ipo --config.loss.tau=0.01 --config.loss.per_token=True
 
 is one run of the grid (DPO at its default beta of 0.1; an IPO), and `sweep()` lists all of them. zephyr is

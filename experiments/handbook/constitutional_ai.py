@@ -1,8 +1,8 @@
 """Constitutional AI with an open model: Mistral-7B is fine-tuned, then aligned, on answers that it revised itself.
 
-    python scripts/train.py --config=experiments/handbook/constitutional_ai.py:sft --workdir=runs/cai_sft \\
+    prefalign train --config=experiments/handbook/constitutional_ai.py:sft --workdir=runs/cai_sft \\
       --config.data.path=CHATS --config.data.eval_path=CHATS
-    python scripts/train.py --config=experiments/handbook/constitutional_ai.py:dpo --workdir=runs/cai_dpo \\
+    prefalign train --config=experiments/handbook/constitutional_ai.py:dpo --workdir=runs/cai_dpo \\
       --config.model.path=runs/cai_sft/export --config.data.path=PAIRS --config.data.eval_path=PAIRS
 
 Each stage is published with two sets, all of either: HuggingFaceH4/cai-conversation-harmless and ultrachat_200k for

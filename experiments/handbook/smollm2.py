@@ -1,7 +1,7 @@
 """SmolLM2-Instruct in two stages: fine-tuning on SmolTalk, then DPO on UltraFeedback; 1.7B, 360M or 135M.
 
-    python scripts/train.py --config=experiments/handbook/smollm2.py:sft --workdir=runs/smollm2_sft
-    python scripts/train.py --config=experiments/handbook/smollm2.py:dpo --workdir=runs/smollm2_dpo \\
+    prefalign train --config=experiments/handbook/smollm2.py:sft --workdir=runs/smollm2_sft
+    prefalign train --config=experiments/handbook/smollm2.py:dpo --workdir=runs/smollm2_dpo \\
       --config.model.path=runs/smollm2_sft/export
 
 The small ones: `:sft,size=135M`, `:dpo,size=135M`, or 360M. Without model.path DPO starts from the published first

@@ -1,7 +1,7 @@
 """SmolLM3: APO-zero of the fine-tuned 3B on preferences with and without reasoning traces, 24,576 tokens long.
 
     hf download HuggingFaceTB/SmolLM3-3B-checkpoints --revision it-SFT --local-dir SFT
-    python scripts/train.py --config=experiments/handbook/smollm3_apo_zero.py:model=SFT --workdir=DIR
+    prefalign train --config=experiments/handbook/smollm3_apo_zero.py:model=SFT --workdir=DIR
 
 The default pairs are those without reasoning (no_think); `:think,model=SFT` takes the others.
 

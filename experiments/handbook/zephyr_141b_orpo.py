@@ -1,6 +1,6 @@
 """Zephyr-141B-A35b: ORPO of Mixtral-8x22B, not fine-tuned before, on 7,000 conversations.
 
-    python scripts/train.py --config=experiments/handbook/zephyr_141b_orpo.py --workdir=DIR
+    prefalign train --config=experiments/handbook/zephyr_141b_orpo.py --workdir=DIR
 
 Source: alignment-handbook, recipes/zephyr-141b-A35b/orpo/config_full.yaml (95dc472). Its `beta` is the paper's lambda;
 its NLL is TRL's, over prompt and chosen response and as a mean over the batch's tokens.

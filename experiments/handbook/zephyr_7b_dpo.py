@@ -1,7 +1,7 @@
 """Zephyr-7B: DPO of a fine-tuned Mistral-7B on UltraFeedback, all weights (full) or adapters over 4-bit ones (qlora).
 
-    python scripts/train.py --config=experiments/handbook/zephyr_7b_dpo.py --workdir=DIR
-    python scripts/train.py --config=experiments/handbook/zephyr_7b_dpo.py:qlora --workdir=DIR
+    prefalign train --config=experiments/handbook/zephyr_7b_dpo.py --workdir=DIR
+    prefalign train --config=experiments/handbook/zephyr_7b_dpo.py:qlora --workdir=DIR
 
 Source: alignment-handbook, recipes/zephyr-7b-beta/dpo/config_full.yaml (81c66b2) and config_qlora.yaml (95dc472). The
 paper, arXiv 2310.16944, has beta 0.1 and 3 epochs instead: --config.loss.beta=0.1 --config.epochs=3.

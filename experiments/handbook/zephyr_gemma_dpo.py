@@ -1,6 +1,6 @@
 """Zephyr-7B-Gemma: DPO of a fine-tuned Gemma-7B on 7,000 pairs of three sources.
 
-    python scripts/train.py --config=experiments/handbook/zephyr_gemma_dpo.py --workdir=DIR
+    prefalign train --config=experiments/handbook/zephyr_gemma_dpo.py --workdir=DIR
 
 Source: alignment-handbook, recipes/zephyr-7b-gemma/dpo/config_full.yaml (81c66b2). Mesh: fsdp=8, 8 devices of 80 GB.
 

@@ -75,12 +75,12 @@ if not jax.config.jax_compilation_cache_dir:  # trainings of the same shapes sha
 # %% [markdown] lang="en"
 # With a published model and dataset a GPU is due. The settings below are then those of
 # `experiments/course/smollm2_dpo.py:hh_rlhf`, on 2,000 pairs instead of all; the published experiments themselves, for
-# HH-RLHF and UltraFeedback, run with `python scripts/train.py --config=experiments/course/smollm2_dpo.py`.
+# HH-RLHF and UltraFeedback, run with `prefalign train --config=experiments/course/smollm2_dpo.py`.
 #
 # `settings` makes the config of one training. A name that is no field is an error; `prefalign_jax/config.py` lists them.
 
 # %% [markdown] lang="ja"
-# 公開モデルと公開データセットを使う場合はGPUが必要です。そのときの設定は `experiments/course/smollm2_dpo.py:hh_rlhf` と同じで、データだけ全件ではなく2,000ペアに絞っています。HH-RLHFとUltraFeedbackの公開設定そのものは `python scripts/train.py --config=experiments/course/smollm2_dpo.py` で実行できます。
+# 公開モデルと公開データセットを使う場合はGPUが必要です。そのときの設定は `experiments/course/smollm2_dpo.py:hh_rlhf` と同じで、データだけ全件ではなく2,000ペアに絞っています。HH-RLHFとUltraFeedbackの公開設定そのものは `prefalign train --config=experiments/course/smollm2_dpo.py` で実行できます。
 #
 # `settings` は学習1回分の設定を作ります。存在しないフィールド名はエラーになります。一覧は `prefalign_jax/config.py` にあります。
 
@@ -445,7 +445,7 @@ show(RUNS / "comparison.png")
 # - Which beta gives the most true reward for its KL? Try `loss.beta` 0.05 and twice the `epochs`.
 # - Does `loss.label_smoothing` help where labels are flipped?
 # - Intervals here are over prompts, of one training each. Repeat with another `seed`; `experiments/dpo_vs_orpo.py` does it
-#   for any model and data, and `scripts/report.py` makes the page.
+#   for any model and data, and `prefalign report` makes the page.
 # - With a GPU: `experiments/course/smollm2_dpo.py`, then `experiments/dpo_hh_rlhf.py` with a larger model.
 
 # %% [markdown] lang="ja"
@@ -453,5 +453,5 @@ show(RUNS / "comparison.png")
 #
 # - KLのわりに真の報酬が最も高いbetaはどれでしょうか。`loss.beta` を0.05に、`epochs` を2倍にして試してください。
 # - ラベルが反転しているとき、`loss.label_smoothing` は役に立つでしょうか。
-# - ここでの区間は、それぞれ1回の学習についてプロンプトのばらつきを表したものです。`seed` を変えて繰り返してください。`experiments/dpo_vs_orpo.py` は任意のモデルとデータでこの繰り返しを行い、`scripts/report.py` が結果のページを作ります。
+# - ここでの区間は、それぞれ1回の学習についてプロンプトのばらつきを表したものです。`seed` を変えて繰り返してください。`experiments/dpo_vs_orpo.py` は任意のモデルとデータでこの繰り返しを行い、`prefalign report` が結果のページを作ります。
 # - GPUがあれば、まず `experiments/course/smollm2_dpo.py` を、次にもっと大きなモデルで `experiments/dpo_hh_rlhf.py` を実行してください。

@@ -77,12 +77,12 @@ if not jax.config.jax_compilation_cache_dir:  # trainings of the same shapes sha
 # %% [markdown] lang="en"
 # With a published model and dataset a GPU is due. The settings below are then those of
 # `experiments/course/smollm2_orpo.py:hh_rlhf`, on 2,000 pairs instead of all; the published experiments themselves, for
-# UltraFeedback, orpo-dpo-mix and HH-RLHF, run with `python scripts/train.py --config=experiments/course/smollm2_orpo.py`.
+# UltraFeedback, orpo-dpo-mix and HH-RLHF, run with `prefalign train --config=experiments/course/smollm2_orpo.py`.
 #
 # `settings` makes the config of one training. A name that is no field is an error; `prefalign_jax/config.py` lists them.
 
 # %% [markdown] lang="ja"
-# 公開モデルと公開データセットを使う場合はGPUが必要です。そのときの設定は `experiments/course/smollm2_orpo.py:hh_rlhf` と同じで、データだけ全件ではなく2,000ペアに絞っています。UltraFeedback、orpo-dpo-mix、HH-RLHFの公開設定そのものは `python scripts/train.py --config=experiments/course/smollm2_orpo.py` で実行できます。
+# 公開モデルと公開データセットを使う場合はGPUが必要です。そのときの設定は `experiments/course/smollm2_orpo.py:hh_rlhf` と同じで、データだけ全件ではなく2,000ペアに絞っています。UltraFeedback、orpo-dpo-mix、HH-RLHFの公開設定そのものは `prefalign train --config=experiments/course/smollm2_orpo.py` で実行できます。
 #
 # `settings` は学習1回分の設定を作ります。存在しないフィールド名はエラーになります。一覧は `prefalign_jax/config.py` にあります。
 

@@ -1,8 +1,8 @@
 """DPO, SFT then DPO, and ORPO on HH-RLHF at equal data, equal steps and equal compute.
 
-    python scripts/sweep.py --workdir=runs/equal_compute \\
+    prefalign sweep --workdir=runs/equal_compute \\
       --config=experiments/papers/equal_compute.py:model=TinyStories-656K,data=harmless-base/test.jsonl.gz
-    python scripts/report.py runs/equal_compute
+    prefalign report runs/equal_compute
 
 Every method takes as many steps in all over the same pairs; SFT then DPO divides them evenly. metrics.jsonl counts the
 operations of every step, so that the report can compare at equal compute as well. ORPO's "half the forward passes"

@@ -1,8 +1,8 @@
 """DPO, Figure 2: how much reward each method buys for how much divergence, with a reward that is known.
 
-    python scripts/train.py --workdir=runs/frontier_pairs \\
+    prefalign train --workdir=runs/frontier_pairs \\
       --config=experiments/papers/frontier.py:method=pairs,model=TinyStories-656K
-    python scripts/sweep.py --workdir=runs/frontier --jobs=2 \\
+    prefalign sweep --workdir=runs/frontier --jobs=2 \\
       --config=experiments/papers/frontier.py:model=TinyStories-656K
     python scripts/frontier.py runs/frontier --pairs=runs/frontier_pairs/pairs.jsonl
 

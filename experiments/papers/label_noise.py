@@ -1,10 +1,10 @@
 """Label noise: DPO, conservative DPO, robust DPO and IPO where a known share of the labels is wrong.
 
-    python scripts/train.py --workdir=runs/noise_pairs \\
+    prefalign train --workdir=runs/noise_pairs \\
       --config=experiments/papers/label_noise.py:method=pairs,model=TinyStories-656K
-    python scripts/sweep.py --workdir=runs/noise --jobs=2 \\
+    prefalign sweep --workdir=runs/noise --jobs=2 \\
       --config=experiments/papers/label_noise.py:model=TinyStories-656K
-    python scripts/report.py runs/noise
+    prefalign report runs/noise
 
 The pairs are the pretrained model's own stories, labelled without error by a count of kind and unkind words
 ("kindness", judges/rewards.py); then a share of the training labels is flipped. Held-out labels stay right. The

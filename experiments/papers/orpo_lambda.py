@@ -1,8 +1,8 @@
 """ORPO, Figures 3 and 7: SFT raises the rejected responses' probability too; ORPO lowers it, the more with lambda.
 
-    python scripts/sweep.py --workdir=runs/orpo_lambda \\
+    prefalign sweep --workdir=runs/orpo_lambda \\
       --config=experiments/papers/orpo_lambda.py:model=TinyStories-656K,data=harmless-base/test.jsonl.gz
-    python scripts/report.py runs/orpo_lambda
+    prefalign report runs/orpo_lambda
 
 Hong et al., arXiv 2403.07691: Figure 3 (SFT on HH-RLHF), Figure 7 (lambda 0.1, 0.5, 1.0) and appendix B (the ratio of
 probabilities in place of odds). lambda = 0 is SFT. Read logps/chosen and logps/rejected, means per token of held-out
