@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import secrets
 import shutil
@@ -47,6 +48,10 @@ HISTORY = "history.jsonl"  # in the workdir: where a run was resumed with other 
 _CHANGE = {"step": "an integer", "changed": "an object"}  # a row of it
 
 MANIFEST = "manifest.json"  # in each checkpoint: its files with their checksums, and its evaluation metrics
+
+
+# Loggers by which Orbax's threads tell of a failed write over hundreds of lines; it is raised too.
+_TALKATIVE = ("absl", "asyncio", "concurrent.futures")
 
 
 class Checkpoints:
@@ -156,6 +161,8 @@ def open_checkpoints(
       WriteError: the directory cannot be made.
     """
     directory = Path(directory).absolute()
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
     def prepare() -> None:
         with writing(directory):

@@ -57,8 +57,8 @@ def writing(path: str | Path) -> Iterator[None]:
         raise
     except Exception as error:
         # Libraries written in Rust or C++ raise errors of their own, with the system's number in the text.
-        told = re.search(r"os error (\d+)|(?i:errno) (\d+)", str(error))
-        number = error.errno if isinstance(error, OSError) else told and int(told[1] or told[2])
+        told = re.search(r"(?i:os error |errno |os_error_code=')(\d+)", str(error))
+        number = error.errno if isinstance(error, OSError) else told and int(told[1])
         if number is None and not isinstance(error, OSError):
             raise
         reason = os.strerror(number) if number else str(error).splitlines()[0]

@@ -110,6 +110,7 @@ def test_a_file_that_fails_half_way_leaves_the_old_one_and_nothing_beside_it(tmp
         (OSError(errno.EDQUOT, "x"), "Disk quota exceeded; make room on the disk"),
         (OSError("40 requested and 0 written"), "40 requested and 0 written; see to the disk"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "No space left on device; make room"),
+        (ValueError("OUT_OF_RANGE: x [os_error_code='27']"), "File too large; raise the limit"),
         (ValueError("RESOURCE_EXHAUSTED: x\n[system error, errno 28]"), "No space left on device; make room"),
     ],
 )

@@ -25,7 +25,7 @@ def main(count: int, name: str = "lora") -> int:
     """Attacks one command; prints a line for each moment at which something was not as it should be."""
     failed = 0
     with tempfile.TemporaryDirectory() as scratch:
-        plain = Path(scratch) / "plain"
+        plain = Path(scratch) / "plain" / "out"
         status, said = run(words_of(name, plain, plain))
         if status:
             print(said)
@@ -34,15 +34,17 @@ def main(count: int, name: str = "lora") -> int:
         largest = max(file.stat().st_size for file in plain.rglob("*") if file.is_file())
         for moment in range(count):
             size = max(1, int(largest ** (moment / count)))
-            out = Path(scratch) / f"full-{moment}"
+            out = Path(scratch) / str(moment) / "out"  # the name of the directory is that of the model
             status, said = run(words_of(name, out, out), preexec_fn=functools.partial(limited, size), timeout=600)
             last = said.strip().splitlines()[-1:] or [""]
             wrong = []
             if status != 1 or not last[0].startswith("error: ") or "Traceback" in said:
                 wrong.append(f"status {status}: {last[0][:200]}")
             status, said = run(words_of(name, out, out))
-            if status or final_files(out) != wanted:
-                wrong.append(f"afterwards status {status}: {said.strip().splitlines()[-1][:200]}")
+            found = final_files(out)
+            if status or found != wanted:
+                different = sorted(file for file in {*wanted, *found} if wanted.get(file) != found.get(file))
+                wrong.append(f"afterwards status {status}, {different}")
             for line in wrong:
                 print(f"limit of {size} bytes: {line}", flush=True)
             failed += bool(wrong)
