@@ -9,6 +9,7 @@ import math
 import secrets
 import shutil
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -50,8 +51,14 @@ _CHANGE = {"step": "an integer", "changed": "an object"}  # a row of it
 MANIFEST = "manifest.json"  # in each checkpoint: its files with their checksums, and its evaluation metrics
 
 
-# Loggers by which Orbax's threads tell of a failed write over hundreds of lines; it is raised too.
+# Loggers by which Orbax's threads tell of a failed write over hundreds of lines.
 _TALKATIVE = ("absl", "asyncio", "concurrent.futures")
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    """Whether a message tells of anything but an exception in Orbax: that is raised too, and told in one line."""
+    frames = traceback.walk_tb(record.exc_info[2] if record.exc_info else None)
+    return not any("orbax" in Path(frame.f_code.co_filename).parts for frame, _ in frames)
 
 
 class Checkpoints:
@@ -63,6 +70,8 @@ class Checkpoints:
         self.saving: Future[None] | None = None
         self.latest = max(self.steps(), default=-1)  # saved or being saved, the same in all processes
         self.resumed: Mapping[str, Any] = {}  # the config that a restored checkpoint was saved with
+        for name in _TALKATIVE:
+            logging.getLogger(name).addFilter(_not_of_orbax)
 
     def steps(self) -> list[int]:
         """What is on disk, in order."""
@@ -133,6 +142,8 @@ class Checkpoints:
         except Exception as error:  # on the way out after another failure, which is the one to tell
             note(one_line(error))
         self.pool.shutdown()
+        for name in _TALKATIVE:
+            logging.getLogger(name).removeFilter(_not_of_orbax)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -161,8 +172,6 @@ def open_checkpoints(
       WriteError: the directory cannot be made.
     """
     directory = Path(directory).absolute()
-    for name in _TALKATIVE:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
 
     def prepare() -> None:
         with writing(directory):
@@ -256,6 +265,8 @@ def newest(checkpoints: Checkpoints) -> int | None:
     for step in reversed(agreed(checkpoints.steps())):
         path = checkpoints.directory / str(step)
         if not (damage := _damage(path)):
+            if not agreed(any(path.glob(f"{MANIFEST}*"))):
+                note(f"the checkpoint of step {step} has no checksums, as an earlier version wrote it; it is believed")
             return step
         aside = path.with_name(f"{step}.damaged-{secrets.token_hex(4)}")
         note(f"the checkpoint of step {step} is damaged ({damage}); set aside as {aside}")

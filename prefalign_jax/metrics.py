@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import resource
+import secrets
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -57,11 +60,60 @@ def metric_sums(values: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Ar
     return weighted_sum(values, weight), jnp.sum(weight)
 
 
+class Board:
+    """TensorBoard's event file of one writer; each step is on disk when `write` returns.
+
+    tensorboardX's own SummaryWriter leaves that to a thread: on a full disk the thread dies, and the run waits for it.
+
+    Args:
+      directory: of the file, made if missing.
+      first: steps from here on that earlier files hold are void.
+
+    Raises:
+      ImportError: tensorboardX is not installed.
+    """
+
+    def __init__(self, directory: Path, first: int):
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import RecordWriter
+
+        self.directory, self.event = directory, Event
+        name = f"events.out.tfevents.{time.time():.0f}.{secrets.token_hex(4)}"  # which no earlier file has
+        with writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            self.file = RecordWriter(str(directory / name))
+            for about in ({"file_version": "brain.Event:2"}, {"session_log": SessionLog(status=SessionLog.START)}):
+                self.put(step=first, **about)
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Appends a point for each number; one that is not finite, as of a metric that says nothing here, is left out.
+
+        Raises:
+          WriteError: they cannot be written.
+        """
+        from tensorboardX.summary import scalar
+
+        with writing(self.directory):
+            for name, value in numbers.items():
+                if math.isfinite(value):
+                    self.put(step=step, summary=scalar(name, value))
+            self.file.flush()
+
+    def put(self, **fields: Any) -> None:
+        """Adds an event to what `flush` writes."""
+        self.file.write(self.event(wall_time=time.time(), **fields).SerializeToString())
+
+    def close(self) -> None:
+        """Closes the file."""
+        with writing(self.directory):
+            self.file.close()
+
+
 class Writer(NamedTuple):
     """Open files that metrics go to; both None on the processes of a run that do not write."""
 
     jsonl: TextIO | None
-    board: Any | None  # tensorboardX.SummaryWriter
+    board: Board | None
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends one line, `step` first. JSON has no NaN and no infinity: they are written as null.
@@ -69,6 +121,9 @@ class Writer(NamedTuple):
         Args:
           step: of the run.
           metrics: name -> number, or array of one element.
+
+        Raises:
+          WriteError: it cannot be written.
         """
         numbers = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
         if self.jsonl is not None:
@@ -76,14 +131,15 @@ class Writer(NamedTuple):
             with writing(self.jsonl.name):
                 self.jsonl.write(json.dumps({"step": int(step), **finite}, allow_nan=False) + "\n")
         if self.board is not None:
-            for name, value in numbers.items():
-                self.board.add_scalar(name, value, int(step))
+            self.board.write(int(step), numbers)
 
     def close(self) -> None:
         """Closes the files; what was written is on disk."""
-        for file in self:
-            if file is not None:
-                file.close()
+        if self.jsonl is not None:
+            with writing(self.jsonl.name):
+                self.jsonl.close()
+        if self.board is not None:
+            self.board.close()
 
 
 def open_writer(
@@ -111,15 +167,9 @@ def open_writer(
     _keep_up_to(path, resume_step)
     board = None
     if tensorboard:
-        try:
-            import tensorboardX
-        except ImportError:
-            pass
-        else:
-            # One directory a writer: the names of event files have a resolution of one second.
-            events = path.parent / "tensorboard" / name
-            with writing(events):
-                board = tensorboardX.SummaryWriter(str(events), purge_step=resume_step + 1 if resume_step else 0)
+        with contextlib.suppress(ImportError):
+            # One directory a writer: TensorBoard shows the files of one as one run.
+            board = Board(path.parent / "tensorboard" / name, resume_step + 1 if resume_step else 0)
     with writing(path):
         return Writer(path.open("a", buffering=1, encoding="utf-8"), board)  # by line: a killed run loses at most one
 

@@ -1,5 +1,7 @@
 import errno
+import logging
 import os
+import resource
 import shutil
 
 import jax
@@ -190,8 +192,9 @@ def test_a_file_cut_short_missing_or_added_is_found(damaged, name, change):
     assert newest(damaged(apply)) == 1
 
 
-def test_a_checkpoint_of_an_earlier_version_has_no_checksums_and_is_believed(damaged):
+def test_a_checkpoint_of_an_earlier_version_has_no_checksums_which_is_said(damaged, capsys):
     assert newest(damaged(lambda path: [file.unlink() for file in path.glob(f"{checkpoint.MANIFEST}*")])) == 2
+    assert capsys.readouterr().err.startswith("the checkpoint of step 2 has no checksums")
 
 
 def test_without_a_manifest_what_orbax_cannot_read_is_damaged_too(damaged):
@@ -237,3 +240,19 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_one_before_stay
         saved(tmp_path, 2)
     assert "\n" not in str(error.value)
     assert on_disk(tmp_path) == ["1"] and newest(tmp_path) == 1
+
+
+def test_what_orbax_logs_of_a_failed_write_is_not_shown_and_what_others_log_is(tmp_path, caplog):
+    saved(tmp_path, 1)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limit[1]))
+        with pytest.raises(WriteError, match=r"2 cannot be written: File too large; raise the limit"):
+            saved(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not caplog.records and newest(tmp_path) == 1
+    with checkpoint.open_checkpoints(tmp_path):
+        logging.getLogger("absl").error("one's own")
+        logging.getLogger("asyncio").error("another", exc_info=ValueError("x"))
+    assert [record.message for record in caplog.records] == ["one's own", "another"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import struct
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from prefalign_jax import metrics
+from prefalign_jax.types import WriteError
 
 
 def rows(path):
@@ -109,10 +111,35 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
         writer.write(5, {f"{name}/loss": 0.5, f"{name}/bad": math.nan})
         writer.close()
     for name in writers:
-        scalars, voids = events(tmp_path / "tensorboard" / name)
-        assert scalars[0] == (f"{name}/loss", 5, 0.5)
-        assert scalars[1][:2] == (f"{name}/bad", 5) and math.isnan(scalars[1][2])
-        assert voids == [5]
+        assert events(tmp_path / "tensorboard" / name) == ([(f"{name}/loss", 5, 0.5)], [5])
+
+
+def test_a_writer_of_the_same_second_has_a_file_of_its_own(tmp_path):
+    pytest.importorskip("tensorboardX")
+    for step in (1, 2):
+        writer = metrics.open_writer(tmp_path, resume_step=step - 1)
+        writer.write(step, {"loss": step})
+        writer.close()
+    scalars, _ = events(tmp_path / "tensorboard" / "metrics")
+    assert sorted(scalars) == [("loss", 1, 1.0), ("loss", 2, 2.0)]
+
+
+@pytest.mark.parametrize("tensorboard", [True, False])
+def test_a_full_disk_is_one_line_at_once(tmp_path, tensorboard):
+    if tensorboard:
+        pytest.importorskip("tensorboardX")
+    writer = metrics.open_writer(tmp_path, tensorboard=tensorboard)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limit[1]))
+    try:
+        with pytest.raises(WriteError, match=r"(tensorboard/metrics|metrics\.jsonl) cannot be written: File too large"):
+            for step in range(1000):  # a point takes more room in TensorBoard's file
+                writer.write(step, {"loss": 0.5})
+        with pytest.raises(WriteError):
+            writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert step < 300
 
 
 def test_memory_is_in_gib():

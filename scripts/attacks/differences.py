@@ -5,6 +5,7 @@ All of them must be refused before the first step: status 2 in both, and one lin
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
@@ -12,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from targets import MODEL, ROOT, environment
+from targets import MODEL, ROOT
 
 FIELDS = {  # what differs, in both processes -> what the line names
     "learning_rate": ("1e-4", "1e-3"),
@@ -35,7 +36,7 @@ def pair(options: list[list[str]], roots: list[Path], places: list[Path]) -> lis
         words = [sys.executable, "-m", "prefalign_jax", "train", "--config=dpo:model=model,data=pairs.jsonl"]
         words += [f"--workdir={places[0] / 'run'}", f"--coordinator=127.0.0.1:{port}", "--processes=2"]
         words += [f"--process={number}", "--heartbeat=30", *options[number]]
-        env = {**environment(), "PYTHONPATH": str(roots[number]), "XDG_CACHE_HOME": str(places[number] / "cache")}
+        env = {**os.environ, "PYTHONPATH": str(roots[number]), "XDG_CACHE_HOME": str(places[number] / "cache")}
         processes.append(subprocess.Popen(words, cwd=places[number], env=env, stderr=subprocess.PIPE, text=True))
     said = [process.communicate(timeout=600)[1] for process in processes]
     return [

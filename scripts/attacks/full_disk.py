@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from started import import_all
 from targets import final_files, run, words_of
 
 
@@ -35,7 +36,7 @@ def main(count: int, name: str = "lora") -> int:
         for moment in range(count):
             size = max(1, int(largest ** (moment / count)))
             out = Path(scratch) / str(moment) / "out"  # the name of the directory is that of the model
-            status, said = run(words_of(name, out, out), preexec_fn=functools.partial(limited, size), timeout=600)
+            status, said = run(words_of(name, out, out), functools.partial(limited, size))
             last = said.strip().splitlines()[-1:] or [""]
             wrong = []
             if status != 1 or not last[0].startswith("error: ") or "Traceback" in said:
@@ -53,4 +54,5 @@ def main(count: int, name: str = "lora") -> int:
 
 
 if __name__ == "__main__":
+    import_all()
     sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 8, *sys.argv[2:]))

@@ -1,39 +1,34 @@
-"""Kills commands at random moments: python scripts/attacks/kills.py 300 [NAME].
+"""Kills commands at random moments: python scripts/attacks/kills.py 300 [NAME ...].
 
-Each of the commands in targets.COMMANDS is killed (SIGKILL) a share of the number given, a few times in one directory,
-and then let finish. Its final files must be bit for bit those of the same command undisturbed, and nothing hidden may
-stay.
+Each of the commands in targets.COMMANDS is killed (SIGKILL) a share of the number given, up to five times in one
+directory, and then let finish. The moments lie anywhere in the life of the command that nothing disturbs. The final
+files must be bit for bit those of the same command undisturbed, and nothing hidden may stay. Of a sweep either all
+processes are killed, or the sweep alone, whose run lives on. Prints a row for each command.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
+import itertools
 import random
-import signal
-import subprocess
+import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
-from targets import COMMANDS, environment, final_files, make_inputs, run, words_of
+from started import Command, Server, import_all
+from targets import COMMANDS, final_files, make_inputs, run, words_of
 
-IN_A_ROW = 3  # kills of one directory before it may finish
+IN_A_ROW = 5  # kills of one directory before it may finish
 
 
-def kill_once(words: list[str], seconds: float) -> bool:
-    """Starts a command and kills it, with all its children, after some time; whether it was still running."""
-    process = subprocess.Popen(
-        words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(seconds)
-    alive = process.poll() is None
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    return alive
+class Tally(NamedTuple):
+    """What became of a command's kills: those that met it alive, the directories, and those that went wrong."""
+
+    kills: int
+    directories: int
+    wrong: int
 
 
 def hidden(out: Path) -> list[str]:
@@ -41,43 +36,66 @@ def hidden(out: Path) -> list[str]:
     return [path.name for path in out.rglob(".*") if path.name.endswith((".part", ".new", ".old", ".unfinished"))]
 
 
-def attack(name: str, count: int, scratch: Path, draw: random.Random) -> tuple[int, int]:
-    """(kills that met a living process, directories whose final files were not the undisturbed ones)."""
-    inputs, plain = scratch / "inputs", scratch / "plain" / "out"
+def attack(name: str, count: int, scratch: Path, server: Server, draw: random.Random) -> Tally:
+    """Kills one command until `count` kills have met it alive."""
+    inputs, out, log = scratch / "inputs", scratch / "out", scratch / "log.txt"  # files name the place: one for all
     make_inputs(inputs)
-    for out in (plain, scratch / "warm" / "out"):  # the second finds its programs compiled, as those to be killed do
+    words, took, wanted, met, wrong = words_of(name, out, inputs), 0.0, {}, 0, 0
+    for _ in range(2):  # the second run finds its programs compiled, as those to be killed do
+        shutil.rmtree(out, ignore_errors=True)
         began = time.monotonic()
-        status, said = run(words_of(name, out, inputs))
+        status, said = run(words)
         took = time.monotonic() - began
         if status:
             raise SystemExit(f"{name}: {said}")
-    wanted, met, wrong = final_files(plain), 0, 0
-    for number in range(-(-count // IN_A_ROW)):
-        out = scratch / str(number) / "out"  # the name of the directory is that of the model
-        for _ in range(min(IN_A_ROW, count - number * IN_A_ROW)):
-            met += kill_once(words_of(name, out, inputs), draw.uniform(0.3, 1.0) * took)
-        status, said = run(words_of(name, out, inputs))
+        wanted = final_files(out)
+    for number in itertools.count(1):
+        shutil.rmtree(out, ignore_errors=True)
+        times = min(draw.randint(1, IN_A_ROW), count - met)
+        moments = []
+        status, said = None, ""
+        while len(moments) < times and status is None:
+            moments.append(draw.uniform(0, took))
+            command = Command(words, log)
+            status = command.wait(moments[-1])
+            if status is None:
+                command.kill()
+                met += 1
+                if draw.random() < 0.5:
+                    server.kill_runs()
+            said = command.said()
+        if status is None:
+            status, said = run(words)
         found = final_files(out) if out.exists() else {}
         different = sorted(file for file in {*wanted, *found} if wanted.get(file) != found.get(file))
-        if status or different or hidden(out):
+        if status or different or hidden(out) or "Traceback" in said:
             wrong += 1
-            print(f"{name}, directory {number}: status {status}, {different or hidden(out) or said[-300:]}", flush=True)
-    return met, wrong
+            shown = ", ".join(f"{moment / took:.2f}" for moment in moments)
+            print(f"{name}, killed at {shown}: status {status}, {different}, {hidden(out)}, {said[-500:]}", flush=True)
+        if met >= count:
+            return Tally(met, number, wrong)
 
 
 def main(count: int, *names: str) -> int:
     """Attacks the commands, each a share of the kills."""
     draw, failed = random.Random(0), 0
     names = names or tuple(COMMANDS)
+    print("| command | kills | directories | went wrong | seconds |\n|---|---|---|---|---|", flush=True)
     for number, name in enumerate(names):
         share = count // len(names) + (number < count % len(names))
         if share:
             with tempfile.TemporaryDirectory() as scratch:
-                met, wrong = attack(name, share, Path(scratch), draw)
-            print(f"{name}: {met} of {share} kills met a living process; {wrong} directories went wrong", flush=True)
-            failed += wrong
+                began, server = time.monotonic(), Server(Path(scratch) / "server")
+                try:
+                    tally = attack(name, share, Path(scratch), server, draw)
+                finally:
+                    server.close()
+            seconds = time.monotonic() - began
+            print(f"| {name} | {tally.kills} | {tally.directories} | {tally.wrong} | {seconds:.0f} |", flush=True)
+            failed += tally.wrong
     return int(failed > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 20, *sys.argv[2:]))
+    import_all()
+    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 40, *sys.argv[2:]))

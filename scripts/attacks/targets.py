@@ -6,12 +6,21 @@ import hashlib
 import json
 import os
 import re
-import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from started import Command
+
 ROOT = Path(__file__).parents[2]
+CACHE = Path(tempfile.gettempdir()) / "prefalign_jax_attacks"
+# Before jax is imported: one device, no network, this checkout's package, every compiled program kept.
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
+ENVIRONMENT |= {"XDG_CACHE_HOME": str(CACHE), "JAX_COMPILATION_CACHE_DIR": str(CACHE / "programs")}
+ENVIRONMENT |= {"TOKENIZERS_PARALLELISM": "false", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+os.environ |= ENVIRONMENT
+sys.path.insert(0, str(ROOT))
 MODEL = ROOT / "tests" / "goldens" / "trl"
 RUN = "steps=24 save_steps=3 eval_steps=8 batch_size=4 max_length=256 log_steps=1 tensorboard=false data.limit=48"
 RUN += f" data.eval_path={MODEL / 'pairs.jsonl'} data.eval_limit=8 learning_rate=1e-3"
@@ -21,6 +30,8 @@ COMMANDS = {
     "cached reference": "train dpo reference.kind=cached",
     "lora": "train dpo lora.rank=4",
     "orpo": "train orpo",
+    "rounds": "train dpo job=rounds on_policy.rounds=2 on_policy.prompts=INPUTS/prompts.jsonl on_policy.pairing=all"
+    " samples.reward=more_words samples.max_new_tokens=8 steps=9",
     "generate": "generate --model=MODEL --prompts=PAIRS --out=OUT/samples.jsonl --n=2 --limit=24 --max_new_tokens=24",
     "judge": "judge --first=INPUTS/first.jsonl --second=INPUTS/second.jsonl --judge=reward:kindness --out=OUT",
     "sweep": "sweep --config=INPUTS/sweep.py --workdir=OUT",
@@ -29,22 +40,25 @@ _MEASURED = re.compile(r"time|per_second|memory|input_wait|seconds|tokens$|flops
 
 
 def words_of(name: str, out: Path, inputs: Path) -> list[str]:
-    """The command line of a name in COMMANDS."""
+    """The words of a name in COMMANDS."""
     first, *words = COMMANDS[name].split()
     if first == "train":
         loss, *fields = words
-        words = [f"--config={loss}:model={MODEL},data={MODEL / 'pairs.jsonl'}", f"--workdir={out}"]
+        data = "" if "job=rounds" in fields else f",data={MODEL / 'pairs.jsonl'}"
+        words = [f"--config={loss}:model={MODEL}{data}", f"--workdir={out}"]
         words += [f"--config.{field}" for field in [*RUN.split(), *fields]]
         words += [f"--config.data.cache_dir={out / 'tokens'}"]
     places = {"MODEL": MODEL, "PAIRS": MODEL / "pairs.jsonl", "OUT": out, "INPUTS": inputs}
     for place, path in places.items():
         words = [re.sub(rf"\b{place}\b", str(path), word) for word in words]
-    return [sys.executable, "-m", "prefalign_jax", first, *words]
+    return [first, *words]
 
 
 def make_inputs(directory: Path) -> None:
-    """Writes what the commands read: two models' samples, and a sweep of two points."""
+    """Writes what the commands read: two models' samples, prompts, and a sweep of two points."""
     directory.mkdir(parents=True, exist_ok=True)
+    texts = ("The cat sat", "A dog ran", "In the house", "We saw it")
+    (directory / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     for name, text in (("first", "What a kind and lovely answer"), ("second", "No")):
         rows = ({"prompt": f"prompt {n}", "response": f"{text} {n}", "model": name} for n in range(2000))
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -57,16 +71,12 @@ def make_inputs(directory: Path) -> None:
     )
 
 
-def environment() -> dict[str, str]:
-    """Of a command: one device, no network, this checkout's package."""
-    settings = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
-    return {**os.environ, **settings}
-
-
-def run(words: list[str], **options: object) -> tuple[int, str]:
-    """(exit status, what it said on stderr) of a command that nothing disturbs."""
-    done = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False, **options)
-    return done.returncode, done.stderr
+def run(words: list[str], first: Callable[[], None] = lambda: None) -> tuple[int, str]:
+    """(exit status, what it said) of a command that nothing disturbs; `first` is called in its process."""
+    with tempfile.TemporaryDirectory() as scratch:
+        command = Command(words, Path(scratch) / "log.txt", first)
+        status = command.wait()
+        return status, command.said()
 
 
 def final_files(out: Path) -> Mapping[str, str]:
