@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import math
 import secrets
 import shutil
 import time
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +21,7 @@ from prefalign_jax.exits import lost_peer
 from prefalign_jax.files import checksum, intact, read_json, read_json_lines, sealed, write_json, write_text, writing
 from prefalign_jax.options import flatten
 from prefalign_jax.processes import agreed, by_first, gathered, is_first, note, told_by_first
+from prefalign_jax.quiet import hush_failed_writes
 from prefalign_jax.sharding import shapes_of
 from prefalign_jax.types import Params, TrainState, UserError, WriteError, one_line
 
@@ -51,16 +50,6 @@ _CHANGE = {"step": "an integer", "changed": "an object"}  # a row of it
 MANIFEST = "manifest.json"  # in each checkpoint: its files with their checksums, and its evaluation metrics
 
 
-# Loggers by which Orbax's threads tell of a failed write over hundreds of lines.
-_TALKATIVE = ("absl", "asyncio", "concurrent.futures")
-
-
-def _not_of_orbax(record: logging.LogRecord) -> bool:
-    """Whether a message tells of anything but an exception in Orbax: that is raised too, and told in one line."""
-    frames = traceback.walk_tb(record.exc_info[2] if record.exc_info else None)
-    return not any("orbax" in Path(frame.f_code.co_filename).parts for frame, _ in frames)
-
-
 class Checkpoints:
     """A directory of checkpoints, each in a directory named after its step; see `open_checkpoints`."""
 
@@ -70,8 +59,6 @@ class Checkpoints:
         self.saving: Future[None] | None = None
         self.latest = max(self.steps(), default=-1)  # saved or being saved, the same in all processes
         self.resumed: Mapping[str, Any] = {}  # the config that a restored checkpoint was saved with
-        for name in _TALKATIVE:
-            logging.getLogger(name).addFilter(_not_of_orbax)
 
     def steps(self) -> list[int]:
         """What is on disk, in order."""
@@ -142,8 +129,6 @@ class Checkpoints:
         except Exception as error:  # on the way out after another failure, which is the one to tell
             note(one_line(error))
         self.pool.shutdown()
-        for name in _TALKATIVE:
-            logging.getLogger(name).removeFilter(_not_of_orbax)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -181,6 +166,7 @@ def open_checkpoints(
                     shutil.rmtree(path)
 
     by_first(prepare)
+    hush_failed_writes()
     return Checkpoints(directory, keep, best_metric, best_mode)
 
 

@@ -1,8 +1,11 @@
 """Each library is asked, in a process of its own, whether it is silent: what it reads is its business."""
 
+import asyncio
+import logging
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -36,3 +39,22 @@ def test_what_a_user_has_set_stays(monkeypatch):
     quiet.silence()
     assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "0"
     assert os.environ["HF_HUB_VERBOSITY"] == quiet.SILENCED["HF_HUB_VERBOSITY"]
+
+
+def test_only_what_orbax_says_of_a_failed_write_is_dropped(monkeypatch, caplog):
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+    for _ in range(2):
+        quiet.hush_failed_writes()
+    loop = asyncio.new_event_loop()
+    loop.close()
+    late, own = (
+        pytest.raises(RuntimeError, loop.call_soon, print).value,
+        pytest.raises(ZeroDivisionError, eval, "1/0").value,
+    )
+    theirs = pytest.raises(ValueError, exec, compile("raise ValueError", "/lib/orbax/future.py", "exec")).value
+    for error in (late, theirs, own):
+        logging.getLogger("asyncio").error("%s", type(error).__name__, exc_info=error)
+        sys.unraisablehook(types.SimpleNamespace(exc_value=error))
+    assert [record.message for record in caplog.records] == ["ZeroDivisionError"]
+    assert [unraisable.exc_value for unraisable in shown] == [own]
