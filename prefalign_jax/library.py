@@ -30,7 +30,7 @@ from prefalign_jax.data.remarks import lines
 from prefalign_jax.experiment import read
 from prefalign_jax.generation import generate
 from prefalign_jax.generation.sampling import Sampling
-from prefalign_jax.load_data import tokenized_sources
+from prefalign_jax.load_data import say_left_out, tokenized_sources
 from prefalign_jax.logps import policy_and_reference_logps, preference_logps
 from prefalign_jax.losses import NEEDS, BoundLoss, make_loss
 from prefalign_jax.models.endings import split_stops, stop_ids
@@ -151,7 +151,10 @@ def tokenize(
     config = experiment(loss.name, max_length=max_length, too_long=too_long, data=data_options)
     how = dataclasses.replace(read(config, complete=False, data=source), loss=loss)
     pairs, counts = tokenized_sources(how.sources, tokenizer, how, TRAINING)
-    for line in lines(counts.noticed, how.config.data.special_in_text == "split"):
+    say_left_out(how.sources)
+    if remarks := counts.remarks():
+        note(f"{source}: {len(pairs)} {loss.unit}{remarks}")
+    for line in lines(counts.noticed, how.chat.split_special):
         note(line)
     dropped = dict(added([*counts.lost[TRAINING], *(step.dropped for step in counts.cleaning)]))
     if not pairs:

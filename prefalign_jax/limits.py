@@ -15,6 +15,8 @@ SECONDS = 5.0  # for what takes milliseconds
 def time_limit(seconds: float = SECONDS) -> Iterator[None]:
     """Ends what takes longer. Python gives signals to its main thread alone, so in other threads there is no limit.
 
+    A limit inside another one stops the clock of the outer one.
+
     Args:
       seconds: of wall clock.
 
@@ -36,9 +38,10 @@ def time_limit(seconds: float = SECONDS) -> Iterator[None]:
         yield
         return
     before = signal.signal(signal.SIGALRM, over)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, left)

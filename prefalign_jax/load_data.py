@@ -87,10 +87,7 @@ def load_pairs(experiment: Experiment, tokenizer: Any) -> Data:
     """
     config, data, unit = experiment.config, experiment.config.data, experiment.loss.unit
     trained, others = experiment.sources_for("train"), experiment.sources_for("eval")
-    for source in trained:
-        if left := files_left_out(source.name, source.part):
-            shown = ", ".join(f"{name} ({split})" for name, split in [*left.items()][:4])
-            note(f"{source.name}: not read for training{', among others' * (len(left) > 4)}: {shown}")
+    say_left_out(trained)
     training, counts = tokenized_sources(trained, tokenizer, experiment, TRAINING)
     stages, read, noticed = counts.stages(TRAINING), counts.read, {TRAINING: counts.noticed}
     unread, notes = {TRAINING: dict(added(counts.unread))}, {TRAINING: counts.noted()}
@@ -136,6 +133,14 @@ def load_pairs(experiment: Experiment, tokenizer: Any) -> Data:
         training, held_out = mismatched(training, config.max_length), mismatched(held_out, config.max_length)
     places = read_places(experiment, read)
     return Data(training, held_out, dropped, about, places, stages, counts.chatted > 0, noticed, unread, notes)
+
+
+def say_left_out(sources: Sequence[Source]) -> None:
+    """Says which files of directories are not read for training."""
+    for source in sources:
+        if left := files_left_out(source.name, source.part):
+            shown = ", ".join(f"{name} ({split})" for name, split in [*left.items()][:4])
+            note(f"{source.name}: not read for training{', among others' * (len(left) > 4)}: {shown}")
 
 
 def read_places(experiment: Experiment, records: Sequence[int]) -> list[ReadFrom]:

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from prefalign_jax.data.chat import iter_pairs
-from prefalign_jax.data.fields import MEANINGS
+from prefalign_jax.data.fields import MEANINGS, meaning_of
 from prefalign_jax.data.memory import MemoryRows
 from prefalign_jax.data.pairs import digest_of_pair
 from prefalign_jax.data.records import Tally, iter_records
@@ -141,7 +141,13 @@ BECOMES = {
 def reported(path, unread):
     """Whether a place of a row is among the names of what is not used."""
     names = [str(part) for part in path if isinstance(part, str)]
-    said = {path[0], f"message.{names[-1]}", f"{path[0]}[].{names[min(1, len(names) - 1)]}", BECOMES.get(path[0])}
+    said = {
+        path[0],
+        *names[1:2] * (path[0] == "input"),
+        f"message.{names[-1]}",
+        f"{path[0]}[].{names[min(1, len(names) - 1)]}",
+        BECOMES.get(path[0]),
+    }
     return not {*said, APART.get(path[:2])}.isdisjoint(unread)
 
 
@@ -250,7 +256,9 @@ def test_a_row_of_other_columns_is_answered_with_its_columns_and_what_names_them
     )
 
 
-@pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"masked": True}, {"loss": 0.0}])
+@pytest.mark.parametrize(
+    "flag", [{"weight": 0}, {"train": False}, {"training": False}, {"masked": True}, {"loss": 0.0}]
+)
 def test_a_weight_or_mask_of_a_message_is_obeyed_as_it_stands_or_stops_the_run(flag):
     """The last answer is trained, alone. A row that asks for that is read; one that asks for more or less is not."""
     ((name, off),) = flag.items()
@@ -260,11 +268,54 @@ def test_a_weight_or_mask_of_a_message_is_obeyed_as_it_stands_or_stops_the_run(f
     assert record.chosen == [assistant("2")] and record.prompt == [user("One?"), assistant("1"), user("Two?")]
     assert tally.notes == {"with earlier answers, which are not trained": 1}
     more, less = [*talk[:1], {**assistant("1"), **on}, *talk[2:]], [*talk[:3], {**assistant("2"), **flag}]
-    for wrong, place in ((more, "messages[1]"), (less, "messages[0]")):
-        with pytest.raises(UserError, match=f"data.ignore=message.{name}, or shorten the conversation"):
+    for wrong, place in ((more, "messages[1]"), (less, "messages[3]")):
+        with pytest.raises(UserError, match=f"data.ignore=message.{name}, or shorten the conversation") as caught:
             read({"messages": wrong}, **KINDS["supervised"])
+        assert f"field '{place}.{name}'" in str(caught.value)
         (record,), tally = read({"messages": wrong}, **KINDS["supervised"], ignore=(f"message.{name}",))
-        assert record.chosen == [assistant("2")] and tally.unread == {f"message.{name}": 1}, place
+        assert record.chosen == [assistant("2")] and tally.unread == {f"message.{name}": 1}
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"train_detail": [{"begin_offset": 0, "end_offset": 2, "train": False}]},
+        {"loss_mask": 0},
+        {"token_weights": [0.5]},
+        {"label": False},
+        {"tools": [WEATHER]},
+        {"system_prompt": "Be brief."},
+    ],
+    ids=lambda field: next(iter(field)),
+)
+def test_what_a_message_says_and_nobody_reads_stops_the_run_and_may_be_ignored(field):
+    (name,) = field
+    prompt, answers = [{**user(Q), **field}], {"chosen": [assistant("Air.")], "rejected": [assistant("Paint.")]}
+    for row, where in (({"prompt": prompt, **answers}, "prompt[0]"), ({**PAIR, "history": prompt}, "history[0]")):
+        with pytest.raises(UserError) as caught:
+            read(row)
+        assert f"field '{where}.{name}' holds " in str(caught.value) and f"data.ignore=message.{name}" in str(
+            caught.value
+        )
+        assert not read({**row, "history": None}, ignore=(f"message.{name}",))[1].dropped
+    with pytest.raises(UserError, match="'messages\\[1\\].loss': a share of a message is not trained"):
+        read({"messages": [user(Q), {**assistant("Air."), "loss": 0.5}]}, **KINDS["supervised"])
+
+
+@pytest.mark.parametrize(
+    "name", ["chosen_weight", "rejected_weights", "token_weights", "prompt_mask", "loss_multiplier"]
+)
+def test_a_weight_or_mask_is_known_by_what_it_is_of(name):
+    assert meaning_of(name, [0.5]).says in ("how much the row counts", "which tokens are trained")
+    assert meaning_of(f"body_{name}", 70) is None
+
+
+def test_what_stands_beside_the_messages_of_openais_format_is_the_rows():
+    given = {"messages": [user(Q)], "functions": [WEATHER["function"]], "parallel_tool_calls": True}
+    row = {"input": given, "preferred_output": [assistant("Air.")], "non_preferred_output": [assistant("Paint.")]}
+    with pytest.raises(UserError, match="row 1: field 'functions' holds tools that may be called.*map it to 'tools'"):
+        read(row)
+    assert read({**row, "input": {**given, "functions": None}})[1].unread == {"parallel_tool_calls": 1}
 
 
 def test_what_is_beside_a_row_stands_before_its_prompt_in_every_kind():

@@ -228,7 +228,8 @@ def test_a_malformed_row_names_file_row_and_field(tmp_path, row, message):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": [user("x"), {**CALL, "tool_calls": "x"}]}, "field 'messages[1].tool_calls': expected a list of"),
+        ({"messages": [user("x"), {**CALL, "tool_calls": "x"}]}, "field 'messages[1].tool_calls': expected JSON"),
+        ({"messages": [user("x"), {**CALL, "tool_calls": {"x": 1}}]}, "'messages[1].tool_calls': expected a list of"),
         ({"messages": [user("x"), {**CALL, "tool_calls": [{}]}]}, "messages[1].tool_calls[0].name': expected a string"),
         (
             {"messages": [user("x"), {**CALL, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},

@@ -27,6 +27,10 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
         json.dumps([{"value": "Hi", "from": "human"}, {"value": "Hello", "from": "gpt"}]),
         {"messages": TALK},
         json.dumps({"messages": TALK}),
+        {"conversations": TALK},
+        json.dumps({"conversation": TALK}),
+        json.dumps(json.dumps(TALK)),
+        "\ufeff" + json.dumps(TALK),
     ],
 )
 def test_a_conversation_is_the_same_however_it_is_written(given):
@@ -44,6 +48,9 @@ LOOKS_LIKE += (
     '{"messages": 3}',
     '{"messages": [3]}',
     '[{"role": "engineer"',
+    '"[{"',
+    '"[1]"',
+    '{"users": [{"name": "x", "role": "user"}], ...}',  # no JSON, and nothing that somebody says
     "[INST] Hi",
 )
 
@@ -61,6 +68,8 @@ def test_what_only_looks_like_a_conversation_stays_text(text):
         {**assistant(None), "tool_calls": [{**CALL, "function": {"name": "f", "arguments": '{"x": 1}'}}]},
         {**assistant(None), "tool_calls": [{**CALL, "function": {"name": "f", "arguments": {"x": 1, "y": None}}}]},
         {**assistant(None), "function_call": {"name": "f", "arguments": '{"x": 1}'}},
+        {**assistant(None), "tool_calls": json.dumps([CALL])},
+        {**assistant(None), "tool_calls": [{**CALL, "function": {"name": "f", "arguments": json.dumps('{"x": 1}')}}]},
         {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
         {"from": "function_call", "value": '[{"name": "f", "arguments": {"x": 1}}]'},
     ],
@@ -85,7 +94,10 @@ def test_a_call_is_the_same_however_it_is_written(given):
         ([{**assistant(""), "tool_calls": [{"function": {"name": "f", "arguments": {"\ud800": 1}}}]}], "valid Unicode"),
         ([{**assistant(""), "tool_calls": [{"function": {"name": "f", "arguments": '{"a": "\\ud800"}'}}]}], "Unicode"),
         ([{"from": "function_call", "value": "f(1)"}], "field 'p[0].content': expected JSON"),
+        ([{**user("x"), "name": 7}], "field 'p[0].name': expected a string, found a number 7"),
+        ([{**assistant("x"), "reasoning_content": {"text": "y"}}], "field 'p[0].reasoning_content': expected a string"),
         ("[{'role': 'user', 'content': 'x'}]", "field 'p': expected messages as JSON"),
+        ("[{'content': 'x', 'role': 'user'}\n {'content': 'y', 'role': 'assistant'}]", "field 'p': expected messages"),
         ('[{"role": "user", "content": "x"', "field 'p': expected messages as JSON"),
         (7, "field 'p': expected a string or a list of messages, found a number 7"),
     ],
@@ -103,7 +115,7 @@ def test_tools_lose_the_nulls_that_a_table_gives_them_but_not_those_of_their_own
     filled["function"]["parameters"]["properties"] |= {"y": None}
     filled["function"] |= {"strict": None}
     assert read_tools([filled]) == (tool,) == read_tools(json.dumps([tool]))
-    assert read_tools(json.dumps([filled])) == (filled,)
+    assert read_tools(json.dumps([filled])) == (filled,) == read_tools([json.dumps(filled)])
     assert read_tools([]) == read_tools("") == read_tools("[]") == ()
     deep = json.loads('{"a":' * 100 + "1" + "}" * 100)
     wrong = {"a tool with a 'name'": [{"name": 5}], "a 'name'": [{}], "a list of objects": {"name": "f"}}

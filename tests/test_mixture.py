@@ -117,6 +117,11 @@ def test_columns_name_the_common_format_even_where_another_is_there(tmp_path):
     source = Source(path, columns={"prompt": "instruction", "chosen": "a", "rejected": "b"}, ignore=("output", "text"))
     (record,), _ = read(source)
     assert record[:3] == ("q", "yes", "no")
+    # What another column takes the place of is counted.
+    replaced = write(tmp_path / "replaced.jsonl", [{"q": "Hi?", "prompt": "Hello?", "chosen": "yes", "rejected": "no"}])
+    tally = Tally()
+    assert next(read_source(Source(replaced, columns={"prompt": "q"}), 0, tally)).prompt == "Hi?"
+    assert tally.unread == {"prompt": 1}
 
 
 def test_a_fraction_is_drawn_by_the_seed_and_nested_and_the_rest_is_counted(tmp_path):

@@ -576,7 +576,12 @@ def test_what_a_row_tells_the_chat_template(tmp_path):
     prompts, dropped = read_prompts(file)
     assert [prompt.chat_template_kwargs for prompt in prompts] == expected[2:]  # told the same, it is the same prompt
     assert dropped == {"the prompt of an earlier row": 2}
-    for told, message in (([1], "expected an object, or its JSON"), ("{", "expected JSON")):
+    wrong = (
+        ([1], "expected an object, or its JSON"),
+        ("{", "expected JSON"),
+        ({"tools": []}, "a string 'tools' is no var"),
+    )
+    for told, message in wrong:
         with pytest.raises(UserError, match=f"row 1: field 'chat_template_kwargs': {message}"):
             read_records(write(tmp_path / "bad.jsonl", [{**row, "chat_template_kwargs": told}]))
     plain = {"prompt": "a", "chosen": "b", "rejected": "c", "chat_template_kwargs": given[0]}

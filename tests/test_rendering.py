@@ -258,6 +258,29 @@ def test_a_part_that_is_left_out_stops_the_run_unless_it_is_allowed(jinja, one, 
 
 
 @pytest.mark.parametrize(
+    ("written", "rewritten"),
+    [
+        ("content | upper", True),
+        ("content.split() | join(' ')", True),
+        ("content | replace('a', 'o')", True),
+        ("content | e", True),
+        ("content | trim", False),
+        ("content | tojson", False),
+        ("content.split('</think>') | join('\\n</think>\\n\\n')", False),  # moves what stands between tags
+    ],
+)
+def test_text_that_the_template_rewrites_is_counted(written, rewritten):
+    tokenizer = tokenizer_with(JINJA["chatml"].replace("message['content']", f"message.{written}"))
+    assert written in tokenizer.chat_template
+    remarks = Remarks()
+    for text in ("def a(b):\n  return 1 < 2", "Oslo", "<think>\nSay</think> aye"):
+        one = record([user(text)], assistant("Ay, ay."), other=assistant("Nay."))
+        tokenize_records([one], tokenizer, max_length=4096, remarks=remarks)
+    assert bool(remarks.rewritten["the user message"]) == rewritten and not remarks.left_out
+    assert any("the chat template rewrites the user message of" in line for line in lines(remarks)) == rewritten
+
+
+@pytest.mark.parametrize(
     ("printed", "lost"),
     [
         ("tool | tojson", ""),

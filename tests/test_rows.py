@@ -9,10 +9,12 @@ import math
 import time
 import tracemalloc
 
+import numpy as np
 import pytest
 
 from prefalign_jax.data import rows as rows_
-from prefalign_jax.data.records import read_records
+from prefalign_jax.data.memory import as_source
+from prefalign_jax.data.records import Tally, iter_records, read_records
 from prefalign_jax.data.rows import LARGEST_ROW, content_digest, count_rows, json_rows, read_rows
 from prefalign_jax.types import Place, UserError
 
@@ -324,6 +326,43 @@ def test_the_same_rows_are_the_same_records_in_every_container(tmp_path, rows, o
         found[path.name] = json.dumps([*map(tuple, (r._replace(where=0) for r in records))]), dropped
     assert len(found) == 7 + 3 * flat
     assert [name for name in found if found[name] != found["a.jsonl"]] == []
+
+
+def test_objects_of_any_keys_are_objects_though_a_table_keeps_them_as_pairs(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    told = pyarrow.array([[("think", False)]], pyarrow.map_(pyarrow.string(), pyarrow.bool_()))
+    columns = {name: [value] for name, value in OTHER.items()}
+    parquet.write_table(pyarrow.table({**columns, "chat_template_kwargs": told}), tmp_path / "a.parquet")
+    assert read_records(tmp_path / "a.parquet")[0][0].chat_template_kwargs == (("think", False),)
+
+
+def test_a_class_is_its_name_and_not_its_number(tmp_path):
+    """Which number is which class is for its names to say, in every container of `datasets`."""
+    datasets = pytest.importorskip("datasets")
+    features = {name: datasets.Value("string") for name in ("prompt", "completion")}
+    features = datasets.Features(features | {"label": datasets.ClassLabel(names=["desirable", "undesirable"])})
+    columns = {"prompt": ["p", "q"], "completion": ["c", "d"], "label": [0, 1]}
+    rows = datasets.Dataset.from_dict(columns, features=features)
+    rows.save_to_disk(tmp_path / "saved")
+    rows.to_parquet(tmp_path / "a.parquet")
+    for path in (tmp_path / "saved", tmp_path / "a.parquet", as_source(rows)):
+        records = iter_records(read_rows(path), Tally(), unpaired=True)
+        assert [record.label for record in records] == [True, False], path
+
+
+def test_rows_of_numpy_and_pandas_are_those_of_lists_and_texts():
+    pair = {name: np.array(value, object) for name, value in OTHER.items()}
+    odd = [{**pair, "weight": np.float32(2)}, {name: tuple(value) for name, value in OTHER.items()} | {"weight": 2}]
+    one, other = iter_records(as_source(odd), Tally())
+    (plain,) = iter_records(as_source([{**OTHER, "weight": 2}]), Tally())
+    assert one._replace(where=0) == other._replace(where=0) == plain._replace(where=0)
+
+
+def test_the_kind_of_a_file_is_told_in_any_case(tmp_path):
+    for name, content in (("A.JSONL", LINE), ("B.Csv", b"prompt, chosen,rejected\np,c,r\n"), ("C.JSON", array(PAIR))):
+        (tmp_path / name).write_bytes(content)
+        assert [row for _, row in read_rows(tmp_path / name)] == [PAIR]
+    assert len(list(read_rows(tmp_path))) == 3
 
 
 @pytest.mark.parametrize(

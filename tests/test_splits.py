@@ -27,6 +27,10 @@ LINE = '{"prompt": "p", "chosen": " c", "rejected": " r"}\n'
         ("test/train.jsonl", "train"),
         ("test/a/b/c.jsonl", "test"),
         ("train_prefs-00000-of-00001.parquet", "train_prefs"),
+        ("myTest.jsonl", "test"),
+        ("held-out.csv", "test"),
+        ("trainset_2.jsonl", "train"),
+        ("a/testdata/b.jsonl", "test"),
         ("latest.jsonl", None),
         ("contest/devices.jsonl", None),
         ("data.jsonl", None),
@@ -70,15 +74,24 @@ def test_no_directory_gives_a_file_to_training_that_says_it_is_for_measuring():
 
 
 def test_a_directory_is_read_by_split_and_says_what_it_leaves_out(tmp_path):
-    for name in ("data/mine_train.jsonl", "data/mine_test.jsonl", "validation/x.jsonl", "other.jsonl", "notes.txt"):
+    for name in (
+        "data/mine_train.jsonl",
+        "data/mine_test.jsonl",
+        "validation/x.jsonl",
+        "other.jsonl",
+        "notes.txt",
+        "LICENSE",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(LINE)
+    (tmp_path / "data/more_train.jsonl.zst").write_bytes(b"")
     # No data: what is hidden, and what describes the rest.
     for name in (".cache/train.jsonl", "__pycache__/train.jsonl", "dataset_info.json", ".train.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
     assert [place.file for place, _ in read_rows(tmp_path)] == [str(tmp_path / "data/mine_train.jsonl")]
     left = {"data/mine_test.jsonl": "test", "validation/x.jsonl": "validation", "other.jsonl": "no split"}
+    left["notes.txt"] = left["data/more_train.jsonl.zst"] = "of no kind that is read"
     assert files_left_out(tmp_path) == left
     assert files_left_out(tmp_path / "other.jsonl") == {}
     assert [place.file for place, _ in read_rows(tmp_path / "data/mine_test.jsonl")]  # it is named, and so wanted

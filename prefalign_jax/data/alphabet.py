@@ -26,35 +26,47 @@ class Alphabet:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._known: dict[str, bool] = {}
+        self._held: set[str] = set()  # whatever stands beside them
+        self._lost: set[str] = set()  # wherever they stand
+        self._tried: set[str] = set()
         every = _every_byte()
-        self._whole = self._back(every) == every
+        self.whole = self._back(every) == every  # it holds all characters
         self._spelled = frozenset("".join(tokenizer.get_vocab()))  # no text that comes back has any other character
 
     def lost(self, *texts: str) -> set[str]:
         """The characters of some texts that do not come back from their tokens."""
-        if self._whole:
+        if self.whole:
             return set()
         lost: set[str] = set()
         for text in texts:
-            characters = set(text)
-            for new in characters - self._known.keys():
-                self._known[new] = self._holds(new)
-            alone = {one for one in characters if not self._known[one]}
-            lost |= alone - self._spelled
-            alone &= self._spelled
-            if alone:  # a token of several characters may hold what none holds alone
+            characters = set(text) - self._held
+            if not characters:
+                continue
+            for new in characters - self._tried:
+                self._try(new)
+            characters -= self._held
+            lost |= characters & self._lost
+            if depends := characters - self._lost:
                 back = self._back(text)
-                lost |= {one for one in alone if back.count(one) < text.count(one)}
+                lost |= {one for one in depends if back.count(one) < text.count(one)}
         return lost
 
     def loses(self, record: Record) -> bool:
         """Whether a character of a record does not come back."""
         return bool(self.lost(*strings_of([record.prompt, record.chosen, record.rejected, record.tools])))
 
-    def _holds(self, character: str) -> bool:
-        framed = _FRAME + character + _FRAME
-        return self._back(framed).count(character) >= framed.count(character)
+    def _try(self, character: str) -> None:
+        """Tries a character alone, and twice: some tokenizers make one space of several."""
+        self._tried.add(character)
+        once, twice = (_FRAME + character * times + _FRAME for times in (1, 2))
+        if self._holds(character, once):
+            if self._holds(character, twice):
+                self._held.add(character)
+        elif character not in self._spelled:  # else a token of several characters may hold what none holds alone
+            self._lost.add(character)
+
+    def _holds(self, character: str, text: str) -> bool:
+        return self._back(text).count(character) >= text.count(character)
 
     def _back(self, text: str) -> str:
         backend = getattr(self._tokenizer, "backend_tokenizer", None)

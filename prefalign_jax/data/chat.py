@@ -25,7 +25,7 @@ from prefalign_jax.data.alphabet import Alphabet
 from prefalign_jax.data.records import Prompt, Record, Text
 from prefalign_jax.data.remarks import Remarks
 from prefalign_jax.data.rendering import Renderer
-from prefalign_jax.data.spelled import SpecialTokens, Written, encoder, strings_of
+from prefalign_jax.data.spelled import MARKS, SpecialTokens, Written, encoder, strings_of
 from prefalign_jax.data.template import AS_IT_IS, ChatOptions
 from prefalign_jax.types import Pair, Place, UserError, one_line
 
@@ -269,9 +269,11 @@ def _texts_of(
             texts = render.texts(special.broken(record) if split else record, remarks, responses=responses)
             texts = list(map(special.written, texts)) if split else texts
         remarks.spelled(spelled)
+        if alphabet.whole:
+            return texts
         prompt, answers = (alphabet.lost(*strings_of(value)) for value in ([record.prompt, record.tools], record[1:3]))
         remarks.lost(prompt, answers)
-        if template := alphabet.lost(*texts) - prompt - answers:
+        if not isinstance(record.prompt, str) and (template := alphabet.lost(*texts) - prompt - answers - MARKS):
             remarks.say(f"the tokenizer loses characters of the chat template: {''.join(sorted(template))!r}")
         return texts
 

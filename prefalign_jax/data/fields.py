@@ -7,8 +7,9 @@ is counted under its name, which the run prints.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from prefalign_jax.data.messages import KNOWN
@@ -51,17 +52,20 @@ _SCORE = Meaning("a score, which this loss does not read", "margin", (), text=Fa
 _TOOLS = Meaning("tools that may be called", "tools", _ALL)
 _TEMPLATE = Meaning("what the chat template is told", "", _ALL)
 _MEDIA = Meaning("pictures or sound, which no text holds", "", _ALL)
+_OF_MESSAGES = (_SYSTEM, _WEIGHT, _MASK, _LABEL, _TOOLS, _TEMPLATE, _MEDIA)  # what a message may say too
 
 # A field's name, in lower case and with _ for spaces and hyphens -> what it says.
 MEANINGS: dict[str, Meaning] = {
     "prompt": _ASKED,
     "instruction": _ASKED,
+    "instructions": _ASKED,
     "question": _ASKED,
     "query": _ASKED,
     "problem": _ASKED,
     "input": _ASKED,
     "inputs": _ASKED,
     "context": _ASKED,
+    "contexts": _ASKED,
     "post": _ASKED,
     "passage": _ASKED,
     "human": _ASKED,
@@ -70,6 +74,8 @@ MEANINGS: dict[str, Meaning] = {
     "system": _SYSTEM,
     "system_prompt": _SYSTEM,
     "system_message": _SYSTEM,
+    "system_msg": _SYSTEM,
+    "sys_prompt": _SYSTEM,
     "system_instruction": _SYSTEM,
     "developer": _SYSTEM,
     "history": _TURNS,
@@ -77,6 +83,7 @@ MEANINGS: dict[str, Meaning] = {
     "messages": _TURNS,
     "conversation": _TURNS,
     "conversations": _TURNS,
+    "conversation_history": _TURNS,
     "dialog": _TURNS,
     "dialogue": _TURNS,
     "turns": _TURNS,
@@ -105,6 +112,7 @@ MEANINGS: dict[str, Meaning] = {
     "thinking": _REASONING,
     "reasoning": _REASONING,
     "reasoning_content": _REASONING,
+    "chain_of_thought": _REASONING,
     "label": _LABEL,
     "labels": _LABEL,
     "kto_tag": _LABEL,
@@ -114,16 +122,9 @@ MEANINGS: dict[str, Meaning] = {
     "winner": _WINNER,
     "choice": _WINNER,
     "weight": _WEIGHT,
-    "weights": _WEIGHT,
-    "sample_weight": _WEIGHT,
-    "example_weight": _WEIGHT,
-    "loss_weight": _WEIGHT,
-    "importance_weight": _WEIGHT,
     "mask": _MASK,
-    "loss_mask": _MASK,
-    "train_mask": _MASK,
-    "completion_mask": _MASK,
-    "assistant_masks": _MASK,
+    "masked": _MASK,
+    "train_detail": _MASK,
     "train_on_input": _MASK,
     "train_on_inputs": _MASK,
     "preference_score": _STRENGTH,
@@ -138,6 +139,7 @@ MEANINGS: dict[str, Meaning] = {
     "rejected_rating": _SCORE,
     "tools": _TOOLS,
     "functions": _TOOLS,
+    "tool_definitions": _TOOLS,
     "available_tools": _TOOLS,
     "chat_template": _TEMPLATE,
     "chat_template_kwargs": _TEMPLATE,
@@ -150,6 +152,11 @@ MEANINGS: dict[str, Meaning] = {
     "videos": _MEDIA,
 }
 
+# What stands before 'weight' or 'mask' in the name of one, of the row or of a part of it.
+_WHOSE = """assistant chosen completion example importance instance label loss pair prompt rejected response row sample
+    token train training""".split()
+_EMPHASIS = re.compile(rf"(({'|'.join(_WHOSE)})_)*((?P<weight>weights?|multiplier)|masks?)")
+
 
 def meaning_of(name: Any, value: Any) -> Meaning | None:
     """What a field says, None where nobody knows.
@@ -157,8 +164,13 @@ def meaning_of(name: Any, value: Any) -> Meaning | None:
     Example:
       >>> meaning_of("System-Prompt", "Be brief.").common, meaning_of("turns", 3), meaning_of("id", "a7")
       ('system', None, None)
+      >>> meaning_of("chosen_weight", 0.5).common, meaning_of("body_weight", 70)
+      ('weight', None)
     """
-    meaning = MEANINGS.get(str(name).strip().lower().replace("-", "_").replace(" ", "_"))
+    name = str(name).strip().lower().replace("-", "_").replace(" ", "_")
+    meaning = MEANINGS.get(name)
+    if meaning is None and (emphasis := _EMPHASIS.fullmatch(name)):
+        meaning = _WEIGHT if emphasis["weight"] else _MASK
     return None if meaning is None or (meaning.text and not isinstance(value, str | list | dict)) else meaning
 
 
@@ -183,7 +195,8 @@ def account(row: Mapping, used: Collection[str], kind: str, parts: Iterable[Any]
             continue
         meaning = meaning_of(name, value)
         if meaning is not None and kind in meaning.kinds and not _repeats(value, parts):
-            where = f", or map it to {meaning.common!r} (data.columns, data.map_fn)" if meaning.common else ""
+            elsewhere = meaning.common not in ("", name)
+            where = f", or map it to {meaning.common!r} (data.columns, data.map_fn)" if elsewhere else ""
             raise Malformed(
                 f"field {name_of(name)!r} holds {meaning.says}, and nothing reads it here; "
                 f"write data.ignore={name_of(name)} to leave it out{where}"
@@ -191,12 +204,31 @@ def account(row: Mapping, used: Collection[str], kind: str, parts: Iterable[Any]
         unread[name_of(name)] += 1
 
 
-def account_messages(parts: Iterable[Any], unread: Counter) -> None:
-    """Counts the fields of messages that have no known meaning, as 'message.FIELD'."""
-    others = {
-        name for part in parts if not isinstance(part, str) for message in part if len(message) > 2 for name in message
-    }
-    unread.update(f"message.{name_of(name)}" for name in others.difference(KNOWN))
+def account_messages(parts: Iterable[tuple[str, Sequence[Mapping], int]], kind: str, unread: Counter) -> None:
+    """Accounts for the fields of messages that a template may not read; counts them as 'message.FIELD'.
+
+    Args:
+      parts: (the field that has them, messages, the number of the first there).
+      kind: what the row is read as.
+      unread: is added to.
+
+    Raises:
+      Malformed: one says something that is not used.
+    """
+    others = set()
+    for field, part, first in parts:
+        for number, message in enumerate(part, first):
+            if len(message) == 2:  # role and content
+                continue
+            for name in message.keys() - KNOWN:
+                meaning = meaning_of(name, message[name])
+                if meaning in _OF_MESSAGES and kind in meaning.kinds and not empty(message[name]):
+                    raise Malformed(
+                        f"field '{field}[{number}].{name_of(name)}' holds {meaning.says}, and nothing reads it in a "
+                        f"message; write data.ignore=message.{name_of(name)} to leave it out"
+                    )
+                others.add(name)
+    unread.update(f"message.{name_of(name)}" for name in others)
 
 
 def _repeats(value: Any, parts: Iterable[Any]) -> bool:

@@ -370,9 +370,8 @@ def openai_preference(row: Row) -> list[Row]:
     if not isinstance(given, Mapping) or "messages" not in given:
         raise expected("an object with 'messages'", given, "input")
     sides = {"chosen": row["preferred_output"], "rejected": row["non_preferred_output"]}
-    left = _left([given], "input", ("messages", "tools"))
-    tools = {} if missing(given.get("tools")) else {"tools": given["tools"]}
-    return [{"prompt": given["messages"], **sides, **tools, **left}]
+    beside = {name: value for name, value in given.items() if name != "messages" and not empty(value)}
+    return [{**beside, "prompt": given["messages"], **sides}]
 
 
 def torchtune(row: Row) -> list[Row]:

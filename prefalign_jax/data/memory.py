@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from prefalign_jax.data.class_labels import class_names, named
+from prefalign_jax.data.values import DEEPEST
 from prefalign_jax.types import Place, UserError
 
 if TYPE_CHECKING:
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
 # What a caller may give for data, a path or hub name among it.
 RowsOrPath: TypeAlias = "str | Path | Sequence[Mapping[str, Any]] | Dataset"
+
+
+_NOTHING = ("NAType", "NaTType")  # of pandas
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,8 +39,8 @@ class MemoryRows:
     rows: Sequence[Mapping[str, Any]]
 
     def __iter__(self) -> Iterator[tuple[Place, Any]]:
-        for number, row in enumerate(self.rows, 1):
-            yield Place(self.name, number), row
+        for number, row in enumerate(named(self.rows, class_names(getattr(self.rows, "features", None) or {})), 1):
+            yield Place(self.name, number), _as_json(row)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -52,7 +57,7 @@ class MemoryRows:
         digest = hashlib.sha256()
         for place, row in self:
             try:
-                digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=_plain).encode() + b"\n")
+                digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n")
             except (TypeError, ValueError) as error:
                 raise UserError(f"{place}: expected values as in JSON: {error}") from None
         return digest.hexdigest()
@@ -88,8 +93,12 @@ def as_source(data: RowsOrPath, name: str = "data") -> str | MemoryRows:
     )
 
 
-def _plain(value: Any) -> Any:
-    """A NumPy value as JSON takes it."""
+def _as_json(value: Any, levels: int = DEEPEST + 1) -> Any:
+    """A value as JSON has it: what NumPy and pandas hold in place of lists, numbers, texts and nothing."""
     if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    raise TypeError(f"a {type(value).__name__} is none")
+        value = value.tolist()
+    if isinstance(value, dict | list | tuple) and levels:  # who reads it says that there are too many
+        if isinstance(value, dict):
+            return {key: _as_json(one, levels - 1) for key, one in value.items()}
+        return [_as_json(one, levels - 1) for one in value]
+    return None if type(value).__name__ in _NOTHING else value

@@ -2,7 +2,8 @@
 
 {'from': 'human', 'value': ...}              {'role': 'user', 'content': ...}; other names of roles, in any case, too
 content as a list of parts                   their texts, joined
-a string of JSON that is a list of messages  the messages; so is an object with nothing but 'messages'
+a string of JSON that is a list of messages  the messages, also if it is written as JSON a second time
+an object with nothing but 'messages'        its messages
 one message                                  a list of it
 'function_call' (a role, or a field)         'tool_calls'
 tool arguments as a string of JSON           the object
@@ -31,13 +32,20 @@ _CALLS = ("function_call", "tool_call")  # roles of messages that are nothing bu
 _NAMES = {"from": "role", "value": "content"}
 
 # Fields of a message that templates may read; what others mean is not known.
-KNOWN = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking")
+_STRINGS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")  # texts, as is the content
+KNOWN = frozenset(("role", "content", "tool_calls", *_STRINGS))
 # Fields that say whether a message is trained, and which of the two answers says so.
-FLAGS = {**dict.fromkeys(("weight", "train", "trainable", "loss", "loss_weight"), True), "masked": False, "mask": False}
+FLAGS = {
+    **dict.fromkeys(("weight", "train", "training", "trainable", "loss", "loss_weight"), True),
+    **dict.fromkeys(("masked", "mask"), False),
+}
 _LOST = ("refusal", "audio", "images", "image", "videos", "video")  # fields of a message that no tokens hold
 
-_JSON = re.compile(r"""\s*(\[\s*)?\{\s*["']""")  # objects, written as JSON or as Python writes them
-_JSON_MESSAGE = re.compile(rf"""{_JSON.pattern}(role|from)["']\s*:\s*["']({"|".join([*_ROLES, *_CALLS])})["']""", re.I)
+# Objects, written as JSON, once or twice, or as Python writes them; and what tells messages among these.
+_JSON = re.compile(r"""[\s\ufeff]*"?\s*(\[\s*)?\{\s*(?=\\*["'])""")
+_ROLE = re.compile(rf"""\\*["'](role|from)\\*["']\s*:\s*\\*["']({"|".join([*_ROLES, *_CALLS])})\\*["']""", re.I)
+_SAID = re.compile(r"""["'](content|value)\\*["']\s*:""")
+_WHOLE = ("messages", "conversations", "conversation")  # the one field of an object that wraps messages
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -60,8 +68,8 @@ def read_text(value: Any, field: str) -> Text:
             return messages
         return string(value, field)
     if isinstance(value, Mapping):
-        if value.keys() == {"messages"}:
-            return read_text(value["messages"], f"{field}.messages")
+        if len(value) == 1 and (name := next(iter(value))) in _WHOLE:
+            return read_text(value[name], f"{field}.{name}")
         return [read_message(value, field)]
     if not isinstance(value, list):
         raise expected("a string or a list of messages", value, field)
@@ -71,14 +79,16 @@ def read_text(value: Any, field: str) -> Text:
 def _from_json(text: str, field: str) -> Messages | None:
     """The messages that a string writes; None for other JSON, such as the output of a program."""
     try:
-        value = parsed(text, field)
+        value = parsed(text.lstrip("\ufeff"), field)
     except Malformed:
-        if _JSON_MESSAGE.match(text):
+        if _ROLE.match(text, _JSON.match(text).end()) or (_ROLE.search(text) and _SAID.search(text)):
             raise expected("messages as JSON", text, field) from None
         return None
-    wrapped = isinstance(value, Mapping) and value.keys() == {"messages"} and isinstance(value["messages"], list)
-    inner = value["messages"] if wrapped else value if isinstance(value, list) else [value]
-    return read_text(value, field) if all(map(_looks_like_one, inner)) else None
+    inner = value
+    if isinstance(value, Mapping):
+        name = next(iter(value), "")
+        inner = value[name] if len(value) == 1 and name in _WHOLE and isinstance(value[name], list) else [value]
+    return read_text(value, field) if isinstance(inner, list) and all(map(_looks_like_one, inner)) else None
 
 
 def _looks_like_one(value: Any) -> bool:
@@ -112,11 +122,13 @@ def read_message(message: Any, field: str) -> dict[str, Any]:
             out[ours] = out.pop(theirs)
     if "role" not in out or not ({"content", "tool_calls", "function_call"} & out.keys() or "content" in message):
         raise expected("a message with 'role' and 'content' (or 'from' and 'value')", message, field)
-    calls = out.pop("tool_calls", None) or []
+    calls, nulls = out.pop("tool_calls", None) or [], False
+    if isinstance(calls, str):
+        calls, nulls = parsed(calls, f"{field}.tool_calls"), True
     if name := next((name for name in _LOST if out.get(name)), None):
         raise Malformed(f"field '{field}.{name}': no text holds it; leave the row out (data.map_fn)")
     role, content = string(out.pop("role"), f"{field}.role"), out.pop("content", None)
-    known, nulls = role.strip().lower().replace("-", "_"), False
+    known = role.strip().lower().replace("-", "_")
     if known in _CALLS:
         nulls = True
         calls, content, known = parsed(string(content, f"{field}.content"), f"{field}.content"), None, "assistant"
@@ -130,7 +142,9 @@ def read_message(message: Any, field: str) -> dict[str, Any]:
     read = {"role": _ROLES[known], "content": _content(content, f"{field}.content")}
     if calls:
         read["tool_calls"] = _calls(calls, f"{field}.tool_calls", nulls)
-    read.update((string(name, field), plain(value, f"{field}.{name}")) for name, value in out.items())
+    for name, value in out.items():
+        place = f"{field}.{name}"
+        read[string(name, field)] = _content(value, place) if name in _STRINGS else plain(value, place)
     return read
 
 
@@ -181,9 +195,15 @@ def read_tools(value: Any, field: str = "tools") -> tuple[dict[str, Any], ...]:
         value = parsed(value, field) if value.strip() else None
     if not value:
         return ()
-    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
+    if not isinstance(value, list):
         raise expected("a list of objects, or its JSON", value, field)
-    tools = tuple(plain(tool, f"{field}[{i}]", nulls=nulls) for i, tool in enumerate(value))
+    tools = ()
+    for i, tool in enumerate(value):
+        written = isinstance(tool, str)
+        tool = parsed(tool, f"{field}[{i}]") if written else tool
+        if not isinstance(tool, Mapping):
+            raise expected("a list of objects, or its JSON", value, field)
+        tools += (plain(tool, f"{field}[{i}]", nulls=nulls or written),)
     for i, tool in enumerate(tools):
         inside = tool.get("function", tool)
         if not isinstance(inside, dict) or not isinstance(inside.get("name"), str) or not inside["name"]:
@@ -210,12 +230,13 @@ def read_history(value: Any, field: str = "history") -> Messages:
     return out
 
 
-def obeyed(messages: Messages, field: str, trained: bool) -> Messages:
+def obeyed(messages: Messages, field: str, first: int = 0, *, trained: bool) -> Messages:
     """Messages without their weights and masks, which must ask for what is done: the answer alone is trained.
 
     Args:
       messages: of the prompt, or the answer.
       field: where the row has them, for the message.
+      first: the number of the first of them there.
       trained: whether they are the answer.
 
     Raises:
@@ -223,9 +244,13 @@ def obeyed(messages: Messages, field: str, trained: bool) -> Messages:
     """
     if all(FLAGS.keys().isdisjoint(message) for message in messages):
         return messages
-    for i, message in enumerate(messages):
+    for i, message in enumerate(messages, first):
         for name in FLAGS.keys() & message.keys():
             place = f"{field}[{i}].{name}"
+            if isinstance(message[name], float) and 0 < message[name] < 1:
+                raise Malformed(
+                    f"field {place!r}: a share of a message is not trained; write data.ignore=message.{name}"
+                )
             asked = truth(message[name], place) == FLAGS[name]
             if asked != trained:
                 instead = "is not trained, and it is the one answer that is" if trained else "is trained, and it is not"

@@ -13,7 +13,6 @@ than their share a part is taken, drawn by the seed, and what is left is counted
 
 from __future__ import annotations
 
-import collections
 import hashlib
 import importlib
 import importlib.util
@@ -43,7 +42,7 @@ from prefalign_jax.data.records import (
 )
 from prefalign_jax.data.rows import content_digest, read_rows
 from prefalign_jax.data.splits import TEST, VALIDATION, split_of
-from prefalign_jax.data.values import name_of, names
+from prefalign_jax.data.values import empty, name_of, names
 from prefalign_jax.options import choose, did_you_mean, split_names
 from prefalign_jax.types import Place, UserError, one_line
 
@@ -221,19 +220,22 @@ def source_digest(source: Source) -> str:
     return digest.hexdigest()
 
 
-def adapted(rows: Rows, source: Source, dropped: collections.Counter) -> Iterator[tuple[Place, Any]]:
-    """Rows after a source's filter, columns and map_fn; what they leave out is counted by reason."""
+def adapted(rows: Rows, source: Source, tally: Tally) -> Iterator[tuple[Place, Any]]:
+    """Rows after a source's filter, columns and map_fn; what they leave out or put another in place of is counted."""
+    dropped = tally.dropped
     function = load_function(source.map_fn, "map_fn") if source.map_fn else None
     wanted = {
         name: values if isinstance(values, list | tuple) else (values,)
         for name, values in (source.filter or {}).items()
     }
+    replaced = set(source.columns or ()) - set((source.columns or {}).values())
     for where, row in rows:
         if isinstance(row, Mapping):
             if any(_field(row, name, where, "filter") not in values for name, values in wanted.items()):
                 dropped["left out by the filter"] += 1
                 continue
             if source.columns:
+                tally.unread.update(name for name in replaced if not empty(row.get(name)))
                 row = {
                     **{name: value for name, value in row.items() if name not in source.columns.values()},
                     **{name: _field(row, theirs, where, "columns") for name, theirs in source.columns.items()},
@@ -282,7 +284,7 @@ def read_source(source: Source, number: int, tally: Tally, *, seed: int = 0, **k
     Returns:
       An iterator over the records, those of use='eval' marked as held out.
     """
-    rows = adapted(read_rows(source.name, source.part), source, tally.dropped)
+    rows = adapted(read_rows(source.name, source.part), source, tally)
     records = iter_records(rows, tally, **_reading(source, **kind)._asdict())
 
     def taken() -> Iterator[Record]:
@@ -301,8 +303,8 @@ def read_source(source: Source, number: int, tally: Tally, *, seed: int = 0, **k
 
 def source_prompts(source: Source) -> Iterator[Prompt]:
     """The prompts of a source, to be kept out of others."""
-    rows = adapted(read_rows(source.name, source.part), source, collections.Counter())
-    return iter_prompts(rows, Tally(), _reading(source))
+    tally = Tally()
+    return iter_prompts(adapted(read_rows(source.name, source.part), source, tally), tally, _reading(source))
 
 
 def prompt_keys(source: Source) -> np.ndarray:

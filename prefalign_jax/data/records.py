@@ -22,6 +22,7 @@ from prefalign_jax.data.fields import PAIRS, PROMPTS, SUPERVISED, UNPAIRED, acco
 from prefalign_jax.data.formats import FORMATS, detect, in_common
 from prefalign_jax.data.messages import FLAGS, Messages, Text, obeyed, read_history, read_text, read_tools
 from prefalign_jax.data.rows import read_rows
+from prefalign_jax.data.template import not_to_be_set
 from prefalign_jax.data.values import (
     SMALLEST,
     Dropped,
@@ -473,7 +474,6 @@ def _record(
     if margin < 0:
         raise Dropped("rejected scores higher")
     if not isinstance(prompt, str):
-        account_messages([prompt, *sides], tally.unread)
         if reading.kind == SUPERVISED and any(message["role"] == "assistant" for message in prompt):
             tally.notes["with earlier answers, which are not trained"] += 1
     rejected = sides[1] if len(sides) == 2 else type(sides[0])()
@@ -496,6 +496,7 @@ def _conversation(
         lacking = [*(["prompt"] if fields and row.get("prompt") is None else []), *lacking]
         raise Malformed(f"expected {', '.join(('prompt', *fields))}, found {names(row)}; {_map(row, lacking)}")
     sides = [read_text(row[name], name) for name in fields]
+    given = sides
     asked = None if missing(row.get("prompt")) else read_text(row["prompt"], "prompt")
     prompt = "" if fields == ["text"] else asked
     if len({type(side) for side in sides}) > 1:
@@ -513,7 +514,7 @@ def _conversation(
     if not sides:
         prompt = prompt or ""
     elif isinstance(sides[0], str):
-        prompt, sides = _split_strings(prompt, sides, fields)
+        prompt, sides = _split_strings(row, prompt, sides, fields)
     else:
         prompt, sides = _split_messages(prompt, sides, fields)
     if isinstance(prompt, str):
@@ -524,8 +525,15 @@ def _conversation(
     if leave or not trained:
         leave += () if trained else FLAGS
         prompt, *sides = ([_left_out(message, leave) for message in part] for part in (prompt, *sides))
-    prompt = obeyed(prompt, "prompt" if asked else fields[0], trained=False)
-    sides = [obeyed(side, name, trained=True) for side, name in zip(sides, fields, strict=True)]
+    asked_in = "prompt" if asked else fields[0]
+    prompt = obeyed(prompt, asked_in, trained=False)
+    firsts = [
+        max(0, len(whole) - len(side)) for whole, side in zip(given, sides, strict=True)
+    ]  # their places in the row
+    answers = list(zip(fields, sides, firsts, strict=True))
+    sides = [obeyed(side, name, first, trained=True) for name, side, first in answers]
+    parts = [("history", before or [], 0), (asked_in, prompt, 0), *zip(fields, sides, firsts, strict=True)]
+    account_messages(parts, reading.kind if trained else PROMPTS, tally.unread)
     return _joined(before or [], prompt), sides
 
 
@@ -579,6 +587,8 @@ def _template_kwargs(row: Mapping, prompt: Text) -> tuple[tuple[str, Any], ...]:
         raise expected("an object, or its JSON", told, field)
     if told and isinstance(prompt, str):
         raise Malformed("field 'chat_template_kwargs': there is no chat template for plain text; write messages")
+    if (key := not_to_be_set(told)) is not None:
+        raise Malformed(f"field {field!r}: {show(key)} is no variable of a chat template that may be set")
     return tuple(plain(told, field).items())
 
 
@@ -607,7 +617,7 @@ def _number(row: Mapping, field: str, what: str = "a finite number", above: floa
     return value_read
 
 
-def _split_strings(prompt: Text | None, sides: list[str], fields: Sequence[str]) -> tuple[str, list[str]]:
+def _split_strings(row: Mapping, prompt: Text | None, sides: list[str], fields: Sequence[str]) -> tuple[str, list[str]]:
     """(prompt, responses), the prompt taken out of HH-RLHF transcripts where there is none."""
     if isinstance(prompt, str):
         return prompt, sides
@@ -616,7 +626,7 @@ def _split_strings(prompt: Text | None, sides: list[str], fields: Sequence[str])
         if not side.startswith(_HUMAN) or _ASSISTANT not in side:
             raise Malformed(
                 f"expected a field 'prompt', or an HH-RLHF transcript ({_HUMAN!r} ... {_ASSISTANT!r} ...) in {name!r}; "
-                f"found no prompt and {show(side)}"
+                f"found {names(row)}; {_map(row, ('prompt',))}"
             )
         prompts.append(side[: side.rindex(_ASSISTANT) + len(_ASSISTANT)])
     return _same(prompts), [side[len(prompts[0]) :] for side in sides]

@@ -16,6 +16,7 @@ class Remarks:
 
     Attributes:
       left_out: what the chat template leaves out with leave: name of a part -> records.
+      rewritten: whose words the chat template writes otherwise than the row -> records.
       meeting: sentences on where prompt and response meet otherwise when an answer is asked for than when one is given.
       unencodable, in_responses: records that hold a character for which the tokenizer has no token, and those of them
         that hold it in a response.
@@ -25,6 +26,7 @@ class Remarks:
     """
 
     left_out: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    rewritten: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     meeting: list[str] = dataclasses.field(default_factory=list)
     unencodable: int = 0
     in_responses: int = 0
@@ -60,7 +62,7 @@ def from_json(about: Mapping[str, Any]) -> Remarks:
       >>> from_json(Remarks(special=1).as_json()) == Remarks(special=1)
       True
     """
-    counters = {name: collections.Counter(about[name]) for name in ("left_out", "characters", "tokens")}
+    counters = {name: collections.Counter(about[name]) for name in ("left_out", "rewritten", "characters", "tokens")}
     return Remarks(**{**about, **counters})
 
 
@@ -78,6 +80,8 @@ def lines(remarks: Remarks, split: bool = False) -> list[str]:
     out = list(remarks.meeting)
     for name, count in remarks.left_out.items():
         out.append(f"the chat template leaves out {name} of {count} records")
+    for name, count in remarks.rewritten.items():
+        out.append(f"the chat template rewrites {name} of {count} records: the case, white space or characters differ")
     if remarks.unencodable:
         which = _listed(remarks.characters)
         out.append(

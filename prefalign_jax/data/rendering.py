@@ -17,6 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from prefalign_jax.data import trials
 from prefalign_jax.data.records import Messages, Record
 from prefalign_jax.data.remarks import Remarks
 from prefalign_jax.data.shapes import (
@@ -35,6 +36,7 @@ from prefalign_jax.data.shapes import (
 )
 from prefalign_jax.data.template import AS_IT_IS, MAY_DROP, ChatOptions, Template, as_json
 from prefalign_jax.data.trials import LeftOut, left_out
+from prefalign_jax.limits import time_limit
 from prefalign_jax.types import UserError, one_line
 
 if TYPE_CHECKING:
@@ -78,6 +80,33 @@ class Form(NamedTuple):
         )
 
 
+class Conversation(NamedTuple):
+    """What a template is given, and what it makes of it.
+
+    Attributes:
+      messages, tools, kwargs: what it is given.
+      before: messages before the response.
+      asked: the text is that of a prompt, up to where an answer begins.
+      continued: the prompt ends with an answer that the response goes on with.
+      shape, values: see `shapes.values_of`.
+      text: what the template makes of it.
+    """
+
+    messages: Messages
+    tools: Tools
+    kwargs: Mapping[str, Any]
+    before: int
+    asked: bool
+    continued: bool
+    shape: tuple[Any, ...]
+    values: list[Any]
+    text: str
+
+    def looked_for(self, part: Part) -> bool:
+        """Whether a part should be in this text: those of the prompt are looked for where an answer is asked for."""
+        return self.asked or part.turn >= self.before
+
+
 class Renderer:
     """A tokenizer's chat template with options, and what was found out about it.
 
@@ -108,22 +137,32 @@ class Renderer:
         prompt, tools, kwargs = record.prompt, record.tools, dict(record.chat_template_kwargs)
         continued = bool(prompt) and prompt[-1]["role"] == "assistant"
         before = len(prompt) - continued  # the messages before the response
+        first, last = values_of(prompt[:before]), values_of((), tools)
+
+        def conversation(messages: Messages, asked: bool) -> Conversation:
+            (shape, values), more = first, values_of(messages[before:])
+            shape, values = shape + more[0] + last[0], values + more[1] + last[1]
+            text = self._template.render(messages, tools, kwargs, asked=asked)
+            return Conversation(messages, tools, kwargs, before, asked, continued, shape, values, text)
+
         try:
-            start = self._template.render(prompt, tools, kwargs, asked=True)
-            _, gone = self._checked(prompt, tools, kwargs, before, start, asked=True)
-            texts, lost = [start], [("prompt", gone)]
-            for side in ("chosen", "rejected")[: (2 if record.rejected else 1) if responses else 0]:
-                messages = joined(prompt, getattr(record, side))
-                text = self._template.render(messages, tools, kwargs)
-                form, gone = self._checked(messages, tools, kwargs, before, text, continued=continued)
-                lost.append((side, gone))
-                texts.append(start + self._response(messages, tools, form, before, start, text, remarks))
+            with time_limit():
+                whole = conversation(prompt, True)
+                start = whole.text
+                rewritten: set[str] = set()
+                texts, lost = [start], [("prompt", self._checked(whole, rewritten)[1])]
+                for side in ("chosen", "rejected")[: (2 if record.rejected else 1) if responses else 0]:
+                    whole = conversation(joined(prompt, getattr(record, side)), False)
+                    form, gone = self._checked(whole, rewritten)
+                    lost.append((side, gone))
+                    texts.append(start + self._response(whole, form, start, remarks))
         except UserError:
             raise
         except Exception as error:  # a template raises whatever it likes
             raise UserError(f"{record.where}: the chat template does not render it: {one_line(error)}") from None
         names = self._allowed(record, lost, before)
         unread = [name for name in kwargs if not self._template.reads(name, bool(tools))]
+        remarks.rewritten.update(rewritten)
         remarks.left_out.update(names | {f"{name!r} of chat_template_kwargs" for name in unread})
         return texts
 
@@ -142,7 +181,7 @@ class Renderer:
                 else:
                     turn = f"prompt[{part.turn}]." if earlier else f"{side}[{part.turn - before}]."
                     where = part.where if part.turn < 0 else turn + part.where
-                    what = "response" if part.name == "assistant" and not earlier else MAY_DROP[part.name]
+                    what = _called(part, before)
                     shown = piece if len(piece) <= _SHOWN else piece[:_SHOWN] + "..."
                     raise UserError(
                         f"{record.where}: the chat template leaves out the {what}; set data.chat_template, or allow it "
@@ -152,67 +191,60 @@ class Renderer:
 
     # What the template does with the parts.
 
-    def _checked(
-        self,
-        messages: Messages,
-        tools: Tools,
-        kwargs: Mapping[str, Any],
-        before: int,
-        text: str,
-        *,
-        asked: bool = False,
-        continued: bool = False,
-    ) -> tuple[Form, list[LeftOut]]:
+    def _checked(self, whole: Conversation, rewritten: set[str]) -> tuple[Form, list[LeftOut]]:
         """(the form of a conversation, what its text leaves out).
 
         What is asked with is the prompt that is trained, so the parts of the prompt are looked for there, and in the
-        text of the conversation those of the response.
+        text of the conversation those of the response. Whose words stand otherwise in the text is added to `rewritten`.
         """
-        shape, values = values_of(messages, tools)
-        key: tuple = (shape, before, asked, continued, repr(kwargs))
-        learn = functools.partial(
-            self._form, messages, tools, values, kwargs=kwargs, before=before, asked=asked, continued=continued
-        )
-        form = learn(key, ())
+        values, text = whole.values, whole.text
+        form = self._form(whole, ())
         opaque = form.frame.opaque if form.frame else ()
         if opaque:
-            form = learn(key, opaque)
-        if not form.fits(values, text):
+            form = self._form(whole, opaque)
+        fits = form.fits(values, text)
+        if not fits:
             # Templates look at what system messages say, and many rows say the same.
             said = {n for n, part in enumerate(form.parts) if part.name in ("system", "developer")}
             if said - set(opaque):
-                form = learn(key, tuple(sorted(said | set(opaque))))
-        if form.fits(values, text):
+                form = self._form(whole, tuple(sorted(said | set(opaque))))
+                fits = form.fits(values, text)
+        if fits:
+            if not (form.missing or form.tried):
+                return form, []
             gone = [*(LeftOut(form.parts[n], _shown(values[n])) for n in form.missing), *form.tried]
         else:
-            render = functools.partial(self._template.render, kwargs=kwargs, asked=asked)
-            looked_for = {part for part in form.parts if asked or part.turn >= before}
-            gone = left_out(messages, tools, render, text, looked_for)
-        return form, [one for one in gone if asked or one.part.turn >= before]
+            looked_for = {part for part in form.parts if whole.looked_for(part)}
+            render = functools.partial(self._render, kwargs=whole.kwargs, asked=whole.asked)
+            gone = left_out(whole.messages, whole.tools, render, text, looked_for)
+            lost = {one.part for one in gone}
+            for part in trials.rewritten(whole.messages, whole.tools, text, looked_for - lost):
+                called = _called(part, whole.before) if part.name in MAY_DROP else f"field {part.name!r} of messages"
+                rewritten.add(f"the {called}")
+        return form, [one for one in gone if whole.looked_for(one.part)]
 
-    def _form(self, messages: Messages, tools: Tools, values: Sequence[Any], key: Any, opaque: tuple[int, ...], **how):
+    def _render(self, *conversation: Any, **how: Any) -> str:
+        """What the template makes of a conversation that is not the row's."""
+        with time_limit():
+            return self._template.render(*conversation, **how)
+
+    def _form(self, whole: Conversation, opaque: tuple[int, ...]) -> Form:
         """The form of a shape, or of its conversations that have these opaque parts; learnt once."""
-        key = (key, as_json([values[number] for number in opaque])) if opaque else key
+        told = repr(whole.kwargs) if whole.kwargs else ""
+        key: Any = (whole.shape, whole.before, whole.asked, whole.continued, told)
+        if opaque:
+            key = (key, as_json([whole.values[number] for number in opaque]))
         form = self._forms.get(key)
         if form is None:
-            form = self._forms[key] = self._learnt(messages, tools, opaque, **how)
+            form = self._forms[key] = self._learnt(whole, opaque)
         return form
 
-    def _learnt(
-        self,
-        messages: Messages,
-        tools: Tools,
-        opaque: Sequence[int],
-        *,
-        kwargs: Mapping[str, Any],
-        before: int,
-        asked: bool,
-        continued: bool,
-    ) -> Form:
+    def _learnt(self, whole: Conversation, opaque: Sequence[int]) -> Form:
         """The form of a shape, or of the conversations of a shape that have these opaque parts."""
+        messages, tools, kwargs, before, asked, continued = whole[:6]
         parts_here = list(parts_of(messages, tools))
         parts = tuple(part for part, _ in parts_here)
-        render = functools.partial(self._template.render, kwargs=kwargs)
+        render = functools.partial(self._render, kwargs=kwargs)
         values = marked(parts_here)
         for number in opaque:
             values[number] = parts_here[number][1]
@@ -266,12 +298,12 @@ class Renderer:
         """
         frame, count = form.frame, len(values)
         prompt, answer = messages[:before], {"role": "assistant", "content": mark(count)}
-        start = self._template.render(prompt, tools, kwargs, asked=True)
+        start = self._render(prompt, tools, kwargs, asked=True)
 
         # The beginning.
         reopened, lead, meeting = 0, 0, ""
         if not text.startswith(start):
-            given = self._template.render([*prompt, answer], tools, kwargs).partition(mark(count))[0]
+            given = self._render([*prompt, answer], tools, kwargs).partition(mark(count))[0]
             common = len(os.path.commonprefix([start, given, text]))
             if has_marks(start[common:]):
                 asked_last, given_last = (one[one.rfind(CLOSE) + 1 :] for one in (start, given))
@@ -289,7 +321,7 @@ class Renderer:
         next_turn = ""
         if tail[self._end_of_turn(tail) :].strip():
             with contextlib.suppress(Exception):  # not every template takes another turn of the user
-                longer = self._template.render([*messages, {"role": "user", "content": mark(count)}], tools, kwargs)
+                longer = self._render([*messages, {"role": "user", "content": mark(count)}], tools, kwargs)
                 more = frame_of(longer, [*values, mark(count)], frame.opaque)
                 after = more.texts[more.order.index(count)]
                 shared = os.path.commonprefix([tail, after])
@@ -305,10 +337,9 @@ class Renderer:
             return 0
         return len(tail) - len(tail[match.end() :].lstrip())
 
-    def _response(
-        self, messages: Messages, tools: Tools, form: Form, before: int, start: str, text: str, remarks: Remarks
-    ) -> str:
+    def _response(self, whole: Conversation, form: Form, start: str, remarks: Remarks) -> str:
         """What follows the prompt in a conversation, up to the response's own end."""
+        text = whole.text
         if text.startswith(start):
             own = text[len(start) :]
         else:
@@ -317,7 +348,7 @@ class Renderer:
                 own, opened = text[at:], start[at:].strip()
                 own = own.removeprefix(opened)  # the response opens by itself what the prompt has opened
             else:
-                own = text[self._begin(messages, tools, form, before, start, text) :]
+                own = text[self._begin(whole, form, start) :]
             remarks.say(form.meeting or _DIFFERENT)
         if form.next_turn and own.endswith(form.next_turn):
             own = own[: -len(form.next_turn)]
@@ -327,14 +358,13 @@ class Renderer:
             )
         return own
 
-    def _begin(self, messages: Messages, tools: Tools, form: Form, before: int, start: str, text: str) -> int:
+    def _begin(self, whole: Conversation, form: Form, start: str) -> int:
         """Where the response begins in a text that does not begin with its prompt's: at its first part."""
-        _, values = values_of(messages, tools)
-        starts = form.frame.starts(values, text) if form.frame is not None else None
+        starts = form.frame.starts(whole.values, whole.text) if form.frame is not None else None
         for number, at in zip(form.frame.order, starts or (), strict=False) if form.frame is not None else ():
-            if form.parts[number].turn >= before:
+            if form.parts[number].turn >= whole.before:
                 return at - form.lead
-        return len(os.path.commonprefix([start, text]))
+        return len(os.path.commonprefix([start, whole.text]))
 
 
 def joined(prompt: Messages, response: Messages) -> Messages:
@@ -343,6 +373,11 @@ def joined(prompt: Messages, response: Messages) -> Messages:
         return prompt + response
     *before, begun = prompt
     return [*before, {**begun, "content": begun["content"] + response[0]["content"]}, *response[1:]]
+
+
+def _called(part: Part, before: int) -> str:
+    """What people call a part that data.template_may_drop names."""
+    return "response" if part.name == "assistant" and part.turn >= before else MAY_DROP[part.name]
 
 
 def _shown(value: Any) -> str:

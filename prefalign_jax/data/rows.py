@@ -18,22 +18,28 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+from prefalign_jax.data.class_labels import class_names, class_names_in, named
 from prefalign_jax.data.memory import MemoryRows
-from prefalign_jax.data.splits import left_out, split_files
+from prefalign_jax.data.splits import data_files, left_out, split_files
 from prefalign_jax.data.values import cut, name_of
 from prefalign_jax.types import Place, UserError, one_line
 
 MOST_EMPTY = 100_000  # lines one after the other; a small gzipped file may hold billions
 LARGEST_ROW = 16 * 2**20  # bytes of JSON; a longer row is no pair but a file without line ends
 
-_FILE = re.compile(r"\.(jsonl|ndjson|json|csv|tsv)(\.gz)?$|\.(parquet|arrow|feather)$")
+_FILE = re.compile(r"\.(jsonl|ndjson|json|csv|tsv)(\.gz)?$|\.(parquet|arrow|feather)$", re.IGNORECASE)
 _READABLE = ".jsonl, .json, .csv, .tsv, .parquet or .arrow"  # in words
-_ARRAY = re.compile(r"\.json(\.gz)?$")
-_LOOKS_LOCAL = re.compile(r"^[./~]|\.(jsonl?|ndjson|gz|zst|zip|parquet|arrow|feather|csv|tsv|txt)$")
+# Holds data, to all appearance, and is not read.
+_OTHER_FILE = re.compile(
+    r"\.((jsonl?|ndjson|csv|tsv|txt|parquet|arrow)\.\w+|zst|bz2|xz|zip|tar|tgz|txt|xlsx?|pkl|pickle|pt|npz?|h5|hdf5|db|sqlite)$",
+    re.IGNORECASE,
+)
+_ARRAY = re.compile(r"\.json(\.gz)?$", re.IGNORECASE)
+_LOOKS_LOCAL = re.compile(r"^[./~]|\.(jsonl?|ndjson|gz|zst|zip|parquet|arrow|feather|csv|tsv|txt)$", re.IGNORECASE)
 _SAVED = ("dataset_dict.json", "state.json")  # of `datasets.save_to_disk`
 _CHUNK = 2**20
 _ROWS = 1024  # of an Arrow table as objects at once
@@ -101,9 +107,12 @@ def count_rows(path: str | Path | MemoryRows, split: str = "train") -> int | Non
 
 
 def files_left_out(path: str | Path | MemoryRows, split: str = "train") -> dict[str, str]:
-    """The data files of a directory that `read_rows` leaves out: {name: the split that it says}."""
+    """The data files of a directory that `read_rows` leaves out: {name: the split that it says, or why else}."""
     local = None if isinstance(path, MemoryRows) else _local(path)
-    return left_out(local, split, _FILE) if local and not _is_saved(local) else {}
+    if not local or not local.is_dir() or _is_saved(local):
+        return {}
+    others = {str(file): "of no kind that is read" for file in data_files(local, _OTHER_FILE)}
+    return left_out(local, split, _FILE) | {name: why for name, why in others.items() if not _FILE.search(name)}
 
 
 def _data_at(path: str | Path | MemoryRows, split: str) -> list[Path] | MemoryRows | Any:
@@ -135,11 +144,11 @@ def _is_saved(local: Path) -> bool:
 
 def _count(file: Path) -> int | None:
     try:
-        if file.suffix == ".parquet":
+        if _suffix(file) == ".parquet":
             import pyarrow.parquet
 
             return pyarrow.parquet.read_metadata(file).num_rows
-        if file.suffix not in (".jsonl", ".ndjson"):
+        if _suffix(file) not in (".jsonl", ".ndjson"):
             return None
         with file.open("rb") as opened:
             return sum(block.count(b"\n") for block in iter(lambda: opened.read(_CHUNK), b""))
@@ -154,7 +163,7 @@ def json_rows(file: Path) -> Iterator[tuple[Place, Any]]:
     """
     number = empty = 0
     try:
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as opened:
+        with (gzip.open if _suffix(file) == ".gz" else open)(file, "rb") as opened:
             if _ARRAY.search(file.name) and _is_array(opened):
                 for number, element in enumerate(_elements(file, opened), 1):  # noqa: B007
                     yield element
@@ -279,13 +288,24 @@ def _elements(file: Path, opened: BinaryIO) -> Iterator[tuple[Place, Any]]:
 
 
 def _file_rows(file: Path) -> Iterator[tuple[Place, Any]]:
-    if file.suffix == ".parquet":
+    kind = _suffix(file)
+    if kind == ".parquet":
         return _arrow_rows(file, _parquet_batches)
-    if file.suffix in (".arrow", ".feather"):
+    if kind in (".arrow", ".feather"):
         return _arrow_rows(file, _arrow_batches)
-    if ".csv" in file.suffixes or ".tsv" in file.suffixes:
-        return _table_rows(file)
+    if separator := _separator(file):
+        return _table_rows(file, separator)
     return json_rows(file)
+
+
+def _suffix(file: Path) -> str:
+    return file.suffix.lower()
+
+
+def _separator(file: Path) -> str:
+    """What stands between the values of a CSV or TSV file; '' for another kind."""
+    name = file.name.lower().removesuffix(".gz")
+    return "," if name.endswith(".csv") else "\t" if name.endswith(".tsv") else ""
 
 
 def _arrow_rows(file: Path, batches: Callable[[Path], Iterator[Any]]) -> Iterator[tuple[Place, Any]]:
@@ -295,12 +315,22 @@ def _arrow_rows(file: Path, batches: Callable[[Path], Iterator[Any]]) -> Iterato
     try:
         for batch in batches(file):
             batch.validate(full=True)  # Arrow trusts a file's offsets, and a wrong one ends the process
+            _once(batch.schema.names, file)
+            classes = class_names_in(batch.schema.metadata)
             for start in range(0, batch.num_rows, _ROWS):
-                for row in batch.slice(start, _ROWS).to_pylist():
+                for row in named(batch.slice(start, _ROWS).to_pylist(maps_as_pydicts="strict"), classes):
                     number += 1
                     yield Place(str(file), number), row
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
         raise UserError(f"{Place(str(file), number + 1)}: expected a readable file, found {_said(error)}") from None
+
+
+def _once(columns: Sequence[str], file: Path) -> None:
+    """Refuses a table with two columns of one name, of which a row could hold one."""
+    if twice := next((name for name in columns if columns.count(name) > 1), None):
+        raise UserError(f"{file}: two columns are called {name_of(twice)!r}; rename one")
 
 
 def _parquet_batches(file: Path) -> Iterator[Any]:
@@ -323,7 +353,7 @@ def _arrow_batches(file: Path) -> Iterator[Any]:
         yield from batches
 
 
-def _table_rows(file: Path) -> Iterator[tuple[Place, Any]]:
+def _table_rows(file: Path, separator: str) -> Iterator[tuple[Place, Any]]:
     """The rows of a CSV or TSV file, counted from the first after the names."""
     number, text = 0, {"encoding": "utf-8-sig", "newline": ""}
 
@@ -335,11 +365,10 @@ def _table_rows(file: Path) -> Iterator[tuple[Place, Any]]:
 
     csv.field_size_limit(LARGEST_ROW)
     try:
-        with gzip.open(file, "rt", **text) if file.suffix == ".gz" else file.open(**text) as opened:
-            table = csv.reader(lines(opened), delimiter="\t" if ".tsv" in file.suffixes else ",", strict=True)
-            head = next(table, [])
-            if twice := next((name for name in head if head.count(name) > 1), None):
-                raise UserError(f"{file}: two columns are called {name_of(twice)!r}; rename one")
+        with gzip.open(file, "rt", **text) if _suffix(file) == ".gz" else file.open(**text) as opened:
+            table = csv.reader(lines(opened), delimiter=separator, strict=True)
+            head = [name.strip() for name in next(table, [])]
+            _once(head, file)
             for cells in table:
                 number += 1
                 if not cells:
@@ -356,7 +385,7 @@ def _table_rows(file: Path) -> Iterator[tuple[Place, Any]]:
 
 def _dataset_rows(name: str, dataset: Any) -> Iterator[tuple[Place, Any]]:
     number = 0
-    rows = iter(dataset)
+    rows = iter(named(dataset, class_names(dataset.features or {})))
     while True:
         try:
             row = next(rows)

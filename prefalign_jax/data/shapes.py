@@ -61,8 +61,11 @@ def parts_of(messages: Messages, tools: Tools) -> Iterator[tuple[Part, Any]]:
         yield Part("tools", -1, f"tools[{number}]"), tool
 
 
-def values_of(messages: Messages, tools: Tools) -> tuple[tuple[Any, ...], list[Any]]:
-    """(the shape, the values of the parts); quick, since every row passes here."""
+def values_of(messages: Messages, tools: Tools = ()) -> tuple[tuple[Any, ...], list[Any]]:
+    """(the shape, the values of the parts); quick, since every row passes here.
+
+    Those of two conversations one after the other are those of the two joined.
+    """
     shape: list[Any] = []
     values: list[Any] = []
     for message in messages:

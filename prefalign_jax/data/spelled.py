@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prefalign_jax.data.records import Record
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 # No text has these characters: they are reserved for what a program does with text inside.
 _BREAK, _OURS = "\ufdd2", "\ufdd3"
+MARKS = frozenset((_BREAK, _OURS))
+
+_WRITTEN = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")  # what of a record may be in its text
 
 
 class Written(str):
@@ -38,13 +41,15 @@ class SpecialTokens:
         tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         tokens = sorted((token for token in tokens if len(token) > 1 and token.strip()), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+        self._begins = {token[0] for token in tokens}
         self._aliased: tuple[Any, dict[int, int]] | None = None
 
     def spelled(self, record: Record) -> set[str]:
         """Those that stand in a record's own text."""
         spelled_tokens: set[str] = set()
-        for text in strings_of([record.prompt, record.chosen, record.rejected, record.tools]):
-            spelled_tokens.update(self._pattern.findall(text))
+        for text in strings_of([getattr(record, name) for name in _WRITTEN]):
+            if any(one in text for one in self._begins):  # quicker than the pattern, and most texts have none
+                spelled_tokens.update(self._pattern.findall(text))
         return spelled_tokens
 
     def broken(self, record: Record) -> Record:
@@ -57,8 +62,7 @@ class SpecialTokens:
                 return {key: inner if key == "role" else broken(inner) for key, inner in value.items()}
             return type(value)(map(broken, value)) if isinstance(value, list | tuple) else value
 
-        sides = {name: broken(getattr(record, name)) for name in ("prompt", "chosen", "rejected", "tools")}
-        return record._replace(**sides)
+        return record._replace(**{name: broken(getattr(record, name)) for name in _WRITTEN})
 
     def written(self, text: str) -> Written:
         """A text that was rendered of a broken record."""
@@ -77,17 +81,23 @@ class SpecialTokens:
         return [[ids.get(one, one) for one in each.ids] for each in encoded]
 
 
-def strings_of(value: Any) -> Iterator[str]:
+def strings_of(value: Any) -> list[str]:
     """The texts in a prompt, a response or tools, without the names of fields and roles."""
+    out: list[str] = []
+    _add_strings(value, out)
+    return out
+
+
+def _add_strings(value: Any, out: list[str]) -> None:
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
+        out.append(value)
+    elif isinstance(value, dict):
         for key, inner in value.items():
             if key != "role":
-                yield from strings_of(inner)
+                _add_strings(inner, out)
     elif isinstance(value, list | tuple):
         for inner in value:
-            yield from strings_of(inner)
+            _add_strings(inner, out)
 
 
 def _aliased(tokenizer: Tokenizer) -> tuple[Any, dict[int, int]]:

@@ -14,6 +14,8 @@ _WORDS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), VALIDATION),
     **dict.fromkeys(("test", "testing", "eval", "evaluation", "heldout", "holdout"), TEST),
 }
+_HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")  # between the words of 'myTest'
+_OF_DATA = re.compile(r"(?<=.)(set|data|split)s?$")  # 'testset'
 _SHARD = re.compile(r"(\w+)-\d+(-of-\d+)?\.")  # 'train_prefs-00000-of-00001.parquet' is of a split of that name
 # Of a data set, but no data.
 _ABOUT = ("README.md", "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
@@ -23,10 +25,12 @@ def split_of(name: str) -> str | None:
     """The split that the words of a name say, the last one if several do; None if none does.
 
     Example:
-      >>> split_of("mydata_test.jsonl"), split_of("dev-00000-of-00001"), split_of("latest.jsonl")
-      ('test', 'validation', None)
+      >>> split_of("mydata_test.jsonl"), split_of("dev-00000-of-00001"), split_of("latest.jsonl"), split_of("trainSet")
+      ('test', 'validation', None, 'train')
     """
-    return next((_WORDS[word] for word in reversed(re.split(r"[^a-z]+", name.lower())) if word in _WORDS), None)
+    words = re.split(r"[^a-z]+", _HUMP.sub("_", name).lower().replace("-", "_").replace("_out", "out"))
+    words = [_OF_DATA.sub("", word) for word in words]
+    return next((_WORDS[word] for word in reversed(words) if word in _WORDS), None)
 
 
 def split_of_file(path: PurePosixPath) -> str | None:

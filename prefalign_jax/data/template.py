@@ -5,10 +5,9 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from prefalign_jax.limits import time_limit
 from prefalign_jax.options import choose, split_names
 from prefalign_jax.types import UserError, one_line
 
@@ -75,10 +74,14 @@ def template_kwargs(given: Any, name: str = "data.chat_template_kwargs") -> tupl
             raise UserError(f"{name}: expected a JSON object, found {given[:60]!r}: {one_line(error)}") from None
     if given is not None and not isinstance(given, Mapping):
         raise UserError(f"{name}: expected an object such as {{'enable_thinking': False}}, found {given!r}")
-    for key in given or {}:
-        if key in _OURS or not isinstance(key, str) or not key.isidentifier():
-            raise UserError(f"{name}: {key!r} is no variable of a chat template that may be set")
+    if (key := not_to_be_set(given or {})) is not None:
+        raise UserError(f"{name}: {key!r} is no variable of a chat template that may be set")
     return tuple(sorted((given or {}).items()))
+
+
+def not_to_be_set(names: Iterable[Any]) -> Any:
+    """The first of some names that is no variable of a chat template for a user to set; None if all are."""
+    return next((key for key in names if key in _OURS or not isinstance(key, str) or not key.isidentifier()), None)
 
 
 def chat_options(
@@ -124,7 +127,7 @@ def prints_date(tokenizer: Tokenizer) -> bool:
 
 
 class Template:
-    """A tokenizer's chat template.
+    """A tokenizer's chat template. Whoever renders it sets a limit to the time that it takes.
 
     Args:
       tokenizer: a Hugging Face tokenizer with a chat template.
@@ -191,15 +194,14 @@ class Template:
     ) -> str:
         continued = asked and messages[-1]["role"] == "assistant"
         source = self._source(bool(tools))
-        with time_limit():
-            return self._tokenizer.apply_chat_template(
-                list(messages),
-                chat_template=source,
-                tokenize=False,
-                add_generation_prompt=asked and not continued,
-                continue_final_message=continued,
-                **{**self._kwargs, **(kwargs or {}), **({"tools": list(tools)} if tools else {})},
-            )
+        return self._tokenizer.apply_chat_template(
+            list(messages),
+            chat_template=source,
+            tokenize=False,
+            add_generation_prompt=asked and not continued,
+            continue_final_message=continued,
+            **{**self._kwargs, **(kwargs or {}), **({"tools": list(tools)} if tools else {})},
+        )
 
     def _source(self, tools: bool) -> str:
         """The template for conversations with or without tools, its date that of the options."""

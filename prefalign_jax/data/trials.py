@@ -6,6 +6,7 @@ DeepSeek R1's cuts what stands before `</think>`, SmolLM 3's reads `/no_think` i
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -81,6 +82,20 @@ def left_out(messages: Messages, tools: Tools, render: Render, text: str, looked
             gone = [word for word in dict.fromkeys(_WORD.findall(value)) if word not in text][:_WORDS]
             out += [LeftOut(part, word) for word in gone if same(number, value.replace(word, ""))]
     return out
+
+
+def rewritten(messages: Messages, tools: Tools, text: str, looked_for: Container[Part]) -> list[Part]:
+    """The parts whose words stand otherwise in a template's text: in another case, with other white space, escaped.
+
+    What stands between tags such as </think> may move; as JSON writes it, it is the same.
+    """
+
+    def whole(value: str) -> bool:
+        pieces = filter(None, (piece.strip() for piece in _TAG.split(value)))
+        return all(piece in text or json.dumps(piece, ensure_ascii=False)[1:-1] in text for piece in pieces)
+
+    parts = parts_of(messages, tools)
+    return [part for part, value in parts if part in looked_for and isinstance(value, str) and not whole(value)]
 
 
 def _survived(

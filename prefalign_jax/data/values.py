@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import decimal
 import json
 import math
 import re
@@ -16,7 +17,10 @@ DEEPEST = 64  # levels of lists and objects in a value that is read
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _SHOWN, _NAMES = 100, 12  # characters of a value in a message, and names of fields
-_TRUTH = {True: ("true", "1", "1.0", "yes"), False: ("false", "0", "0.0", "no")}
+_TRUTH = {
+    True: ("true", "1", "1.0", "yes", "desirable", "chosen", "good"),
+    False: ("false", "0", "0.0", "no", "undesirable", "rejected", "bad"),
+}
 
 
 class Malformed(ValueError):
@@ -34,7 +38,7 @@ def expected(what: str, value: Any, field: str = "") -> Malformed:
 
 def show(value: Any) -> str:
     """A value for a message, shortened."""
-    if value is None or value == []:
+    if value is None or (isinstance(value, list) and not value):
         return "nothing"
     try:
         return cut(f"{kind(value)} {reprlib.repr(value)}")
@@ -107,6 +111,8 @@ def number(value: Any, field: str, what: str = "a finite number", above: float =
       above: the number must be larger.
     """
     given = value
+    if isinstance(value, decimal.Decimal):
+        value = float(value)
     if isinstance(value, str) and len(value) < 64 and _NUMBER.fullmatch(value):
         value = float(value)
     if isinstance(value, bool) or not isinstance(value, Real) or not (value > above and abs(value) <= LARGEST):
@@ -132,7 +138,7 @@ def truth(value: Any, field: str) -> bool:
       (True, False)
     """
     for answer, texts in _TRUTH.items():
-        if (value.lower() in texts) if isinstance(value, str) else isinstance(value, Real) and value == answer:
+        if (value.strip().lower() in texts) if isinstance(value, str) else isinstance(value, Real) and value == answer:
             return answer
     raise expected("true or false (or 1 or 0)", value, field)
 
@@ -145,9 +151,11 @@ def scalar(value: Any, field: str) -> Any:
 
 
 def parsed(text: str, field: str) -> Any:
-    """The value that a text of JSON writes."""
+    """The value that a text of JSON writes; a list or an object also where that text was written as JSON again."""
     try:
-        return json.loads(string(text, field))
+        value = json.loads(string(text, field))
+        again = isinstance(value, str) and value.lstrip()[:1] in ("[", "{")
+        return json.loads(value) if again else value
     except RecursionError:
         raise expected(f"JSON of at most {DEEPEST} levels", text, field) from None
     except Malformed:
