@@ -86,6 +86,11 @@ SENTENCES = (
 # Two tiers: what is marked `everything` runs with --everything alone.
 
 
+def longer(*values, **options):
+    """One case of many that is of the longer tier."""
+    return pytest.param(*values, marks=pytest.mark.everything, **options)
+
+
 def pytest_addoption(parser):
     parser.addoption("--everything", action="store_true", help="also run the tests that only take longer")
 
@@ -157,10 +162,14 @@ def tiny_tokenizer(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def no_curves():
-    """Runs leave no curves.png, which takes longer to draw than the rest of a tiny run takes."""
+def light_runs():
+    """Tiny runs without what takes longest in them: curves.png, and a program for the batches that would fit closer."""
+    from prefalign_jax.data import pipeline
+
+    choose = pipeline.choose_shapes
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("prefalign_jax.pages.plots.plot_curves", lambda workdir: None)
+        patch.setattr(pipeline, "choose_shapes", lambda *args, **kwargs: choose(*args, **kwargs)[-2:])
         yield
 
 

@@ -21,6 +21,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="memory is read from /proc")
 
 
+@pytest.mark.everything
 def test_import_of_a_tiny_model(tmp_path, capsys):
     out, kept = tmp_path / "deep" / "found.json", tmp_path / "model"
     command = ["import", "--params=1e5", "--quantize=nf4", "--devices=2", f"--keep={kept}", f"--out={out}"]
@@ -122,6 +123,7 @@ def test_decoding_beside_transformers(tmp_path):
 TINY = ["--shape=tiny", "--pairs=2", "--steps=3", "--rounds=1"]
 
 
+@pytest.mark.everything
 def test_a_step_beside_one_with_a_cached_reference(tmp_path, capsys):
     out = tmp_path / "found.json"
     assert status_of(lambda: run(BENCHMARKS, ["train", "--peer=cached", "--lengths=20+12", *TINY, f"--out={out}"])) == 0

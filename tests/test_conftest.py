@@ -24,6 +24,7 @@ def test_longer(n):
 """
 
 
+@pytest.mark.everything
 def test_a_flag_that_xla_does_not_know_is_left_out():
     known = "--xla_cpu_enable_fast_math=false"
     assert conftest.known(["--xla_no_such_flag=1", known]) == [known]

@@ -115,6 +115,7 @@ def test_a_step_is_a_function_of_seed_and_step():
     assert update(SPREAD, step=1)[1]["loss"] != start["loss"]
 
 
+@pytest.mark.everything
 def test_a_loss_of_the_whole_batch_sees_and_differentiates_the_same_draws():
     pairs = make_pairs(16)
     batch = packed(pairs, micro_steps=2, groups=groups_of(MESH))

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from conftest import longer
 from prefalign_jax.logps import preference_logps
 from prefalign_jax.losses.dpo import dpo
 from prefalign_jax.losses.ratios import batch_mean
@@ -75,7 +76,7 @@ CASES = {
 }
 # One of each way to store, turn, normalise and route; the others are compared with torch where --everything is.
 CORE = ("llama llama3", "gemma2", "gpt_neox", "mixtral")
-WITH_TORCH = [case if case in CORE else pytest.param(case, marks=pytest.mark.everything) for case in CASES]
+WITH_TORCH = [case if case in CORE else longer(case) for case in CASES]
 BETA = 0.5
 LENGTHS = (24, 13, 6)
 TOKENS = (np.arange(72, dtype=np.int32).reshape(3, 24) ** 2 * 7 + 5) % 58 + 3  # no special ids

@@ -15,10 +15,11 @@ from test_train import TRL, column, config_of, rows
 
 FIELDS = {"steps": 4, "eval_steps": 2, "data.eval_fraction": 0.2}
 FIELDS |= {"checkpoint.best_metric": "eval/logps/chosen", "checkpoint.keep": 3, "data.limit": 24}
+pytestmark = pytest.mark.usefixtures("light_runs")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(light_runs, tmp_path_factory):
     """A run of 4 steps whose checkpoints of steps 2 and 4 are kept."""
     workdir = tmp_path_factory.mktemp("finished") / "tiny"
     train(config_of(**FIELDS), workdir)

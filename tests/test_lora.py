@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from conftest import longer
 from prefalign_jax.losses import make_loss
 from prefalign_jax.models.decoder import make_decoder
 from prefalign_jax.models.lora import Lora, init_adapters, join, merge
@@ -74,8 +75,7 @@ DATA, SPLIT = {"data": -1}, {"data": 1, "fsdp": 4, "tensor": 2}
 
 @pytest.mark.parametrize(
     ("name", "sizes"),
-    [("dpo", SPLIT), ("orpo", DATA)]
-    + [pytest.param(*more, marks=pytest.mark.everything) for more in (("dpo", DATA), ("orpo", SPLIT))],
+    [("dpo", SPLIT), *(longer(*more) for more in (("dpo", DATA), ("orpo", DATA), ("orpo", SPLIT)))],
     ids=str,
 )
 def test_only_adapters_are_trained_and_have_moments_and_the_base_is_the_reference(name, sizes):

@@ -18,6 +18,7 @@ def test_the_page_is_the_one_that_the_losses_make():
     assert losses.page() == PAGE, "run python scripts/losses_page.py"
 
 
+@pytest.mark.everything
 def test_the_picture_shows_the_curves_of_these_losses():
     (text,) = re.findall(rb"Description\0(\{.*?\})", (ROOT / "docs" / "losses.png").read_bytes())
     drawn, now = json.loads(text), losses.points()

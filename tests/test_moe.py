@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
+from conftest import longer
 from prefalign_jax.cost.collectives import collectives
 from prefalign_jax.cost.flops import count_flops
 from prefalign_jax.models.moe import Routing, balance, experts, route, routing
@@ -30,7 +31,7 @@ def one_by_one(x, gate, up, down, weights, chosen):
     return jnp.stack(rows)
 
 
-@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("k", [longer(1), 2, longer(4)])
 def test_sorted_groups_are_every_token_through_its_experts_in_value_and_gradient(k):
     weights, chosen, _ = route(LOGITS, k, renormalise=True)
     cotangent = RNG.normal(size=X.shape).astype(np.float32)

@@ -123,6 +123,7 @@ def same(ours, theirs, tolerance):
                     np.testing.assert_allclose(mine[key], value, rtol=bar, atol=bar, err_msg=key)
 
 
+@pytest.mark.everything
 def test_two_processes_train_evaluate_generate_and_export_as_one_does(whole, alone):
     """As one process with eight devices, whose rows are other ones; both train as TRL does."""
     same(whole, alone, 1e-5)

@@ -425,8 +425,7 @@ SCAN = "handbook/beta_loss_scan.py"
 # What differs from another in numbers alone needs no step of its own.
 STEPPED = [name for name in PUBLISHED if not name.endswith(("M", "openhermes", "think,model=SFT")) and name != SCAN]
 # Adapters on a quantized base, experts with ORPO, SFT, a window of every fourth layer: the others have nothing else.
-CORE = ("handbook/zephyr_7b_dpo.py:qlora", "handbook/zephyr_141b_orpo.py", "handbook/smollm2.py:sft")
-CORE += ("handbook/smollm3_apo_zero.py:model=SFT",)
+CORE = ("handbook/zephyr_141b_orpo.py", "handbook/smollm2.py:sft", "handbook/smollm3_apo_zero.py:model=SFT")
 IPO = {"loss.name": "ipo", "loss.tau": 0.1, "loss.per_token": True}
 KTO = {"loss.name": "kto_pair", "loss.beta": 0.1}
 
@@ -439,7 +438,7 @@ KTO = {"loss.name": "kto_pair", "loss.beta": 0.1}
         pytest.param(SCAN, KTO, id="scan-kto", marks=pytest.mark.everything),
     ],
 )
-def test_a_recipe_steps_at_reduced_width(name, overrides, tiny_tokenizer, no_curves, tmp_path):
+def test_a_recipe_steps_at_reduced_width(name, overrides, tiny_tokenizer, light_runs, tmp_path):
     wanted, model = PUBLISHED[name], tmp_path / "model"
     tiny_tokenizer.save_pretrained(model)
     (model / "config.json").write_text(json.dumps(shrink(SHAPES[wanted.shape], len(tiny_tokenizer))))

@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from conftest import FAST_TO_COMPILE
+from conftest import FAST_TO_COMPILE, longer
 from prefalign_jax import assemble
 from prefalign_jax import train as module
 from prefalign_jax.config import defaults
 from prefalign_jax.files import locked
 from prefalign_jax.losses import LOSSES
 from prefalign_jax.models.lora import Lora
-from prefalign_jax.models.quantize import QUANTIZATIONS, quantize_params
+from prefalign_jax.models.quantize import quantize_params
 from prefalign_jax.pages import plots
 from prefalign_jax.sharding import make_mesh, param_shardings
 from prefalign_jax.train import train
@@ -51,7 +51,7 @@ def config_of(loss: str = "dpo", **fields):
     return c
 
 
-pytestmark = pytest.mark.usefixtures("no_curves")
+pytestmark = pytest.mark.usefixtures("light_runs")
 draw_curves = plots.plot_curves
 
 
@@ -126,9 +126,9 @@ def test_a_run_leaves_its_curves_checkpoint_and_model_card(runs):
     "fields",
     [
         {"micro_steps": 2},
-        {"data.layout": "ordinary"},
+        longer({"data.layout": "ordinary"}),
         {"reference.kind": "cached"},
-        {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2},
+        longer({"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}),
     ],
     ids=str,
 )
@@ -138,6 +138,7 @@ def test_how_it_is_computed_changes_no_number(runs, fields, tmp_path):
     np.testing.assert_allclose(column(tmp_path, "grad_norm"), column(runs["dpo"][0], "grad_norm")[:4], atol=1e-4)
 
 
+@pytest.mark.everything
 def test_chosen_steps_are_traced(tmp_path, capsys):
     with pytest.raises(UserError, match="profile_steps='2:9' ends after the 3 steps"):
         train(config_of(**{"steps": 3, "export.enabled": False, "profile_steps": "2:9"}), tmp_path / "a")
@@ -147,6 +148,7 @@ def test_chosen_steps_are_traced(tmp_path, capsys):
     assert "perfetto_trace.json.gz" in traces and any(name.endswith(".xplane.pb") for name in traces)
 
 
+@pytest.mark.everything
 def test_bfloat16_weights_with_stochastic_rounding_train_like_float32(runs, tmp_path):
     fields = {"steps": 6, "export.enabled": False, "model.param_dtype": "bfloat16", "model.stochastic_rounding": True}
     result = train(config_of(**fields), tmp_path)
@@ -380,8 +382,8 @@ def test_a_longer_run_goes_on_where_the_shorter_ended(runs, tmp_path):
     ("loss", "fields"),
     [
         ("bco", {}),
-        ("dpo", {"reference.kind": "moving", "reference.mixup": 0.5, "reference.every": 2}),
-        ("mpo", {"micro_steps": 2}),
+        longer("dpo", {"reference.kind": "moving", "reference.mixup": 0.5, "reference.every": 2}),
+        longer("mpo", {"micro_steps": 2}),
     ],
     ids=["running shift", "moving reference", "mixture in micro-steps"],
 )
@@ -404,7 +406,7 @@ def test_a_moving_reference_makes_the_margin_small_again(runs, tmp_path):
     assert frozen[2] < np.log(2) - 0.01
 
 
-@pytest.mark.parametrize("loss", ["kto", "bco_unpaired", "apo_zero_unpaired"])
+@pytest.mark.parametrize("loss", ["kto", longer("bco_unpaired"), longer("apo_zero_unpaired")])
 def test_preference_rows_train_a_loss_of_single_completions(loss, tmp_path, capfd):
     fields = {"export.enabled": False, "data.eval_fraction": 0.2, "micro_steps": 2, "learning_rate": 1e-2}
     train(config_of(loss, **fields, **{"data.shuffle": True}), tmp_path)
@@ -428,7 +430,9 @@ def test_a_reward_model_starts_at_log_2_learns_and_is_exported_as_a_classifier(t
     assert column(tmp_path / "on")[0] < np.log(2) and again.step == 1  # it goes on from what was learned
 
 
-@pytest.mark.parametrize("fields", [{}, {"model.quantize": "nf4", "lora.dora": True}], ids=["LoRA", "DoRA over nf4"])
+@pytest.mark.parametrize(
+    "fields", [{}, longer({"model.quantize": "nf4", "lora.dora": True})], ids=["LoRA", "DoRA over nf4"]
+)
 def test_adapters_are_trained_resumed_and_exported_and_the_base_stays_as_it_is(fields, tmp_path):
     fields = {**fields, "lora.rank": 4, "learning_rate": 5e-3, "data.eval_fraction": 0.2}
     train(config_of(**fields, steps=5), tmp_path / "whole")
@@ -447,6 +451,7 @@ def test_adapters_are_trained_resumed_and_exported_and_the_base_stays_as_it_is(f
     assert stored < sum(weights.nbytes for weights in base.values())  # adapters and their moments alone
 
 
+@pytest.mark.everything
 def test_adapters_go_on_from_their_files_and_what_they_began_as_is_the_reference(tmp_path):
     fields = {"learning_rate": 5e-3, "data.eval_fraction": 0.2, "steps": 4}
     fields |= {"reference.kind": "cached", "reference.cache_dir": str(tmp_path / "cache")}  # one for both references
@@ -535,6 +540,7 @@ def test_weights_are_trained_in_param_dtype_and_a_frozen_base_keeps_its_stored_t
         assert assemble.drawn_dtype(config) == drawn
 
 
+@pytest.mark.everything
 def test_a_base_in_bfloat16_gives_the_numbers_of_its_widened_copy(halves, tmp_path):
     for name, path in halves.items():
         fields = {"model.path": str(path), "lora.rank": 4, "learning_rate": 5e-3, "steps": 3, "mesh.data": 8}
@@ -549,7 +555,7 @@ def test_a_base_in_bfloat16_gives_the_numbers_of_its_widened_copy(halves, tmp_pa
             np.testing.assert_array_equal(found[key], wanted[key], err_msg=key)
 
 
-@pytest.mark.parametrize("kind", QUANTIZATIONS)
+@pytest.mark.parametrize("kind", ["nf4", longer("int8")])
 def test_a_base_is_quantized_on_its_way_whether_read_or_drawn(kind, halves):
     mesh = make_mesh({"fsdp": -1})
     load = functools.partial(assemble.load_model, mesh=mesh, tokens=0, lora=Lora())
@@ -573,7 +579,7 @@ def test_adapters_of_a_reward_model_train_its_score_as_well(tmp_path):
     assert np.any(merged["score.weight"]) and "lm_head.weight" not in merged
 
 
-@pytest.mark.parametrize("name", ["ld_dpo", "sampo"])
+@pytest.mark.parametrize("name", ["ld_dpo", longer("sampo")])
 def test_cached_sums_over_parts_of_responses_are_those_of_a_frozen_copy(name, tmp_path):
     for kind in ("copy", "cached"):
         fields = {"steps": 2, "reference.kind": kind, "reference.path": str(TRL), "export.enabled": False}

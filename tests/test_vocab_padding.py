@@ -7,13 +7,14 @@ import jax
 import numpy as np
 import pytest
 
+from conftest import longer
 from prefalign_jax.logps import token_logps
 from prefalign_jax.models import hf_io
 from prefalign_jax.models.decoder import make_decoder
 from small import CONFIG
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [longer(False), True])
 def test_padding_gets_no_probability_and_no_gradient_and_is_not_written(tied, tmp_path):
     config = dataclasses.replace(CONFIG, tie_embeddings=tied)
     params = make_decoder(config).init(jax.random.key(0))
