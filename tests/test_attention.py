@@ -99,6 +99,7 @@ def test_filler_tiles_reach_no_other_row():
         assert np.isfinite(gradient).all()
 
 
+@pytest.mark.everything
 def test_dropped_weights_of_tiles_leave_the_mean():
     batch = first(packed(make_pairs(4, longest=20)))
     rng = np.random.default_rng(0)

@@ -117,6 +117,7 @@ def test_cached_steps_are_full_passes_over_ragged_prompts(name):
     check_against_full_passes(model, params)
 
 
+@pytest.mark.everything
 def test_adapters_quantized_kernels_and_a_narrow_type():
     lora = Lora(rank=2, dora=True)
     model = make_decoder(CONFIG, lora=lora)

@@ -81,6 +81,7 @@ def test_padding_has_no_part_in_the_balance():
     np.testing.assert_allclose(found.probability.sum(), 1.0, rtol=1e-6)
 
 
+@pytest.mark.everything
 def test_the_router_learns_through_its_weights():
     def f(logits):
         weights, chosen, _ = route(logits, 2, renormalise=True)

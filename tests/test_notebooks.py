@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
+from prefalign_jax.commands import COMMANDS
 from prefalign_jax.config import defaults
 from prefalign_jax.options import flatten
 
@@ -118,9 +119,10 @@ def test_files_that_it_names_exist(notebook):
 
 
 def known_names(cells: list[Cell]) -> set[str]:
-    """Config fields, and the metrics and Python names of the notebook's code."""
+    """Config fields, commands, and the metrics and Python names of the notebook's code."""
+    commands = {f"prefalign {name}" for name in COMMANDS}
     code = "\n".join(cell.source for cell in cells if not cell.lang)
-    return {*flatten(defaults("dpo").to_dict()), *re.findall(r"[\w/.]+", code)}
+    return {*flatten(defaults("dpo").to_dict()), *commands, *re.findall(r"[\w/.]+", code)}
 
 
 METRICS = {"eval/loss", "logps/chosen", "log_odds_chosen"}  # that the text names and the code does not

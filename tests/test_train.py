@@ -317,7 +317,7 @@ class Cut(BaseException):
     """What no part of a run catches."""
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "cut off"])
+@pytest.mark.parametrize("how", ["SIGTERM", longer("cut off")])
 def test_a_run_that_ended_early_goes_on_bit_for_bit_with_its_evaluations(how, undisturbed, tmp_path, monkeypatch):
     """SIGTERM at the very step that is to be evaluated, and an end two steps after the last checkpoint."""
 
