@@ -21,7 +21,7 @@ from prefalign_jax.data.memory import MemoryRows, RowsOrPath, as_source
 from prefalign_jax.data.mixture import Source, sources_of
 from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pairing import LABELS, PAIRINGS
-from prefalign_jax.data.template import ChatOptions, chat_options, template_kwargs
+from prefalign_jax.data.template import CHAT_FIELDS, ChatOptions, chat_options, template_kwargs
 from prefalign_jax.files import read_json
 from prefalign_jax.losses import BoundLoss, make_loss, ties_as_trl
 from prefalign_jax.models import quantize
@@ -121,8 +121,7 @@ class Experiment:
     def chat(self) -> ChatOptions:
         """What the chat template is told, and what it may leave out."""
         data = self.plain["data"]
-        names = ("chat_template_kwargs", "template_may_drop", "date", "special_in_text")
-        return chat_options(*(data[name] for name in names))
+        return chat_options(**{name: data[name] for name in CHAT_FIELDS})
 
     def dated(self, workdir: Path) -> Experiment:
         """The experiment with a date, for templates that print one: the day that the run in a directory began."""

@@ -27,6 +27,7 @@ from prefalign_jax.data.pairs import Pairs, as_pairs
 from prefalign_jax.data.pipeline import eval_batches, make_pair_set, mismatched
 from prefalign_jax.data.records import Text
 from prefalign_jax.data.remarks import lines
+from prefalign_jax.data.template import CHAT_FIELDS, chat_options
 from prefalign_jax.experiment import read
 from prefalign_jax.generation import generate
 from prefalign_jax.generation.sampling import Sampling
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 # What `tokenize` takes of a config's `data`, and where the user finds some of the rest.
 OPTIONS = ("split", "limit", "format", "columns", "map_fn", "ignore", "clean", "cleaning")
 OPTIONS += ("flip_labels", "ascii_quotes", "keep_end", "cache_dir")
-OPTIONS += ("chat_template_kwargs", "template_may_drop", "date", "special_in_text")
+OPTIONS += CHAT_FIELDS
 ELSEWHERE = {
     "path": "it is the first argument",
     "chat_template": "write load_tokenizer(path, chat_template=...)",
@@ -288,6 +289,10 @@ def sample(
     stop: Sequence[str] = (),
     seed: int = 0,
     batch_size: int = 64,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    template_may_drop: str | None = None,
+    date: str | None = None,
+    special_in_text: str = "keep",
 ) -> list[list[str]]:
     """Draws responses.
 
@@ -301,6 +306,8 @@ def sample(
       stop: texts that end a response and are no part of it.
       seed: random seed. Response j to prompt i depends on the seed, i and j alone.
       batch_size: responses drawn together.
+      chat_template_kwargs, template_may_drop, date, special_in_text: as in a config's `data`; write what the policy was
+        trained with.
 
     Returns:
       For each prompt its n texts, without special tokens.
@@ -322,10 +329,11 @@ def sample(
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
     stop_tokens, stop_strings = split_stops(stop, tokenizer)
+    chat = chat_options(chat_template_kwargs, template_may_drop, date, special_in_text, where="")
     drawn = generate.sample(
         model,
         params,
-        tokenize_prompts(prompts, tokenizer),
+        tokenize_prompts(prompts, tokenizer, chat),
         n=n,
         seed=seed,
         max_new_tokens=max_new_tokens,

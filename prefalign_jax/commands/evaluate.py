@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 LENGTH = 1024  # tokens, where the models have as many positions
 FIELDS = ("too_long", "seed", "batch_size", "dtype")  # options that are fields of an experiment
 DATA_FIELDS = ("split", "format", "limit", "eval_fraction", "chat_template", "ascii_quotes", "keep_end")
-DATA_FIELDS += ("chat_template_kwargs", "template_may_drop", "special_in_text", "date")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -75,9 +74,9 @@ def _parser() -> Parser:
     add("--eval_fraction", type=float, default=0.0, metavar="X", help="measure what a run with this field held out")
     add("--seed", type=int, default=0, help="of that run, and of the examples at random (default: 0)")
     add("--chat_template", metavar="NAME", help="chatml, llama3, zephyr, a .jinja file; the tokenizer's own by default")
-    add("--chat_template_kwargs", metavar="JSON", help='variables of the template: {"enable_thinking": false}')
-    add("--template_may_drop", metavar="PARTS", help="parts that the template may leave out: system,reasoning,...")
-    add("--special_in_text", default="keep", help="special tokens that rows spell: keep as tokens (default), split")
+    add("--chat_template_kwargs", metavar="JSON", help="variables of the template (default: those of --model's run)")
+    add("--template_may_drop", metavar="PARTS", help="parts that it may leave out: system,... (default: the run's)")
+    add("--special_in_text", help="special tokens that rows spell: keep as tokens, split (default: the run's, or keep)")
     add("--date", metavar="DAY", help="YYYY-MM-DD, for templates that print the date (default: the run's, or today)")
     parser.add_truth("--ascii_quotes", help="curly quotes and dashes to ASCII, as data.ascii_quotes of the run")
     parser.add_truth("--keep_end", help="count what the template writes after the end of turn, as data.keep_end")
@@ -93,10 +92,11 @@ def experiment_of(parser: Parser, options: argparse.Namespace, words: Sequence[s
       UserError: an option is unknown, or does not fit the loss or the models.
     """
     from prefalign_jax.config import defaults
+    from prefalign_jax.data.template import CHAT_FIELDS
     from prefalign_jax.experiment import read
     from prefalign_jax.losses import make_loss
     from prefalign_jax.models.hf_io import load_config, resolve
-    from prefalign_jax.models.loading import exported
+    from prefalign_jax.models.loading import exported, told_in_run
 
     config = defaults(options.loss)
     hyper = [name for name in config.loss if name != "name"]
@@ -108,6 +108,8 @@ def experiment_of(parser: Parser, options: argparse.Namespace, words: Sequence[s
     config.model.path, config.data.path = exported(options.model), options.data
     config.update({name: getattr(options, name) for name in FIELDS})
     config.data.update({name: getattr(options, name) for name in DATA_FIELDS})
+    told = told_in_run(options.model, **{name: getattr(options, name) for name in CHAT_FIELDS})
+    config.data.update({name: value for name, value in told.items() if value is not None})
     loss = make_loss(config.loss.name, **given(config.loss))
     paths = [path for path in (options.model, options.reference, options.before) if path]
     shapes = {path: load_config(resolve(exported(path))) for path in paths}

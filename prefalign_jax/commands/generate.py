@@ -39,9 +39,10 @@ def main(argv: Sequence[str]) -> None:
         parser.add_argument(f"--{name}", type=kind, metavar="X", help=what)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a response; repeatable")
     parser.add_argument("--chat_template", metavar="NAME", help="in place of the tokenizer's own")
-    parser.add_argument("--chat_template_kwargs", metavar="JSON", help='its variables: {"enable_thinking": false}')
-    parser.add_argument("--template_may_drop", metavar="PARTS", help="parts it may leave out: system,reasoning,...")
-    parser.add_argument("--date", metavar="DAY", help="YYYY-MM-DD that it prints (default: the first sample's day)")
+    parser.add_argument("--chat_template_kwargs", metavar="JSON", help="its variables (default: those of the run)")
+    parser.add_argument("--template_may_drop", metavar="PARTS", help="parts it may leave out (default: the run's)")
+    parser.add_argument("--special_in_text", help="special tokens that prompts spell: keep, split (default: the run's)")
+    parser.add_argument("--date", metavar="DAY", help="YYYY-MM-DD that it prints (default: the run's, or today)")
     parser.add_argument("--batch_size", type=int, default=64, metavar="N", help="responses at once (default: 64)")
     parser.add_argument("--dtype", default="float32", help="of the computation: float32 (default) or bfloat16")
     parser.add_argument("--fsdp", type=int, default=1, metavar="N", help="devices that share the parameters")
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
 
     given = {name: getattr(options, name) for name in SAMPLING if getattr(options, name) is not None}
     drawn_by = ("seed", "max_new_tokens", "stop", "chat_template", "dtype")
-    drawn_by += ("chat_template_kwargs", "template_may_drop", "date")
+    drawn_by += ("chat_template_kwargs", "template_may_drop", "special_in_text", "date")
     draw = Draw(Sampling(**given), **{name: getattr(options, name) for name in drawn_by})
     sample_to_file(
         options.model,

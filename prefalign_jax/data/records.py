@@ -294,8 +294,8 @@ class Prompt(NamedTuple):
 TOLD = ("tools", "chat_template_kwargs")  # fields of a row with a prompt that the chat template is told
 
 
-def told(prompt: Prompt) -> dict[str, Any]:
-    """Those fields of a row with this prompt, where it has them."""
+def told(prompt: Any) -> dict[str, Any]:
+    """Those fields of a row with this prompt, where it has them; also of another record with these attributes."""
     values = dict(zip(TOLD, (list(prompt.tools), dict(prompt.chat_template_kwargs)), strict=True))
     return {name: value for name, value in values.items() if value}
 
@@ -349,7 +349,7 @@ def iter_prompts(rows: Rows, tally: Tally, reading: Reading = _PAIRS) -> Iterato
             account(row, used, PROMPTS, [prompt, *answers], tally.unread)
             _check_answers(answers)
             id = "" if missing(given.get("id")) else str(scalar(given["id"], "id"))
-            one = Prompt(prompt, id, where, _tools(row, prompt), _template_kwargs(row, prompt))
+            one = Prompt(prompt, id, where, **read_told(row, prompt))
         except Malformed as error:
             raise UserError(f"{where}: {error}") from None
         except Dropped as reason:
@@ -468,7 +468,7 @@ def _record(
         {"prompt"} if fields == ["text"] else set()
     )
     account(row, used, reading.kind, [prompt, *sides], tally.unread)
-    told = dict(tools=_tools(row, prompt), chat_template_kwargs=_template_kwargs(row, prompt))
+    told = read_told(row, prompt)
 
     _check_answers(sides)
     if margin < 0:
@@ -567,6 +567,15 @@ def _map(row: Mapping, wanted: Sequence[str]) -> str:
     return f"if others hold them, write --config.data.columns={mapping(row, wanted)}"
 
 
+def read_told(row: Mapping, prompt: Text) -> dict[str, tuple]:
+    """What a row with this prompt tells the chat template, as a `Record` and a `Prompt` keep it.
+
+    Raises:
+      Malformed: it is malformed, or the prompt is plain text.
+    """
+    return dict(zip(TOLD, (_tools(row, prompt), _template_kwargs(row, prompt)), strict=True))
+
+
 def _tools(row: Mapping, prompt: Text) -> tuple[dict[str, Any], ...]:
     """The row's tools."""
     tools = () if missing(row.get("tools")) else read_tools(row["tools"])
@@ -581,7 +590,7 @@ def _template_kwargs(row: Mapping, prompt: Text) -> tuple[tuple[str, Any], ...]:
     told = row.get(field)
     if isinstance(told, str):
         told = parsed(told, field) if told.strip() else None
-    if missing(told):
+    if empty(told):
         return ()
     if not isinstance(told, Mapping):
         raise expected("an object, or its JSON", told, field)

@@ -51,6 +51,12 @@ class ChatOptions(NamedTuple):
 
 
 AS_IT_IS = ChatOptions()
+CHAT_FIELDS = (
+    "chat_template_kwargs",
+    "template_may_drop",
+    "date",
+    "special_in_text",
+)  # options that `chat_options` takes
 
 
 def template_kwargs(given: Any, name: str = "data.chat_template_kwargs") -> tuple[tuple[str, Any], ...]:
@@ -85,38 +91,38 @@ def not_to_be_set(names: Iterable[Any]) -> Any:
 
 
 def chat_options(
-    kwargs: Any = None,
-    may_drop: str | None = None,
+    chat_template_kwargs: Any = None,
+    template_may_drop: str | None = None,
     date: str | None = None,
-    special: str = "keep",
+    special_in_text: str | None = None,
     *,
     where: str = "data.",
 ) -> ChatOptions:
     """The options as a user writes them.
 
     Args:
-      kwargs: see `template_kwargs`.
-      may_drop: names of MAY_DROP, with commas.
+      chat_template_kwargs: see `template_kwargs`.
+      template_may_drop: names of MAY_DROP, with commas.
       date: YYYY-MM-DD; None for today.
-      special: 'keep', or 'split' to encode special tokens that a row's text spells as text.
+      special_in_text: 'keep', or 'split' to encode special tokens that a row's text spells as text; None keeps.
       where: what stands before the names of the options, for messages.
 
     Raises:
       UserError: one is invalid.
 
     Example:
-      >>> chat_options(may_drop="reasoning").may_drop
+      >>> chat_options(template_may_drop="reasoning").may_drop
       ('reasoning',)
     """
-    names = tuple(split_names(may_drop))
+    names = tuple(split_names(template_may_drop))
     for name in names:
         choose(f"{where}template_may_drop", name, MAY_DROP)
     try:
-        day = None if date is None else datetime.date.fromisoformat(date)
+        day = datetime.date.fromisoformat(date) if date else None
     except ValueError:
         raise UserError(f"{where}date={date!r}: write a day as YYYY-MM-DD") from None
-    choose(f"{where}special_in_text", special, SPECIAL_IN_TEXT)
-    return ChatOptions(template_kwargs(kwargs, f"{where}chat_template_kwargs"), names, day, special == "split")
+    split = choose(f"{where}special_in_text", special_in_text or "keep", SPECIAL_IN_TEXT) == SPECIAL_IN_TEXT["split"]
+    return ChatOptions(template_kwargs(chat_template_kwargs, f"{where}chat_template_kwargs"), names, day, split)
 
 
 def prints_date(tokenizer: Tokenizer) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from prefalign_jax.data.chat import tokenize_prompts
-from prefalign_jax.data.records import Prompt, Text
+from prefalign_jax.data.records import Prompt, Text, told
 from prefalign_jax.data.template import AS_IT_IS, ChatOptions
 from prefalign_jax.evaluation.held_out import sequence_logps
 from prefalign_jax.experiment import Experiment
@@ -36,7 +36,7 @@ class Drawn(NamedTuple):
     """N samples.
 
     Attributes:
-      prompts: N prompts, as in the file.
+      prompts: N prompts, as in the file; with their tools and the like, where they have any.
       pairs: N pairs whose chosen response is the sample, as tokens; there is no rejected one.
       texts: N responses.
       logps: [N] float32 log-probability of each under the policy that drew it.
@@ -44,7 +44,7 @@ class Drawn(NamedTuple):
       ended: N times 'token' or 'length'.
     """
 
-    prompts: list[Text]
+    prompts: list[Text | Prompt]
     pairs: list[Pair]
     texts: list[str]
     logps: np.ndarray
@@ -96,7 +96,10 @@ def make_sampler(
         drawn = draw_samples(model, policy, tokenizer, prompts, fields, **options)
         means, scores = measure(drawn, fields, score, started or (model, state.reference), mesh)
         about = {"model": workdir.name, "step": step, "seed": config.seed}
-        rows = [{"prompt": p, "response": text, **about} for p, text in zip(drawn.prompts, drawn.texts, strict=True)]
+        rows = [
+            {**_row_of(prompt), "response": text, **about}
+            for prompt, text in zip(drawn.prompts, drawn.texts, strict=True)
+        ]
         if scores is not None:
             rows = [{**row, "reward": float(value)} for row, value in zip(rows, scores, strict=True)]
         if is_first():
@@ -148,13 +151,17 @@ def draw_samples(
     flat = [(i, one) for i, several in enumerate(completions) for one in several]
     empty = np.zeros(0, np.int32)
     return Drawn(
-        prompts=[one.prompt if isinstance(one := prompts[i], Prompt) else one for i, _ in flat],
+        prompts=[one.prompt if isinstance(one := prompts[i], Prompt) and not told(one) else one for i, _ in flat],
         pairs=[Pair(ids[i], one.tokens, empty) for i, one in flat],
         texts=tokenizer.batch_decode([one.spoken for _, one in flat], skip_special_tokens=True),
         logps=np.array([one.logps.sum(dtype=np.float64) for _, one in flat], np.float32),
         numbers=np.array([i for i, _ in flat]),
         ended=[one.ended for _, one in flat],
     )
+
+
+def _row_of(prompt: Text | Prompt) -> dict[str, Any]:
+    return {"prompt": prompt.prompt, **told(prompt)} if isinstance(prompt, Prompt) else {"prompt": prompt}
 
 
 def measure(

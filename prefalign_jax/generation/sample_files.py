@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from prefalign_jax.data.messages import ROLES, Text
+from prefalign_jax.data.records import TOLD, read_told, told
 from prefalign_jax.data.rows import json_rows
+from prefalign_jax.data.values import Malformed
 from prefalign_jax.files import read_json, whole
 from prefalign_jax.types import Place, UserError
 
@@ -23,6 +25,7 @@ class Sample(NamedTuple):
       id: of the prompt, the same for every model; several samples may share it. Empty, the prompt stands for itself.
       seed: of the draw, None where it is not known.
       settings: of the sampling, such as temperature; JSON values.
+      tools, chat_template_kwargs: what the chat template was told with the prompt, as in `records.Prompt`.
     """
 
     prompt: Text
@@ -31,6 +34,18 @@ class Sample(NamedTuple):
     id: str = ""
     seed: int | None = None
     settings: Mapping[str, Any] = {}
+    tools: tuple[dict[str, Any], ...] = ()
+    chat_template_kwargs: tuple[tuple[str, Any], ...] = ()
+
+
+def as_row(record: Any) -> dict[str, Any]:
+    """A sample, or another record with a prompt, as a row: what the template was told only where there is something.
+
+    Example:
+      >>> as_row(Sample("Hi", "Hello", "mine", chat_template_kwargs=(("mood", "calm"),)))["chat_template_kwargs"]
+      {'mood': 'calm'}
+    """
+    return {name: value for name, value in record._asdict().items() if name not in TOLD} | told(record)
 
 
 def as_text(prompt: Text) -> str:
@@ -63,18 +78,31 @@ def read_samples(path: str | Path) -> list[Sample]:
     out = []
     for where, row in json_rows(Path(path)):
         _object(where, row)
-        settings = _field(where, row, "settings", Mapping, {})
+        settings, prompt = _field(where, row, "settings", Mapping, {}), text_of(where, row, "prompt")
         out.append(
             Sample(
-                text_of(where, row, "prompt"),
+                prompt,
                 _field(where, row, "response", str),
                 _field(where, row, "model", str),
                 _field(where, row, "id", str, ""),
                 _field(where, row, "seed", int, None),
                 settings,
+                **told_with(where, row, prompt),
             )
         )
     return _some(path, out)
+
+
+def told_with(where: Place, row: Mapping, prompt: Text) -> dict[str, tuple]:
+    """What the template was told with the prompt of a row, see `records.read_told`.
+
+    Raises:
+      UserError: it is malformed.
+    """
+    try:
+        return read_told(row, prompt)
+    except Malformed as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 # AlpacaEval's outputs: a JSON list.

@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 from prefalign_jax.data.chat import load_tokenizer, tokenize_prompts
 from prefalign_jax.data.records import TOLD, Prompt, read_prompts, told
 from prefalign_jax.data.remarks import Remarks, lines
-from prefalign_jax.data.template import ChatOptions, chat_options, prints_date
+from prefalign_jax.data.template import CHAT_FIELDS, ChatOptions, chat_options, prints_date
 from prefalign_jax.files import append, hold, parse_json, writing
 from prefalign_jax.generation.generate import Completion, stream, text_of
-from prefalign_jax.generation.sample_files import Sample
+from prefalign_jax.generation.sample_files import Sample, as_row
 from prefalign_jax.generation.sampling import Sampling
 from prefalign_jax.models.decoder import make_decoder
 from prefalign_jax.models.endings import split_stops, stop_ids
 from prefalign_jax.models.hf_io import load_config, resolve
-from prefalign_jax.models.loading import exported, load_decoder
+from prefalign_jax.models.loading import exported, load_decoder, told_in_run
 from prefalign_jax.options import DTYPES, choose
 from prefalign_jax.processes import note
 from prefalign_jax.progress import Progress
@@ -43,9 +43,13 @@ class Draw(NamedTuple):
       stop: texts that end a response; they are left out of it.
       chat_template: in place of the tokenizer's own.
       dtype: of the computation.
-      chat_template_kwargs: variables of the chat template, a JSON object.
+      chat_template_kwargs: variables of the chat template, an object or its JSON.
       template_may_drop: parts that the chat template may leave out, names of template.MAY_DROP with commas.
-      date: YYYY-MM-DD, for templates that print the date; None is the day of the first sample.
+      special_in_text: 'keep', or 'split' to encode special tokens that prompts spell as text.
+      date: YYYY-MM-DD, for templates that print the date.
+
+    The last four are as in the run that made the model where they are None. Without a run the date is the day of the
+    first sample.
     """
 
     sampling: Sampling = Sampling()
@@ -54,8 +58,9 @@ class Draw(NamedTuple):
     stop: Sequence[str] = ()
     chat_template: str | None = None
     dtype: str = "float32"
-    chat_template_kwargs: str | None = None
+    chat_template_kwargs: Any = None
     template_may_drop: str | None = None
+    special_in_text: str | None = None
     date: str | None = None
 
     @property
@@ -65,7 +70,7 @@ class Draw(NamedTuple):
         Raises:
           UserError: a value is no object, no name or no day.
         """
-        return chat_options(self.chat_template_kwargs, self.template_may_drop, self.date, where="--")
+        return chat_options(**{name: getattr(self, name) for name in CHAT_FIELDS}, where="--")
 
     def checked(self) -> Draw:
         """Itself.
@@ -83,7 +88,8 @@ class Draw(NamedTuple):
         """As a sample has them."""
         rest = {"max_new_tokens": self.max_new_tokens, "stop": [*self.stop]}
         told = {"chat_template_kwargs": dict(self.chat.kwargs), "template_may_drop": [*self.chat.may_drop]}
-        rest |= {name: value for name, value in {**told, "date": self.date}.items() if value}
+        told |= {"special_in_text": "split" if self.chat.split_special else "", "date": self.date}
+        rest |= {name: value for name, value in told.items() if value}
         return {**vars(self.sampling), **rest, "chat_template": self.chat_template, "dtype": self.dtype}
 
 
@@ -126,8 +132,11 @@ def sample_to_file(
         note(f"left out: {count} {reason}")
     tokenizer = load_tokenizer(resolve(exported(model)), draw.chat_template)
     with _file(out) as descriptor:
+        told_before = told_in_run(model, **{name: getattr(draw, name) for name in CHAT_FIELDS})
+        day = draw.date
         if prints_date(tokenizer):
-            draw = draw._replace(date=draw.date or _day(out) or datetime.date.today().isoformat())
+            day = day or _day(out) or told_before["date"] or datetime.date.today().isoformat()
+        draw = draw._replace(**{**told_before, "date": day}).checked()
         run = {"model": name or model, "seed": draw.seed, "settings": draw.settings()}
         done = held(out, descriptor, run)
         keys = [_key({"prompt": one.prompt, **told(one)}) for one in asked]
@@ -142,8 +151,9 @@ def sample_to_file(
                 progress.update(count, {"tokens": tokens})
                 if (_key({"prompt": prompt.prompt, **told(prompt)}), number) in done:
                     continue
-                row = Sample(prompt.prompt, text, id=prompt.id, **run)._asdict()
-                row |= {**told(prompt), "sample": number, "ended": drawn.ended}
+                asked_with = dict(tools=prompt.tools, chat_template_kwargs=prompt.chat_template_kwargs)
+                row = as_row(Sample(prompt.prompt, text, id=prompt.id, **run, **asked_with))
+                row |= {"sample": number, "ended": drawn.ended}
                 row |= {"tokens": drawn.tokens.tolist(), "logps": drawn.logps.tolist()}
                 append(out, descriptor, (json.dumps(row, ensure_ascii=False) + "\n").encode())
 
@@ -171,7 +181,7 @@ def _samples(
     stop_tokens, stop_strings = split_stops(draw.stop, tokenizer)
     asked, remarks = [*prompts.values()], Remarks()
     ids = tokenize_prompts(asked, tokenizer, draw.chat, remarks)
-    for line in lines(remarks):
+    for line in lines(remarks, draw.chat.split_special):
         note(line)
     for i, number, drawn in stream(
         decoder,
@@ -241,7 +251,7 @@ def _key(asked: Mapping[str, Any]) -> str:
 
 def _day(out: Path) -> str | None:
     """The date that the samples of a file were asked with; None where they say none."""
-    with contextlib.suppress(ValueError, KeyError, TypeError), out.open("rb") as file:
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError), out.open("rb") as file:
         return json.loads(file.readline())["settings"].get("date")
     return None
 

@@ -15,6 +15,7 @@ from prefalign_jax.assemble import load_model
 from prefalign_jax.data.chat import load_tokenizer
 from prefalign_jax.data.pairing import Scored, pair_up
 from prefalign_jax.data.records import told
+from prefalign_jax.data.template import prints_date
 from prefalign_jax.evaluation.policy_samples import draw_samples, scorer_of
 from prefalign_jax.experiment import read
 from prefalign_jax.files import locked, read_json, write_json
@@ -50,7 +51,8 @@ def make_pairs(config: ConfigDict, model_path: str, directory: Path, seed: int) 
     Raises:
       UserError: there is data made another way, or no pair is left.
     """
-    fields, how, chat = config.samples, config.on_policy, read(config, complete=False).chat
+    experiment = read(config, complete=False).dated(directory)
+    fields, how, chat = config.samples, config.on_policy, experiment.chat
     made = {"model": model_path, "seed": seed, "chat_template": config.data.chat_template}
     made |= {"chat_template_kwargs": dict(chat.kwargs)} if chat.kwargs else {}
     made |= {name: how[name] for name in PAIRING} | {name: fields[name] for name in DRAWING}
@@ -106,7 +108,10 @@ def make_pairs(config: ConfigDict, model_path: str, directory: Path, seed: int) 
 
     def write() -> None:
         write_jsonl(directory / PAIRS, rows)
-        write_json(directory / MADE, {"made": made, "pairs": len(rows), "left_out": dropped})  # last: all is there
+        day = {"date": experiment.config.data.date} if prints_date(tokenizer) else {}
+        write_json(
+            directory / MADE, {"made": made, "pairs": len(rows), "left_out": dropped, **day}
+        )  # last: all is there
 
     by_first(write)
     return directory / PAIRS
@@ -147,6 +152,7 @@ def run_rounds(config: ConfigDict, workdir: Path) -> int:
         one.job = "train"
         one.on_policy.prompts = None
         one.data.path, one.model.path = str(pairs), path
+        one.data.date = read_json(directory / MADE, "an object").get("date", config.data.date)  # as they were asked for
         if one.samples.prompts:
             one.samples.reference = config.samples.reference or config.model.path
         else:

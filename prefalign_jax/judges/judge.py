@@ -7,23 +7,25 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from prefalign_jax.data.records import Text
+from prefalign_jax.data.records import Prompt, Text, told
 from prefalign_jax.data.rows import json_rows
-from prefalign_jax.generation.sample_files import Sample, text_of, write_jsonl
+from prefalign_jax.generation.sample_files import Sample, as_row, text_of, told_with, write_jsonl
 from prefalign_jax.types import Place, UserError
 
 
 class Comparison(NamedTuple):
-    """Two responses to one prompt."""
+    """Two responses to one prompt, and what the chat template was told with it."""
 
     prompt: Text
     first: str
     second: str
     id: str = ""
+    tools: tuple[dict[str, Any], ...] = ()
+    chat_template_kwargs: tuple[tuple[str, Any], ...] = ()
 
 
 class Verdict(NamedTuple):
@@ -57,7 +59,8 @@ class Scores(NamedTuple):
 
 
 Judge = Callable[[Sequence[Comparison]], list[Verdict]]
-Scorer = Callable[[Sequence[Text], Sequence[str]], Scores]  # (prompts, responses) -> a number for each response
+# (prompts, responses) -> a number for each response; a prompt with tools or the like is a `Prompt`.
+Scorer = Callable[[Sequence[Text | Prompt], Sequence[str]], Scores]
 
 
 def pair_samples(first: Sequence[Sample], second: Sequence[Sample]) -> tuple[list[Comparison], dict[str, int]]:
@@ -74,7 +77,7 @@ def pair_samples(first: Sequence[Sample], second: Sequence[Sample]) -> tuple[lis
     def by_key(samples: Sequence[Sample]) -> dict[tuple[str, int], Sample]:
         seen, out = collections.Counter(), {}
         for sample in samples:
-            key = sample.id or json.dumps(sample.prompt, ensure_ascii=False, sort_keys=True)
+            key = sample.id or json.dumps(_asked(sample), ensure_ascii=False, sort_keys=True)
             out[key, seen[key]] = sample
             seen[key] += 1
         return out
@@ -85,15 +88,21 @@ def pair_samples(first: Sequence[Sample], second: Sequence[Sample]) -> tuple[lis
         other = theirs.get((key, number))
         if other is None:
             dropped["only in the first"] += 1
-        elif other.prompt != sample.prompt:
+        elif _asked(other) != _asked(sample):
             dropped["prompts differ"] += 1
         else:
             name = sample.id or str(len(comparisons) + 1)
             repeated = f"#{number + 1}" if number and sample.id else ""
-            comparisons.append(Comparison(sample.prompt, sample.response, other.response, name + repeated))
+            told = dict(tools=sample.tools, chat_template_kwargs=sample.chat_template_kwargs)
+            comparisons.append(Comparison(sample.prompt, sample.response, other.response, name + repeated, **told))
     if lonely := len(theirs.keys() - ours.keys()):
         dropped["only in the second"] = lonely
     return comparisons, dict(dropped)
+
+
+def _asked(sample: Sample) -> dict[str, Any]:
+    """All that a sample's model was asked with."""
+    return {"prompt": sample.prompt, **told(sample)}
 
 
 def by_reward(score: Scorer) -> Judge:
@@ -107,7 +116,10 @@ def by_reward(score: Scorer) -> Judge:
     """
 
     def judge(comparisons: Sequence[Comparison]) -> list[Verdict]:
-        prompts = [c.prompt for c in comparisons]
+        where = Place("a response to score")
+        prompts = [
+            Prompt(c.prompt, c.id, where, c.tools, c.chat_template_kwargs) if told(c) else c.prompt for c in comparisons
+        ]
         values, reasons = score(prompts * 2, [c.first for c in comparisons] + [c.second for c in comparisons])
         n = len(comparisons)
         out = []
@@ -127,7 +139,7 @@ def write_verdicts(path: str | Path, verdicts: Sequence[Verdict]) -> None:
     rows = []
     for verdict in verdicts:
         fields = verdict._asdict()
-        rows.append({**fields.pop("comparison")._asdict(), **fields})
+        rows.append({**as_row(fields.pop("comparison")), **fields})
     write_jsonl(path, rows)
 
 
@@ -160,7 +172,8 @@ def read_verdicts(path: str | Path) -> list[Verdict]:
         preference = row.get("preference")
         if preference is not None and not (_is_number(preference) and 0 <= preference <= 1):
             raise UserError(f"{where}: field 'preference': expected null or 0 to 1, found {preference!r:.40}")
-        comparison = Comparison(text_of(where, row, "prompt"), row["first"], row["second"], texts["id"])
+        prompt = text_of(where, row, "prompt")
+        comparison = Comparison(prompt, row["first"], row["second"], texts["id"], **told_with(where, row, prompt))
         reason = texts["reason"] or ("no reason given" if preference is None else "")
         out.append(Verdict(comparison, preference, reason, pair(where, row, "scores"), pair(where, row, "orders")))
     return out

@@ -14,13 +14,13 @@ from prefalign_jax.data.chat import iter_pairs
 from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pairs import digest_of
 from prefalign_jax.data.pipeline import eval_batches, make_pair_set
-from prefalign_jax.data.records import Record, Text
+from prefalign_jax.data.records import Prompt, Record, Text
 from prefalign_jax.data.template import chat_options
 from prefalign_jax.judges.cache import Cache, open_cache
 from prefalign_jax.judges.judge import Scorer, Scores
 from prefalign_jax.logps import preference_logps
 from prefalign_jax.models.hf_io import load_config, resolve
-from prefalign_jax.models.loading import exported
+from prefalign_jax.models.loading import exported, told_in_run
 from prefalign_jax.policy import load
 from prefalign_jax.reference import params_digest
 from prefalign_jax.types import Pair, Place, UserError
@@ -34,19 +34,24 @@ def scorer(
     dtype: str = "float32",
     chat_template_kwargs: str = "",
     template_may_drop: str = "",
+    special_in_text: str = "",
+    date: str = "",
 ) -> Scorer:
     """The rewards of a model that loss.name=bradley_terry trained and exported, for `judge.by_reward`.
 
     A prompt that is a string is plain text; messages go through the tokenizer's chat template, the response as the
-    assistant's. Nothing is cut: a text longer than the model's positions has no score.
+    assistant's. Nothing is cut: a text longer than the model's positions has no score. What the template is told, and
+    not given here, is as in the run that trained the model, where `path` is a run.
 
     Args:
-      path: a Hugging Face directory or hub name of a reward model with one label.
+      path: a Hugging Face directory or hub name of a reward model with one label, or the working directory of a run.
       cache: a file that keeps finished scores, so that an interrupted run goes on; None keeps none.
       batch_size: responses in a batch.
       dtype: of the computation, float32 or bfloat16.
       chat_template_kwargs: variables of the chat template, a JSON object.
       template_may_drop: parts that the chat template may leave out, names of template.MAY_DROP with commas.
+      special_in_text: 'keep', or 'split' to encode special tokens that texts spell as text.
+      date: YYYY-MM-DD, for templates that print the date.
 
     Returns:
       (prompts, responses) -> `Scores`.
@@ -56,7 +61,9 @@ def scorer(
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} is out of range; write at least 1")
-    chat = chat_options(chat_template_kwargs, template_may_drop, where="")
+    options = dict(chat_template_kwargs=chat_template_kwargs, template_may_drop=template_may_drop)
+    options |= dict(special_in_text=special_in_text, date=date)
+    chat = chat_options(**told_in_run(path, **options), where="")
     directory = resolve(exported(path))
     config = load_config(directory)
     if not config.reward:
@@ -85,11 +92,13 @@ def scorer(
                             done.put(keys[i], known_rewards[i])
         return known_rewards
 
-    def score(prompts: Sequence[Text], responses: Sequence[str]) -> Scores:
-        records = []
-        for prompt, response in zip(prompts, responses, strict=True):
-            chosen = response if isinstance(prompt, str) else [{"role": "assistant", "content": response}]
-            records.append(Record(prompt, chosen, type(chosen)(), where=Place("a response to score")))
+    def score(prompts: Sequence[Text | Prompt], responses: Sequence[str]) -> Scores:
+        records, where = [], Place("a response to score")
+        for given, response in zip(prompts, responses, strict=True):
+            one = given if isinstance(given, Prompt) else Prompt(given, "", where)
+            chosen = response if isinstance(one.prompt, str) else [{"role": "assistant", "content": response}]
+            asked = dict(tools=one.tools, chat_template_kwargs=one.chat_template_kwargs)
+            records.append(Record(one.prompt, chosen, type(chosen)(), where=where, **asked))
         made = [pair for _, pair in iter_pairs(records, tokenizer, max_length=config.max_position, chat=chat)]
         pairs = [pair for pair in made if not isinstance(pair, str)]
         reasons = [f"{pair} for the reward model" if isinstance(pair, str) else "" for pair in made]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from prefalign_jax.data.records import Text
+from prefalign_jax.data.records import Prompt, Text
 from prefalign_jax.generation import diversity
 from prefalign_jax.generation.sample_files import as_text
 from prefalign_jax.judges.judge import Scorer, Scores
@@ -104,8 +104,9 @@ def scorer(name: str, **options: object) -> Scorer:
     function = choose("reward", name, REWARDS)
     check_hyper(f"reward {name!r}", options, hyper_parameters(function), CHECKS)
 
-    def score(prompts: Sequence[Text], responses: Sequence[str]) -> Scores:
-        rewards = [float(function(as_text(p), r, **options)) for p, r in zip(prompts, responses, strict=True)]
+    def score(prompts: Sequence[Text | Prompt], responses: Sequence[str]) -> Scores:
+        texts = [as_text(p.prompt if isinstance(p, Prompt) else p) for p in prompts]
+        rewards = [float(function(p, r, **options)) for p, r in zip(texts, responses, strict=True)]
         reasons = ["" if math.isfinite(x) else f"the reward is {x}" for x in rewards]
         return Scores(np.where(np.isfinite(rewards), rewards, np.nan), reasons)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from prefalign_jax.files import read_json
 from prefalign_jax.models.decoder import DecoderConfig, make_decoder
 from prefalign_jax.models.hf_io import load_config, load_params, pad_vocabulary, resize_embeddings, resolve
 from prefalign_jax.models.quantize import quantize_params
@@ -20,6 +21,20 @@ def exported(path: str | Path) -> str:
     """The export of a run's working directory; any other path as it is."""
     inside = Path(path).expanduser() / "export"
     return str(inside if (inside / "config.json").exists() else path)
+
+
+def told_in_run(path: str | Path, **given: Any) -> dict[str, Any]:
+    """What a chat template is told, and may leave out: as it is given, else as in the run that made the model.
+
+    Args:
+      path: of a run's working directory, or its export; any other path has no run.
+      **given: options of `template.chat_options`; what says nothing is looked up.
+    """
+    local = Path(path).expanduser()
+    directory = local.parent if local.name == "export" else local
+    of_run = read_json(directory / "config.json", "an object", missing={}).get("data")
+    known = of_run if isinstance(of_run, dict) else {}  # a model's own config.json has no such field
+    return {name: known.get(name) if value in (None, "") else value for name, value in given.items()}
 
 
 def drawn_params(shape: DecoderConfig, key: jax.Array, *, dtype: str, quantize: str | None = None) -> Params:
