@@ -8,9 +8,9 @@ The default pairs are those without reasoning (no_think); `:think,model=SFT` tak
 Source: alignment-handbook, recipes/smollm3/dpo/apo.yaml (19f0345). Mesh: fsdp=8, 8 devices of 80 GB; the published 16
 devices with 1 pair each and 2 micro-steps have the same batch.
 
-Different here: published, half of the one set and a quarter of the other are mixed, and each row's chat_template_kwargs
-turn reasoning on or off; here it is one set, and that field is not read. The cosine ends at 0, not at a tenth of the
-rate. Pairs that are too long are cut otherwise, see docs/recipes.md. Not run here at full size.
+Different here: published, half of the one set and a quarter of the other are mixed; here it is one set. As there, each
+row's chat_template_kwargs turn reasoning on or off. The cosine ends at 0, not at a tenth of the rate. Pairs that are
+too long are cut otherwise, see docs/recipes.md. Not run here at full size.
 """
 
 from prefalign_jax import config
