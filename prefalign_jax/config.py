@@ -104,9 +104,7 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     c.mesh.context = 1  # Splits the tokens of a row, for long texts.
 
     c.data = ConfigDict()
-    c.data.path = maybe(
-        str
-    )  # File of rows (JSONL, Parquet, CSV, ...), directory of files, saved data set, or hub name.
+    c.data.path = maybe(str)  # File of rows (JSONL, Parquet, CSV, ...), directory of files, saved data set, hub name.
     c.data.split = "train"  # Split of a directory or hub data set that is trained on.
     c.data.limit = maybe(int)  # Records that are read at most, the first ones; None reads all.
     c.data.format = maybe(str)  # Format of the rows, a key of data/formats.py; None tells it from their fields.
