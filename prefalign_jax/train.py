@@ -113,9 +113,11 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
     state = checkpoint.restore(checkpoints, state, plain, digests)
     check_state(digests, total, int(state.step))
     start = int(state.step)
-    if start > total:
-        return left_alone(workdir, start, total, model, merged(state, lora), tokenizer)
     changed = checkpoint.changes(checkpoints, plain)
+    late = ", ".join(name for name in changed if name.split(".")[0] in checkpoint.AHEAD)
+    if start > total or (start == total and late):
+        why = f"{total} are asked for" if start > total else f"no step is left for another {late}"
+        return left_alone(workdir, start, why, model, merged(state, lora), tokenizer)
     history = checkpoint.record_changes(workdir, start, changed)
     if is_first():  # not before it is known to be this run's
         write_json(workdir / "config.json", {**plain, "steps": total} | ({"history": history} if history else {}))
@@ -236,9 +238,9 @@ def first_evaluation(workdir: Path) -> dict[str, float]:
     return rows[0] if rows and rows[0]["step"] == 0 else {}
 
 
-def left_alone(workdir: Path, step: int, total: int, model: LanguageModel, params: Params, tokenizer: Any) -> Result:
-    """Of a run that is already longer than it is asked to be: nothing in its directory changes."""
-    note(f"{workdir} is trained to step {step} already, and {total} are asked for; it is left as it is")
+def left_alone(workdir: Path, step: int, why: str, model: LanguageModel, params: Params, tokenizer: Any) -> Result:
+    """Of a run that cannot become what it is asked to be: nothing in its directory changes."""
+    note(f"{workdir} is trained to step {step} already, and {why}; it is left as it is")
     rows = evaluations(workdir)
     last = {name: value for name, value in (rows[-1] if rows else {}).items() if name != "step"}
     return Result(step, False, first_evaluation(workdir), last, model, params, tokenizer)

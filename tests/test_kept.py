@@ -59,11 +59,19 @@ def test_a_run_exports_the_checkpoint_that_it_is_told_to(finished, tmp_path):
     np.testing.assert_array_equal(found["lm_head.weight"], wanted["lm_head.weight"])
 
 
-def test_a_shorter_length_leaves_a_finished_run_as_it_is(finished, capsys):
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"steps": 3, "learning_rate": 5e-4}, "and 3 are asked for"),
+        ({"learning_rate": 5e-4, "schedule": "cosine"}, "and no step is left for another learning_rate, schedule"),
+    ],
+)
+def test_a_finished_run_is_left_as_it_is_where_what_is_asked_for_cannot_be(fields, says, finished, capsys):
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-    result = train(config_of(**{**FIELDS, "steps": 3, "learning_rate": 5e-4}), finished)
+    result = train(config_of(**{**FIELDS, **fields}), finished)
     assert (result.step, result.stopped) == (4, False)
-    assert "trained to step 4 already, and 3 are asked for; it is left as it is" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"trained to step 4 already, {says}" in said and said.endswith("it is left as it is\n")
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 

@@ -1,58 +1,85 @@
-"""Fills the disk at many moments of a run: python scripts/attacks/full_disk.py 50.
+"""Fills the disk at many moments of a command: python scripts/attacks/full_disk.py 50 [NAME ...].
 
-No file of the run may grow beyond a limit (RLIMIT_FSIZE), which the system enforces whatever library writes. The limits
-run from one byte to the largest file, so that each stops another write. Each run must end with status 1 and one line,
-and the same command without a limit must then leave what an undisturbed run leaves.
+At a random moment of its life no file of the command may grow beyond a random size any more (RLIMIT_FSIZE), which the
+system enforces whatever library writes. The command must end with status 1 and one line. The same command without a
+limit must then leave what an undisturbed one leaves.
 """
 
 from __future__ import annotations
 
-import functools
+import itertools
+import random
 import resource
+import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 
-from started import import_all
-from targets import final_files, run, words_of
+from started import Command, import_all
+from targets import final_files, make_inputs, run, words_of
+
+COMMANDS = ("dpo", "cached reference", "lora", "rounds", "generate", "judge")
 
 
-def limited(size: int) -> None:
-    """In the child: files of at most so many bytes."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-
-def main(count: int, name: str = "lora") -> int:
-    """Attacks one command; prints a line for each moment at which something was not as it should be."""
-    failed = 0
-    with tempfile.TemporaryDirectory() as scratch:
-        plain = Path(scratch) / "plain" / "out"
-        status, said = run(words_of(name, plain, plain))
+def attack(name: str, count: int, scratch: Path, draw: random.Random) -> int:
+    """Fills the disk until `count` runs have met it; how many did not end as they should."""
+    inputs, out = scratch / "inputs", scratch / "out"  # files name the place: it is the same for all
+    make_inputs(inputs)
+    words, took, wanted = words_of(name, out, inputs), 0.0, {}
+    for _ in range(2):  # the second run finds its programs compiled, as the others do
+        shutil.rmtree(out, ignore_errors=True)
+        began = time.monotonic()
+        status, said = run(words)
+        took = time.monotonic() - began
         if status:
-            print(said)
-            return 1
-        wanted = final_files(plain)
-        largest = max(file.stat().st_size for file in plain.rglob("*") if file.is_file())
-        for moment in range(count):
-            size = max(1, int(largest ** (moment / count)))
-            out = Path(scratch) / str(moment) / "out"  # the name of the directory is that of the model
-            status, said = run(words_of(name, out, out), functools.partial(limited, size))
-            last = said.strip().splitlines()[-1:] or [""]
-            wrong = []
-            if status != 1 or not last[0].startswith("error: ") or "Traceback" in said:
-                wrong.append(f"status {status}: {last[0][:200]}")
-            status, said = run(words_of(name, out, out))
-            found = final_files(out)
-            if status or found != wanted:
-                different = sorted(file for file in {*wanted, *found} if wanted.get(file) != found.get(file))
-                wrong.append(f"afterwards status {status}, {different}")
-            for line in wrong:
-                print(f"limit of {size} bytes: {line}", flush=True)
-            failed += bool(wrong)
-    print(f"disk full at {count} moments: {count - failed} ended with one line and went on to the same files")
+            raise SystemExit(f"{name}: {said}")
+        wanted = final_files(out)
+    largest = max(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    met, wrong = 0, 0
+    for moment in itertools.count():
+        shutil.rmtree(out, ignore_errors=True)
+        # Every other limit is there from the start, where each size stops another file.
+        at, size = draw.uniform(0, took) * (moment % 2), int(largest ** draw.uniform(0, 1))
+        command = Command(words)
+        status = command.wait(at) if at else None
+        if status is None:
+            resource.prlimit(command.process.pid, resource.RLIMIT_FSIZE, (size, size))
+            status = command.wait()
+        said = command.said()
+        if status == 0:  # it had written all that is larger
+            continue
+        met += 1
+        last = (said.strip().splitlines() or [""])[-1]
+        faults = []
+        if status != 1 or said.count("error: ") != 1 or not last.startswith("error: ") or "Traceback" in said:
+            faults.append(f"status {status}: {said[-500:]}")
+        status, said = run(words)
+        found = final_files(out)
+        if status or found != wanted:
+            different = sorted(file for file in {*wanted, *found} if wanted.get(file) != found.get(file))
+            faults.append(f"afterwards status {status}, {different}, {said[-300:] if status else ''}")
+        for fault in faults:
+            print(f"{name}, limit of {size} bytes after {at:.1f} s: {fault}", flush=True)
+        wrong += bool(faults)
+        if met == count:
+            return wrong
+
+
+def main(count: int, *names: str) -> int:
+    """Attacks the commands, each a share of the moments."""
+    draw, failed = random.Random(0), 0
+    names = names or COMMANDS
+    print("| command | disk full | went wrong |\n|---|---|---|", flush=True)
+    for number, name in enumerate(names):
+        if share := count // len(names) + (number < count % len(names)):
+            with tempfile.TemporaryDirectory() as scratch:
+                wrong = attack(name, share, Path(scratch), draw)
+            print(f"| {name} | {share} | {wrong} |", flush=True)
+            failed += wrong
     return int(failed > 0)
 
 
 if __name__ == "__main__":
     import_all()
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 8, *sys.argv[2:]))
+    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 12, *sys.argv[2:]))

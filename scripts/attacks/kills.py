@@ -38,7 +38,7 @@ def hidden(out: Path) -> list[str]:
 
 def attack(name: str, count: int, scratch: Path, server: Server, draw: random.Random) -> Tally:
     """Kills one command until `count` kills have met it alive."""
-    inputs, out, log = scratch / "inputs", scratch / "out", scratch / "log.txt"  # files name the place: one for all
+    inputs, out = scratch / "inputs", scratch / "out"  # files name the place: it is the same for all
     make_inputs(inputs)
     words, took, wanted, met, wrong = words_of(name, out, inputs), 0.0, {}, 0, 0
     for _ in range(2):  # the second run finds its programs compiled, as those to be killed do
@@ -56,7 +56,7 @@ def attack(name: str, count: int, scratch: Path, server: Server, draw: random.Ra
         status, said = None, ""
         while len(moments) < times and status is None:
             moments.append(draw.uniform(0, took))
-            command = Command(words, log)
+            command = Command(words)
             status = command.wait(moments[-1])
             if status is None:
                 command.kill()

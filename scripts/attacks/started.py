@@ -7,6 +7,7 @@ own too: what the sweep starts in place of it asks the first process for a fork,
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -44,14 +45,16 @@ class Command:
 
     Args:
       words: the name of the command and its options.
-      log: file that gets what it says.
       first: called in the new process before anything else.
     """
 
-    def __init__(self, words: Sequence[str], log: Path, first: Callable[[], None] = lambda: None):
-        self.log = log
-        self.process = multiprocessing.get_context("fork").Process(target=_become, args=(words, log, first))
+    def __init__(self, words: Sequence[str], first: Callable[[], None] = lambda: None):
+        self.output, end = os.pipe()  # no file, for which the system may have a limit
+        fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, 2**20)
+        os.set_blocking(self.output, False)
+        self.process = multiprocessing.get_context("fork").Process(target=_become, args=(words, end, first))
         self.process.start()
+        os.close(end)
 
     def wait(self, seconds: float | None = None) -> int | None:
         """Its exit status once it has ended; None if it runs on after so many seconds."""
@@ -65,15 +68,18 @@ class Command:
         self.process.join()
 
     def said(self) -> str:
-        """What it has said up to now."""
-        return self.log.read_text(errors="replace")
+        """What it has said, once; to be called when it has ended."""
+        parts = []
+        with contextlib.suppress(BlockingIOError):
+            while part := os.read(self.output, 2**16):
+                parts.append(part)
+        os.close(self.output)
+        return b"".join(parts).decode(errors="replace")
 
 
-def _become(words: Sequence[str], log: Path, first: Callable[[], None]) -> None:
+def _become(words: Sequence[str], output: int, first: Callable[[], None]) -> None:
     """In the new process: runs a command and ends with its status."""
     os.setsid()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     for number in (1, 2):
         os.dup2(output, number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))

@@ -22,7 +22,7 @@ ENVIRONMENT |= {"TOKENIZERS_PARALLELISM": "false", "JAX_PERSISTENT_CACHE_MIN_COM
 os.environ |= ENVIRONMENT
 sys.path.insert(0, str(ROOT))
 MODEL = ROOT / "tests" / "goldens" / "trl"
-RUN = "steps=24 save_steps=3 eval_steps=8 batch_size=4 max_length=256 log_steps=1 tensorboard=false data.limit=48"
+RUN = "steps=24 save_steps=3 eval_steps=8 batch_size=4 max_length=256 log_steps=1 data.limit=48"
 RUN += f" data.eval_path={MODEL / 'pairs.jsonl'} data.eval_limit=8 learning_rate=1e-3"
 # A name -> the command's words; OUT is where it writes, INPUTS what `make_inputs` made.
 COMMANDS = {
@@ -36,6 +36,7 @@ COMMANDS = {
     "judge": "judge --first=INPUTS/first.jsonl --second=INPUTS/second.jsonl --judge=reward:kindness --out=OUT",
     "sweep": "sweep --config=INPUTS/sweep.py --workdir=OUT",
 }
+_LEFT_OUT = re.compile(r"(^|/)(\.lock|\.point_lock|log\.txt|tokens/.*)$|(checkpoints|tensorboard)/|\.png$")
 _MEASURED = re.compile(r"time|per_second|memory|input_wait|seconds|tokens$|flops")  # of a clock, or of sums over it
 
 
@@ -73,10 +74,8 @@ def make_inputs(directory: Path) -> None:
 
 def run(words: list[str], first: Callable[[], None] = lambda: None) -> tuple[int, str]:
     """(exit status, what it said) of a command that nothing disturbs; `first` is called in its process."""
-    with tempfile.TemporaryDirectory() as scratch:
-        command = Command(words, Path(scratch) / "log.txt", first)
-        status = command.wait()
-        return status, command.said()
+    command = Command(words, first)
+    return command.wait(), command.said()
 
 
 def final_files(out: Path) -> Mapping[str, str]:
@@ -84,7 +83,9 @@ def final_files(out: Path) -> Mapping[str, str]:
     files = {}
     for file in sorted(out.rglob("*")):
         name = file.relative_to(out).as_posix()
-        if not file.is_file() or re.search(r"(^|/)(\.lock|\.point_lock|log\.txt|tokens/.*)$|checkpoints/|\.png$", name):
+        if not file.is_file() or re.search(
+            r"(^|/)(\.lock|\.point_lock|log\.txt|tokens/.*)$|(checkpoints|tensorboard)/|\.png$", name
+        ):
             continue
         files[name] = hashlib.sha256(_without_clock(file, str(out))).hexdigest()
     return files
