@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import re
 import signal
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 SECONDS = 5.0  # for what takes milliseconds
+_CHOICES = 8  # 'this or that' in a regular expression that is matched outside the main thread
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float = SECONDS) -> Iterator[None]:
-    """Ends what takes longer. Python gives signals to its main thread alone, so in other threads there is no limit.
+    """Ends what takes longer. Outside the main thread it ends Python code alone, see `check_pattern`.
 
-    A limit inside another one stops the clock of the outer one.
+    A limit inside another one stops the clock of the outer one, in the main thread.
 
     Args:
       seconds: of wall clock.
@@ -30,13 +33,15 @@ def time_limit(seconds: float = SECONDS) -> Iterator[None]:
       Traceback (most recent call last):
       TimeoutError: it takes more than 0.01 seconds
     """
+    message = f"it takes more than {seconds:g} seconds"
+    if threading.current_thread() is not threading.main_thread():
+        with _other_threads_limit(seconds, message):
+            yield
+        return
 
     def over(number: int, frame: Any) -> None:
-        raise TimeoutError(f"it takes more than {seconds:g} seconds")
+        raise TimeoutError(message)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     before = signal.signal(signal.SIGALRM, over)
     left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
@@ -45,3 +50,51 @@ def time_limit(seconds: float = SECONDS) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         signal.setitimer(signal.ITIMER_REAL, left)
+
+
+@contextlib.contextmanager
+def _other_threads_limit(seconds: float, message: str) -> Iterator[None]:
+    """Signals reach only the main thread: a timer's thread raises the exception in this one."""
+    thread, lock, state = ctypes.c_ulong(threading.get_ident()), threading.Lock(), {"ended": False, "over": False}
+    raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+
+    def over() -> None:
+        with lock:
+            if not state["ended"]:
+                state["over"] = True
+                raise_in(thread, ctypes.py_object(TimeoutError))
+
+    timer = threading.Timer(seconds, over)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except TimeoutError:
+        if not state["over"]:
+            raise
+    finally:
+        timer.cancel()
+        with lock:
+            state["ended"] = True
+            if state["over"]:
+                raise_in(thread, None)  # which may not have been raised yet
+    if state["over"]:
+        raise TimeoutError(message)
+
+
+def check_pattern(pattern: str) -> None:
+    """Refuses a regular expression that nothing could end: outside the main thread, one of many ways to match.
+
+    Python's matching neither looks at other threads nor lets them run.
+
+    Args:
+      pattern: the regular expression.
+
+    Raises:
+      TimeoutError: it repeats something and more, or has many choices.
+    """
+    if threading.current_thread() is threading.main_thread():
+        return
+    repeats, choices = len(re.findall(r"[*+{]", pattern)), len(re.findall(r"[?|]", pattern))
+    if repeats + choices > 1 and (repeats or choices > _CHOICES):
+        raise TimeoutError(f"{pattern!r:.40} may take too long, which only the main thread can end; call from there")

@@ -1,5 +1,6 @@
 """PEFT's files: out, in, and what `peft` itself computes from them."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -276,6 +277,8 @@ def test_settings_that_make_no_sense_or_have_no_end_are_one_line(settings, says,
     with pytest.raises(UserError, match=says) as told:
         load_adapters(tmp_path, config)
     assert "\n" not in str(told.value) and ADAPTER_CONFIG in str(told.value)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, pytest.raises(UserError, match="field|rank_pattern"):
+        pool.submit(load_adapters, tmp_path, config).result(20)
 
 
 def test_adapters_that_are_not_finite_are_refused_by_name(tmp_path):

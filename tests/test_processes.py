@@ -37,12 +37,13 @@ def config_of(workdir, **fields):
 
 
 def take_part(process, count, port, workdir, fields, at, number, other):
-    """One of the processes. The last one sends itself the signal `number` where it reads the metrics of step `at`."""
+    """One of the processes. The last one sends itself the signal `number` where it reads the metrics of step `at`, or
+    while it writes the checkpoint of that step if `at` is a string."""
     log = workdir.with_suffix(f".{process}.log").open("w")
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=2 {FAST_TO_COMPILE}"
-    from prefalign_jax import train
+    from prefalign_jax import checkpoint, train
     from prefalign_jax.exits import status_of
     from prefalign_jax.jobs import run_train
 
@@ -56,6 +57,14 @@ def take_part(process, count, port, workdir, fields, at, number, other):
         return flush(log)
 
     train.Log.flush = flush_and_stop
+    finish = checkpoint.Checkpoints.finish
+
+    def stop_or_finish(checkpoints, step, *rest):
+        if str(step) == at and process == count - 1:
+            os.kill(os.getpid(), number)
+        return finish(checkpoints, step, *rest)
+
+    checkpoint.Checkpoints.finish = stop_or_finish
 
     def run():
         join_processes(f"127.0.0.1:{port}", str(count), process, HEARTBEAT)
@@ -152,6 +161,19 @@ def test_a_killed_process_stops_the_others_and_the_same_command_goes_on_bit_for_
         assert rows(broken, name) == rows(whole, name)
     ours, theirs = (workdir / "export" / "model.safetensors" for workdir in (broken, whole))
     assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.everything
+def test_a_process_killed_while_a_checkpoint_is_written_stops_the_others_in_one_line(whole):
+    broken = whole.with_name("half_saved")
+    statuses, (said, _) = launch(broken, at="6", number=signal.SIGKILL)
+    assert statuses == [STOPPED, -signal.SIGKILL], said
+    assert said.count("error: ") == 1 and said.splitlines()[-1].startswith("error: another process of this run stopped")
+    assert "Traceback" not in said
+    statuses, (said, _) = launch(broken)
+    assert statuses == [0, 0], said
+    assert "resumed at step 3" in said
+    assert rows(broken, "metrics") == rows(whole, "metrics")
 
 
 @pytest.mark.everything

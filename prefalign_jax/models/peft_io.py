@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from prefalign_jax.files import shaped, whole, write_json
-from prefalign_jax.limits import time_limit
+from prefalign_jax.limits import check_pattern, time_limit
 from prefalign_jax.models import families
 from prefalign_jax.models.decoder import DecoderConfig
 from prefalign_jax.models.hf_io import joined, param_shapes, read_object, split
@@ -289,6 +289,8 @@ def _take_full(
 
 def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value for a module; keys are regular expressions over the end of its name, and the first that fits counts."""
+    for key in pattern:
+        check_pattern(key)
     with time_limit():
         return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
