@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
 from prefalign_jax.data.cleaning import CLEANING
 from prefalign_jax.losses import LOSSES, hyper_of, make_loss
-from prefalign_jax.options import choose, did_you_mean, read_as
+from prefalign_jax.options import choose, did_you_mean, read_as, split_values
 from prefalign_jax.types import UserError
 
 
@@ -209,7 +208,7 @@ def parse_arg(arg: str, **fields: Any) -> ConfigDict:
     choices = {name: value for name, value in fields.items() if isinstance(value, tuple)}
     fields |= {name: value[0] for name, value in choices.items()}
     out = dict(fields)
-    for part in filter(None, re.split(r",(?![^()]*\))", arg or "")):  # a loss may have commas in brackets
+    for part in filter(None, split_values(arg or "")):  # a loss may have commas in brackets
         name, equals, text = part.partition("=")
         if not name.isidentifier() or not equals:
             name, text = next(iter(fields)), part

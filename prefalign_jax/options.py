@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from typing import Any
@@ -61,6 +62,16 @@ def split_names(text: str | None) -> list[str]:
       (['a', 'b'], [])
     """
     return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def split_values(text: str) -> list[str]:
+    """What stands between commas, but for commas in brackets.
+
+    Example:
+      >>> split_values("dpo,sft(beta=1,gamma=2)")
+      ['dpo', 'sft(beta=1,gamma=2)']
+    """
+    return re.split(r",(?![^()]*\))", text)
 
 
 def given(fields: Mapping[str, Any]) -> dict[str, Any]:

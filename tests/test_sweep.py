@@ -18,7 +18,7 @@ import pytest
 from conftest import FAST_TO_COMPILE
 from prefalign_jax import processes
 from prefalign_jax.analysis import sweep
-from prefalign_jax.analysis.sweep import Point, names_of, progress_of, read_points, results, run_sweep
+from prefalign_jax.analysis.sweep import Point, names_of, progress_of, read_grid, read_points, results, run_sweep
 from prefalign_jax.files import locked
 from prefalign_jax.types import UserError
 
@@ -356,6 +356,40 @@ def test_what_is_wrong_for_all_points_is_no_points_fault(experiment):
         read_points(experiment("def sweep():\n    return [{'seed': 0}]"), ["--config.bta=5"])
     with pytest.raises(UserError, match="it has no sweep()"):
         read_points(experiment(""))
+
+
+def test_a_grid_is_every_combination_with_a_sweep_or_without(experiment):
+    grid = read_grid(["loss.beta=0.05,0.5", "data.shuffle=true"], seeds=2)
+    points = read_points(experiment(""), ["--config.steps=3"], grid)
+    values = [(p.config["loss.beta"], p.config["data.shuffle"], p.config["seed"], p.config["steps"]) for p in points]
+    assert values == [(beta, True, seed, 3) for beta in (0.05, 0.5) for seed in (0, 1)]
+    assert points[0].name == "beta=0.05-shuffle=true-seed=0"
+    listed = "[{'loss.name': 'ipo', 'loss.tau': 0.1}, {'learning_rate': 2e-6}]"
+    both = read_points(experiment(f"def sweep():\n    return {listed}"), (), read_grid([], seeds=2))
+    assert [(p.config["loss.name"], p.config["seed"]) for p in both] == [("ipo", 0), ("ipo", 1), ("dpo", 0), ("dpo", 1)]
+    written = read_points(experiment("def sweep():\n    return [{'seed': 0}, {'seed': 1}]"))
+    by_grid = read_points(experiment(""), (), read_grid([], seeds=2))
+    assert [p[:3] for p in written] == [p[:3] for p in by_grid]  # the same directories
+
+
+@pytest.mark.parametrize(
+    ("words", "seeds", "says"),
+    [
+        (["loss.beta"], None, "write FIELD=VALUE,VALUE"),
+        (["loss.beta=0.1,"], None, "write FIELD=VALUE,VALUE"),
+        (["seed=1"], 2, "both name seeds"),
+        (["loss.beta=1", "loss.beta=2"], None, "twice"),
+        (["loss.bta=1"], None, "no field 'loss.bta'; did you mean 'loss.beta'"),
+        (["loss.beta=0.1,0.1"], None, "are the same"),
+        (["loss.beta=high"], None, "beta"),
+        (["batch_size=2"], None, "--config.batch_size on the command line sets what the sweep varies"),
+        ([], 0, "--seeds=0 must be at least 1"),
+    ],
+)
+def test_a_mistaken_grid_is_one_line(experiment, words, seeds, says):
+    with pytest.raises(UserError) as error:
+        read_points(experiment(""), ["--config.batch_size=4"], read_grid(words, seeds))
+    assert says in str(error.value) and "\n" not in str(error.value)
 
 
 SWEEPS = [path for path in sorted((ROOT / "experiments").rglob("*.py")) if "def sweep" in path.read_text()]

@@ -15,8 +15,10 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -25,6 +27,7 @@ from prefalign_jax.analysis.runs import MARK, last_row, latest_stage, read_confi
 from prefalign_jax.cli.experiments import config_of, sweep_of
 from prefalign_jax.experiment import read
 from prefalign_jax.files import hold, locked, write_json, write_text, writing
+from prefalign_jax.options import split_values
 from prefalign_jax.processes import note, stop_signal
 from prefalign_jax.tables import aligned
 from prefalign_jax.types import UserError
@@ -54,26 +57,76 @@ class Point(NamedTuple):
 # From an experiment file to points
 
 
-def read_points(config: str, common: Sequence[str] = ()) -> list[Point]:
-    """The points of an experiment's sweep(), each checked as its run would check it.
+def read_grid(words: Sequence[str], seeds: int | None = None) -> dict[str, list[Any]]:
+    """The values of each field that a command line varies.
+
+    Args:
+      words: FIELD=VALUE,VALUE each; commas in brackets separate nothing.
+      seeds: N for the seeds 0 to N - 1.
+
+    Raises:
+      UserError: a word is none such, or a field is named twice.
+
+    Example:
+      >>> read_grid(["loss.beta=0.05,0.1", "loss.name=dpo,0.8*dpo + 0.2*sft"], seeds=2)
+      {'loss.beta': [0.05, 0.1], 'loss.name': ['dpo', '0.8*dpo + 0.2*sft'], 'seed': [0, 1]}
+    """
+    grid: dict[str, list[Any]] = {}
+    for word in words:
+        field, equals, text = word.partition("=")
+        values = [value.strip() for value in split_values(text)]
+        if not (field and equals and all(values)):
+            raise UserError(f"--grid={word!r}: write FIELD=VALUE,VALUE such as loss.beta=0.05,0.1")
+        if field in grid:
+            raise UserError(f"--grid names {field} twice; write its values after each other, with commas")
+        grid[field] = [_value(value) for value in values]
+    if seeds is not None:
+        if seeds < 1:
+            raise UserError(f"--seeds={seeds} must be at least 1")
+        if "seed" in grid:
+            raise UserError("--seeds and --grid seed= both name seeds; leave one of them out")
+        grid["seed"] = list(range(seeds))
+    return grid
+
+
+def _value(text: str) -> str | bool | int | float:
+    """A value as a sweep() would write it."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, bool | int | float) else text
+
+
+def read_points(
+    config: str, common: Sequence[str] = (), grid: Mapping[str, Sequence[Any]] = types.MappingProxyType({})
+) -> list[Point]:
+    """The points of an experiment's sweep() and of a grid, each checked as its run would check it.
 
     Args:
       config: NAME or NAME:ARG of an experiment. A point's own 'config' is joined to ARG after a comma, so it wins.
       common: words --config.x=y for all points.
+      grid: {field: values}; every point of sweep() is run with each combination of them. An experiment without sweep()
+        then has one point.
 
     Returns:
-      The points, in sweep()'s order.
+      The points, in the order of sweep(); the last field of the grid varies fastest.
 
     Raises:
       UserError: no sweep(), two equal points, or a point that no run would take.
     """
     experiment, _, argument = config.partition(":")
     config_of(config, common)  # a mistake in the file or in `common` is no point's
-    listed = sweep_of(experiment)
+    listed = sweep_of(experiment, needed=not grid)
     if not listed:
         raise UserError(f"{experiment}: sweep() gives no point; write at least one dict, which may be empty")
     for number, overrides in enumerate(listed, 1):
         _check(overrides, f"{experiment}: sweep(), point {number}", common)
+        if both := sorted(set(overrides) & set(grid)):
+            raise UserError(f"--grid {both[0]}= varies what sweep() of {experiment} varies; leave it out")
+    listed = [{**one, **dict(zip(grid, each, strict=True))} for one in listed for each in product(*grid.values())]
+    for overrides in listed[:1]:
+        _check(overrides, "--grid", common)
     points = []
     for number, (name, overrides) in enumerate(zip(names_of(listed), listed, strict=True), 1):
         joined = ",".join(filter(None, (argument, overrides.get("config"))))
@@ -82,7 +135,7 @@ def read_points(config: str, common: Sequence[str] = ()) -> list[Point]:
         try:
             fields = read(config_of(spec, [*common, *words])).fields
         except UserError as error:
-            raise UserError(f"{experiment}: sweep(), point {number} ({name}): {error}") from None
+            raise UserError(f"{experiment}: the sweep's point {number} ({name}): {error}") from None
         plain = json.loads(json.dumps(fields))
         points.append(Point(name, overrides, [f"--config={spec}", *common, *words], plain))
     return points

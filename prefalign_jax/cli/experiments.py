@@ -127,16 +127,25 @@ def config_of(spec: str, words: Sequence[str] = ()) -> ConfigDict:
     return config
 
 
-def sweep_of(name: str) -> list[Mapping[str, Any]]:
+def sweep_of(name: str, *, needed: bool = True) -> list[Mapping[str, Any]]:
     """The points that the sweep() of an experiment lists.
 
+    Args:
+      name: of the experiment.
+      needed: whether there has to be one; else an experiment without has one point, which changes nothing.
+
     Raises:
-      UserError: it has none, or fails.
+      UserError: it has none and needs one, or it fails.
     """
     file = locate(name)
     sweep = getattr(load(file), "sweep", None)
+    if sweep is None and not needed:
+        return [{}]
     if sweep is None:
-        raise UserError(f"{file}: it has no sweep(); write one that returns dicts such as {{'seed': 0}}")
+        raise UserError(
+            f"{file}: it has no sweep(); write one that returns dicts such as {{'seed': 0}}, or say what varies: "
+            "--grid loss.beta=0.05,0.1 --seeds=4"
+        )
     return _in_file(file, lambda: list(sweep()))
 
 

@@ -1,6 +1,8 @@
 """Runs every point of an experiment's sweep(): --config=NAME[:ARG] --workdir=DIR [--jobs=N] [--config.FIELD=VALUE ...].
 
-A field set here is set for all points. The same command goes on where a sweep in DIR was stopped.
+Or of a grid, without a sweep(): --grid loss.beta=0.05,0.1,0.5 --grid learning_rate=1e-4,3e-4 --seeds=8. With both,
+every point of sweep() is run with each combination of the grid. A field set by --config.FIELD is set for all points.
+The same command goes on where a sweep in DIR was stopped.
 """
 
 from __future__ import annotations
@@ -20,11 +22,15 @@ def main(argv: Sequence[str]) -> int:
     add_config(parser)
     parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="gets the runs, and results.csv")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
+    parser.add_argument(
+        "--grid", action="append", default=[], metavar="FIELD=VALUES", help="values of a field, with commas; repeatable"
+    )
+    parser.add_argument("--seeds", type=int, metavar="N", help="the seeds 0 to N - 1, as --grid seed=0,1,...")
     parser.add_argument("--dry_run", action="store_true", help="print the runs' commands and stop")
     options, words = parser.read_with_fields(argv)
-    from prefalign_jax.analysis.sweep import commands, read_points, run_sweep
+    from prefalign_jax.analysis.sweep import commands, read_grid, read_points, run_sweep
 
-    points = read_points(options.config, words)
+    points = read_points(options.config, words, read_grid(options.grid, options.seeds))
     if options.dry_run:
         print(*commands(points, options.workdir, TRAIN), sep="\n")
         return 0
