@@ -7,7 +7,8 @@ import ctypes
 import re
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 SECONDS = 5.0  # for what takes milliseconds
@@ -15,10 +16,11 @@ _CHOICES = 8  # 'this or that' in a regular expression that is matched outside t
 
 
 @contextlib.contextmanager
-def time_limit(seconds: float = SECONDS) -> Iterator[None]:
+def time_limit(seconds: float = SECONDS) -> Iterator[Callable[[], None]]:
     """Ends what takes longer. Outside the main thread it ends Python code alone, see `check_pattern`.
 
-    A limit inside another one stops the clock of the outer one, in the main thread.
+    What it gives starts the clock anew, for the next of many short things. A limit inside another one stops the clock
+    of the outer one, in the main thread.
 
     Args:
       seconds: of wall clock.
@@ -35,8 +37,8 @@ def time_limit(seconds: float = SECONDS) -> Iterator[None]:
     """
     message = f"it takes more than {seconds:g} seconds"
     if threading.current_thread() is not threading.main_thread():
-        with _other_threads_limit(seconds, message):
-            yield
+        with _other_threads_limit(seconds, message) as start_anew:
+            yield start_anew
         return
 
     def over(number: int, frame: Any) -> None:
@@ -45,7 +47,7 @@ def time_limit(seconds: float = SECONDS) -> Iterator[None]:
     before = signal.signal(signal.SIGALRM, over)
     left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        yield
+        yield lambda: signal.setitimer(signal.ITIMER_REAL, seconds)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -53,27 +55,32 @@ def time_limit(seconds: float = SECONDS) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _other_threads_limit(seconds: float, message: str) -> Iterator[None]:
-    """Signals reach only the main thread: a timer's thread raises the exception in this one."""
+def _other_threads_limit(seconds: float, message: str) -> Iterator[Callable[[], None]]:
+    """Signals reach only the main thread: another thread watches the clock and raises the exception in this one."""
     thread, lock, state = ctypes.c_ulong(threading.get_ident()), threading.Lock(), {"ended": False, "over": False}
-    raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    raise_in, ended, until = ctypes.pythonapi.PyThreadState_SetAsyncExc, threading.Event(), [0.0]
 
-    def over() -> None:
+    def start_anew() -> None:
+        until[0] = time.monotonic() + seconds
+
+    def watch() -> None:
+        while (left := until[0] - time.monotonic()) > 0:
+            if ended.wait(left):
+                return
         with lock:
             if not state["ended"]:
                 state["over"] = True
                 raise_in(thread, ctypes.py_object(TimeoutError))
 
-    timer = threading.Timer(seconds, over)
-    timer.daemon = True
-    timer.start()
+    start_anew()
+    threading.Thread(target=watch, daemon=True).start()
     try:
-        yield
+        yield start_anew
     except TimeoutError:
         if not state["over"]:
             raise
     finally:
-        timer.cancel()
+        ended.set()
         with lock:
             state["ended"] = True
             if state["over"]:

@@ -12,7 +12,7 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prefalign_jax.data import rendering
+from prefalign_jax.data import chat as chat_
 from prefalign_jax.data.chat import CHAT_TEMPLATES, iter_pairs, load_tokenizer, tokenize_records
 from prefalign_jax.data.records import Record, read_records
 from prefalign_jax.limits import time_limit
@@ -295,7 +295,7 @@ ENDLESS = {
 
 @pytest.mark.parametrize("template", ENDLESS.values(), ids=ENDLESS)
 def test_a_template_without_end_ends(variant, monkeypatch, template):
-    monkeypatch.setattr(rendering, "time_limit", functools.partial(time_limit, 0.2))
+    monkeypatch.setattr(chat_, "time_limit", functools.partial(time_limit, 0.2))
     monkeypatch.setattr(endings, "time_limit", functools.partial(time_limit, 0.2))
     endless, began = variant(chat_template=template), time.monotonic()
     record = Record([user("a")], [assistant("b")], [], where=Place("x", 3))

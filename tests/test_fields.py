@@ -247,6 +247,25 @@ def test_the_weight_of_a_row_is_that_of_its_pairs_times_their_own():
         read(helpsteer(Q, "Air.", 4), {**helpsteer(Q, "Paint.", 1), "weight": 2})
 
 
+@pytest.mark.parametrize(
+    ("row", "hint"),
+    [
+        ({"system_prompt": "s", "question": Q, "response": "Air."}, "prompt=question"),
+        (
+            {"conversation": [user(Q)], "chosen": [assistant("Air.")], "rejected": [assistant("No.")]},
+            "prompt=conversation",
+        ),
+    ],
+)
+def test_a_row_whose_prompt_has_another_name_is_answered_with_what_names_it(row, hint):
+    with pytest.raises(UserError) as caught:
+        read(row, **KINDS["pairs" if "rejected" in row else "supervised"])
+    said = str(caught.value)
+    assert (
+        f"found {', '.join(row)}; if others hold them, write --config.data.columns={hint}" in said and "\n" not in said
+    )
+
+
 def test_a_row_of_other_columns_is_answered_with_its_columns_and_what_names_them():
     with pytest.raises(UserError) as caught:
         read({"question": Q, "good": "Air.", "b": "Paint.", "id": 3})

@@ -59,6 +59,26 @@ def test_what_ends_is_left_alone(where):
     assert threading.active_count() <= threads
 
 
+def many():
+    with time_limit(0.2) as start_anew:
+        for _ in range(6):
+            start_anew()
+            time.sleep(0.1)
+        start_anew()
+        with time_limit(30):  # the clock of the outer one stands still, or at least goes on afterwards
+            pass
+        while True:
+            pass
+
+
+@pytest.mark.parametrize("where", [here, elsewhere])
+def test_the_clock_starts_anew_for_each_of_many(where):
+    began = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"it takes more than 0\.2 seconds"):
+        where(many)
+    assert 0.6 < time.monotonic() - began < 5
+
+
 HARMLESS = ["q_proj", r"^model\.layers\.(0|1)\.self_attn\.(q_proj|v_proj)$", r"layers\.\d+", ".*q_proj"]
 HOSTILE = ["(.*)*$z", r"(.|\w)(\w|.)" * 13 + "$z", "a?" * 30 + "a" * 30, "(a|a)*", "(a{1,9}){1,9}"]
 

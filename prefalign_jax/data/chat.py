@@ -27,6 +27,7 @@ from prefalign_jax.data.remarks import Remarks
 from prefalign_jax.data.rendering import Renderer
 from prefalign_jax.data.spelled import MARKS, SpecialTokens, Written, encoder, strings_of
 from prefalign_jax.data.template import AS_IT_IS, ChatOptions
+from prefalign_jax.limits import time_limit
 from prefalign_jax.types import Pair, Place, UserError, one_line
 
 if TYPE_CHECKING:
@@ -194,7 +195,11 @@ def iter_pairs(
         with ThreadPoolExecutor(1) as pool:
             waiting = None
             for batch in _batched(records):
-                texts = [text for record in batch for text in texts_of(record)]
+                texts = []
+                with time_limit() as start_anew:  # a downloaded template may have no end
+                    for record in batch:
+                        start_anew()
+                        texts += texts_of(record)
                 job = pool.submit(encode, texts)
                 if waiting:
                     yield from finished(waiting[0], waiting[1].result())
@@ -238,7 +243,9 @@ def tokenize_prompts(
     for number, prompt in enumerate(prompts, 1):
         one = prompt if isinstance(prompt, Prompt) else Prompt(prompt, "", Place(f"prompt {number}"))
         told = dict(tools=one.tools, chat_template_kwargs=one.chat_template_kwargs)
-        (ids,) = encode(texts_of(Record(one.prompt, "", "", where=one.where, **told)))
+        with time_limit():
+            texts = texts_of(Record(one.prompt, "", "", where=one.where, **told))
+        (ids,) = encode(texts)
         if isinstance(one.prompt, str) and ids[: len(prefix)] != prefix:
             ids = prefix + ids
         if not ids:

@@ -248,5 +248,6 @@ def mapping(row: Mapping, wanted: Iterable[str]) -> str:
     guesses: dict[str, str] = {}
     for name, value in row.items():
         if (meaning := meaning_of(name, value)) is not None and not empty(value):
-            guesses.setdefault(meaning.common, name_of(name))
+            common = "prompt" if meaning.common == "messages" and "prompt" in wanted else meaning.common
+            guesses.setdefault(common, name_of(name))
     return ",".join(f"{name}={guesses.get(name, 'FIELD')}" for name in wanted)

@@ -187,9 +187,9 @@ def _with(rows: list[Row], *more: Row) -> list[Row]:
 
 
 def _instruction(row: Row, field: str = "instruction") -> str:
-    """Instruction and input, a line between them; the input may be missing, empty or, from pandas, NaN."""
+    """Instruction and input, a line between them; either may be empty, and the input missing or, from pandas, NaN."""
     text, given = string(row.get(field), field), row.get("input")
-    return text if empty(given) else f"{text}\n\n{string(given, 'input')}"
+    return "\n\n".join(filter(None, (text, "" if empty(given) else string(given, "input"))))
 
 
 def ultrafeedback(row: Row) -> list[Row]:

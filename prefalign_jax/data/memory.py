@@ -82,11 +82,12 @@ def as_source(data: RowsOrPath, name: str = "data") -> str | MemoryRows:
         raise UserError(
             f"{name} has the splits {', '.join(splits)}; choose one, as in data[{next(iter(splits), '')!r}]"
         )
-    if isinstance(splits, list) and hasattr(data, "__len__"):  # a Dataset
+    if isinstance(splits, list) and hasattr(data, "__len__") and hasattr(data, "features"):  # a Dataset
         return MemoryRows(name, data)
     if isinstance(data, Sequence):
         return MemoryRows(name, list(data))
-    hint = "; write DATA.to_dict('records')" if hasattr(data, "to_dict") else ""
+    ways = {"to_pylist": "to_pylist()", "to_dict": "to_dict('records')"}  # of pyarrow, of pandas
+    hint = next((f"; write DATA.{call}" for name, call in ways.items() if hasattr(data, name)), "")
     raise UserError(
         f"{name}: expected a path, a hub name, a list of dicts or a datasets.Dataset, this is a "
         f"{type(data).__name__}{hint}"

@@ -516,7 +516,7 @@ def _conversation(
     elif isinstance(sides[0], str):
         prompt, sides = _split_strings(row, prompt, sides, fields)
     else:
-        prompt, sides = _split_messages(prompt, sides, fields)
+        prompt, sides = _split_messages(row, prompt, sides, fields)
     if isinstance(prompt, str):
         return prompt, sides
     leave = [name.removeprefix(_MESSAGE) for name in reading.ignore if name.startswith(_MESSAGE)]
@@ -642,12 +642,15 @@ def _split_strings(row: Mapping, prompt: Text | None, sides: list[str], fields: 
 
 
 def _split_messages(
-    prompt: Text | None, sides: list[Messages], fields: Sequence[str]
+    row: Mapping, prompt: Text | None, sides: list[Messages], fields: Sequence[str]
 ) -> tuple[Messages, list[Messages]]:
     """(prompt, responses), each response one assistant message, wherever the row keeps the messages before it."""
     conversation = prompt is None or (isinstance(prompt, str) and any(s and s[0]["role"] != "assistant" for s in sides))
     if conversation:
         for side, name in zip(sides, fields, strict=True):
+            if prompt is None and [message["role"] for message in side] == ["assistant"]:
+                whole = f"expected a field 'prompt', or a whole conversation in {name!r}"
+                raise Malformed(f"{whole}; found {names(row)}; {_map(row, ('prompt',))}")
             if len(side) < 2 or side[-1]["role"] != "assistant":
                 raise expected("a conversation that ends with an assistant message", side, name)
         context = _same([side[:-1] for side in sides])

@@ -45,14 +45,16 @@ class Remarks:
 
     def lost(self, prompt: Set[str], responses: Set[str]) -> None:
         """Counts a record that has these characters, if any."""
-        self.unencodable += bool(prompt or responses)
-        self.in_responses += bool(responses)
-        self.characters.update(prompt | responses)
+        if prompt or responses:
+            self.unencodable += 1
+            self.in_responses += bool(responses)
+            self.characters.update(prompt | responses)
 
     def spelled(self, tokens: Set[str]) -> None:
         """Counts a record that spells these special tokens, if any."""
-        self.special += bool(tokens)
-        self.tokens.update(tokens)
+        if tokens:
+            self.special += 1
+            self.tokens.update(tokens)
 
 
 def from_json(about: Mapping[str, Any]) -> Remarks:

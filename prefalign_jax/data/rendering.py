@@ -108,7 +108,7 @@ class Conversation(NamedTuple):
 
 
 class Renderer:
-    """A tokenizer's chat template with options, and what was found out about it.
+    """A tokenizer's chat template with options, and what was found out about it. Whoever asks limits its time.
 
     Args:
       tokenizer: a Hugging Face tokenizer.
@@ -146,24 +146,24 @@ class Renderer:
             return Conversation(messages, tools, kwargs, before, asked, continued, shape, values, text)
 
         try:
-            with time_limit():
-                whole = conversation(prompt, True)
-                start = whole.text
-                rewritten: set[str] = set()
-                texts, lost = [start], [("prompt", self._checked(whole, rewritten)[1])]
-                for side in ("chosen", "rejected")[: (2 if record.rejected else 1) if responses else 0]:
-                    whole = conversation(joined(prompt, getattr(record, side)), False)
-                    form, gone = self._checked(whole, rewritten)
-                    lost.append((side, gone))
-                    texts.append(start + self._response(whole, form, start, remarks))
+            whole = conversation(prompt, True)
+            start = whole.text
+            rewritten: set[str] = set()
+            texts, lost = [start], [("prompt", self._checked(whole, rewritten)[1])]
+            for side in ("chosen", "rejected")[: (2 if record.rejected else 1) if responses else 0]:
+                whole = conversation(joined(prompt, getattr(record, side)), False)
+                form, gone = self._checked(whole, rewritten)
+                lost.append((side, gone))
+                texts.append(start + self._response(whole, form, start, remarks))
         except UserError:
             raise
         except Exception as error:  # a template raises whatever it likes
             raise UserError(f"{record.where}: the chat template does not render it: {one_line(error)}") from None
         names = self._allowed(record, lost, before)
         unread = [name for name in kwargs if not self._template.reads(name, bool(tools))]
-        remarks.rewritten.update(rewritten)
-        remarks.left_out.update(names | {f"{name!r} of chat_template_kwargs" for name in unread})
+        if rewritten or names or unread:
+            remarks.rewritten.update(rewritten)
+            remarks.left_out.update(names | {f"{name!r} of chat_template_kwargs" for name in unread})
         return texts
 
     def _allowed(self, record: Record, lost: Sequence[tuple[str, Sequence[LeftOut]]], before: int) -> set[str]:

@@ -46,11 +46,11 @@ class SpecialTokens:
 
     def spelled(self, record: Record) -> set[str]:
         """Those that stand in a record's own text."""
-        spelled_tokens: set[str] = set()
-        for text in strings_of([getattr(record, name) for name in _WRITTEN]):
-            if any(one in text for one in self._begins):  # quicker than the pattern, and most texts have none
-                spelled_tokens.update(self._pattern.findall(text))
-        return spelled_tokens
+        text = "\0".join(strings_of([getattr(record, name) for name in _WRITTEN]))
+        for one in self._begins:  # quicker than the pattern, and most texts have none
+            if one in text:
+                return set(self._pattern.findall(text))
+        return set()
 
     def broken(self, record: Record) -> Record:
         """The record with a break in each of them."""
@@ -93,8 +93,10 @@ def _add_strings(value: Any, out: list[str]) -> None:
         out.append(value)
     elif isinstance(value, dict):
         for key, inner in value.items():
-            if key != "role":
+            if type(inner) is not str:
                 _add_strings(inner, out)
+            elif key != "role":
+                out.append(inner)
     elif isinstance(value, list | tuple):
         for inner in value:
             _add_strings(inner, out)
