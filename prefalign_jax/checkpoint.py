@@ -347,6 +347,19 @@ def chosen(checkpoints: Checkpoints, which: str) -> int:
     return step
 
 
+def told_of(checkpoints: Checkpoints, step: int) -> dict[str, Any]:
+    """The fields of TOLD as they were when a checkpoint was saved; a run that went on may have others now.
+
+    Args:
+      checkpoints: from `open_checkpoints`.
+      step: from `chosen`.
+    """
+    stored = ocp.checkpointables_metadata(checkpoints.directory / str(step)).custom_metadata or {}
+    config = stored.get("config", {})
+    unknown = ("examples", "epochs", *(("steps",) if config.get("steps") is None else ()))  # not as a number of steps
+    return {name: config[name] for name in TOLD if name in config and name not in unknown}
+
+
 def load_params(checkpoints: Checkpoints, step: int, like: Params) -> Params:
     """The parameters of a checkpoint alone.
 

@@ -24,7 +24,7 @@ class Kept(NamedTuple):
     """What a checkpoint holds, and what it belongs to.
 
     Attributes:
-      experiment: of the run.
+      experiment: of the run, as it was when the checkpoint was saved.
       step: of the checkpoint.
       metrics: its evaluation, {} if there was none.
       model: without adapters.
@@ -54,10 +54,12 @@ def load_kept(workdir: str | Path, which: str = "last") -> Kept:
       UserError: there is no such checkpoint, or it cannot be read.
     """
     workdir = Path(workdir)
-    experiment = from_json(read_json(workdir / "config.json", "an object"))
+    fields = read_json(workdir / "config.json", "an object")
+    experiment = from_json(fields)
     config, reward = experiment.config, "reward" in experiment.loss.needs
     with checkpoint.open_checkpoints(workdir / "checkpoints", **config.checkpoint) as checkpoints:
         step = checkpoint.chosen(checkpoints, which)
+        experiment = from_json({**fields, **checkpoint.told_of(checkpoints, step)})
         metrics = checkpoints.metrics(step)
         mesh, tokenizer = make_mesh({"data": -1}), load_tokenizer(config.model.path, config.data.chat_template)
         loaded, lora = adapters_of(config, reward, len(tokenizer))

@@ -209,6 +209,10 @@ def announce(
     pairs = f"{len(data.training)} {loss.unit}, {len(data.held_out)} held out"
     saves = "" if config.save_steps else "; saved with each evaluation, and by time at most 10 minutes apart"
     note(f"{loss.name}: {pairs}, {total} steps of {config.batch_size}{resumed}{saves}")
+    warmup = experiment.warmup_steps(len(data.training))
+    if warmup == total:
+        rate = "is 0 in the only step, which changes nothing" if total == 1 else "rises to the end of the run"
+        note(f"the learning rate {rate}: the warm-up of {warmup} is as long as the run")
     if changed:
         words = (f"{name} {before} -> {now}" for name, (before, now) in changed.items())
         note(f"resumed with other values: {', '.join(words)}")

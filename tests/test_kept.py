@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from prefalign_jax import checkpoint
-from prefalign_jax.kept import export_kept
+from prefalign_jax.kept import export_kept, load_kept
 from prefalign_jax.train import train
 from prefalign_jax.types import UserError
 from test_train import TRL, column, config_of, rows
@@ -24,6 +24,11 @@ def finished(light_runs, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finished") / "tiny"
     train(config_of(**FIELDS), workdir)
     return workdir
+
+
+def checkpoint_config(workdir, step):
+    config = load_kept(workdir, step).experiment.config
+    return config.learning_rate, config.micro_steps, config.steps
 
 
 def exported(directory):
@@ -92,8 +97,17 @@ def test_what_changes_when_a_run_goes_on_is_said_and_kept(finished, tmp_path, ca
     assert rows(workdir / "history.jsonl") == wanted
     card = (export_kept(workdir, "last", tmp_path / "last") / "README.md").read_text()
     assert "| 6 | steps | 6 | 7 |" in card and "| 4 | steps | 4 | 6 |" in card
+    told = {step: checkpoint_config(workdir, step) for step in ("4", "6", "7")}
+    assert told == {"4": (1e-3, 1, 4), "6": (5e-4, 2, 6), "7": (5e-4, 2, 7)}  # as it was when each was saved
     with pytest.raises(UserError, match="trained with data.shuffle=False, not True"):
         train(config_of(**{**FIELDS, "data.shuffle": True}), workdir)
+
+
+@pytest.mark.parametrize(("steps", "says"), [(1, "is 0 in the only step"), (2, "rises to the end of the run")])
+def test_a_warm_up_as_long_as_the_run_is_told(steps, says, tmp_path, capsys):
+    fields = {"steps": steps, "warmup_steps": steps, "data.limit": 8, "export.enabled": False}
+    train(config_of(**fields), tmp_path)
+    assert f"the learning rate {says}" in capsys.readouterr().err
 
 
 def test_time_saves_soon_and_then_at_most_ten_minutes_apart(monkeypatch):
