@@ -123,36 +123,14 @@ def endpoint(
     Raises:
       UserError: an option is invalid.
     """
-    parts = urllib.parse.urlsplit(base_url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"endpoint {base_url!r}: expected a URL such as https://HOST/v1")
-    if parts.username or parts.password:
-        raise UserError("endpoint: the URL holds a user name or password; put the key into an environment variable")
-    if not model:
-        raise UserError("endpoint: no model named; set model=NAME as the endpoint calls it")
-    missing = [name for name in ("{prompt}", "{first}", "{second}") if name not in template]
-    if missing:
-        raise UserError(f"endpoint: the template has no {missing[0]}")
-    for verdict in ("A", "B"):
-        if not re.search(rf"verdict:[\s*_`\"']*{verdict}\b", template, re.IGNORECASE):
-            raise UserError(
-                f"endpoint: the template does not ask for 'Verdict: {verdict}', and no other form of a verdict is "
-                "read; let it end with 'Verdict: A', 'Verdict: B' and 'Verdict: tie', as the default template does"
-            )
+    _check_address(base_url, model)
+    _check_template(template)
     for name, value, least in (("timeout", timeout, 1e-3), ("retries", retries, 0), ("threads", threads, 1)):
         if value < least:
             raise UserError(f"endpoint: {name}={value} is out of range; write at least {least}")
     if max_cost < math.inf and not (price_in or price_out):
         raise UserError("endpoint: max_cost applies with prices; set price_in and price_out, for a million tokens each")
-    try:
-        fields = parse_json(body, "an object", where="body")
-    except UserError:
-        fields = None
-    if fields is None or fields.keys() & {"model", "messages", "stream", "n"}:
-        raise UserError(
-            f"endpoint: body={body!r}: expected a JSON object such as {{'temperature': 0}}, without model, messages, "
-            "stream and n"
-        )
+    fields = _fields_of(body)
     key = _key(key_env)
     url = base_url.rstrip("/") + "/chat/completions"
     limits = Limits(max_requests, max_tokens, max_cost, price_in, price_out)
@@ -178,6 +156,43 @@ def endpoint(
         ]
 
     return judge
+
+
+def _check_address(base_url: str, model: str) -> None:
+    parts = urllib.parse.urlsplit(base_url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"endpoint {base_url!r}: expected a URL such as https://HOST/v1")
+    if parts.username or parts.password:
+        raise UserError("endpoint: the URL holds a user name or password; put the key into an environment variable")
+    if not model:
+        raise UserError("endpoint: no model named; set model=NAME as the endpoint calls it")
+
+
+def _check_template(template: str) -> None:
+    """That a template has a place for each text, and asks for the verdict that is read."""
+    missing = [name for name in ("{prompt}", "{first}", "{second}") if name not in template]
+    if missing:
+        raise UserError(f"endpoint: the template has no {missing[0]}")
+    for verdict in ("A", "B"):
+        if not re.search(rf"verdict:[\s*_`\"']*{verdict}\b", template, re.IGNORECASE):
+            raise UserError(
+                f"endpoint: the template does not ask for 'Verdict: {verdict}', and no other form of a verdict is "
+                "read; let it end with 'Verdict: A', 'Verdict: B' and 'Verdict: tie', as the default template does"
+            )
+
+
+def _fields_of(body: str) -> dict[str, Any]:
+    """The further fields of a request."""
+    try:
+        fields = parse_json(body, "an object", where="body")
+    except UserError:
+        fields = None
+    if fields is None or fields.keys() & {"model", "messages", "stream", "n"}:
+        raise UserError(
+            f"endpoint: body={body!r}: expected a JSON object such as {{'temperature': 0}}, without model, messages, "
+            "stream and n"
+        )
+    return fields
 
 
 def fill(template: str, comparison: Comparison, swapped: bool) -> str:
