@@ -91,16 +91,9 @@ def make_datasheet(
     Returns:
       JSON values.
     """
-    fields, lengths = config["data"], data.lengths
-    tokens = {"prompt": lengths.prompt, "chosen": lengths.responses[:, 0]}
-    if kind == "pairs":
-        tokens["rejected"] = lengths.responses[:, 1]
-    elif kind == "unpaired":  # what stands as rejected is the completion of another prompt
-        desirable = data.pairs.label
-        every = tokens.pop("chosen")
-        tokens |= {"desirable": every[desirable], "undesirable": every[~desirable]}
+    fields = config["data"]
     template = tokenizer.chat_template if chat else None
-    sheet = {
+    return {
         "format": FORMAT,
         "sources": [one._asdict() for one in read],
         "mixture": list(mixture),
@@ -126,21 +119,28 @@ def make_datasheet(
         },
         "max_length": config["max_length"],
         "too_long": config["too_long"],
-        "training": {
-            "kind": kind,
-            "count": len(data.pairs),
-            "sha256": digest,
-            "trained_tokens": int(lengths.trained.sum()),
-            "tokens": {
-                side: quantiles(values) | {"sum": int(values.sum())} for side, values in tokens.items() if values.size
-            },
-        },
+        "training": _training(data, kind, digest),
     }
+
+
+def _training(data: PairSet, kind: str, digest: str) -> dict[str, Any]:
+    """What the training pairs are: how many, their digest, their tokens by side, whether the longer ones are chosen."""
+    lengths = data.lengths
+    tokens = {"prompt": lengths.prompt, "chosen": lengths.responses[:, 0]}
+    if kind == "pairs":
+        tokens["rejected"] = lengths.responses[:, 1]
+    elif kind == "unpaired":  # what stands as rejected is the completion of another prompt
+        desirable = data.pairs.label
+        every = tokens.pop("chosen")
+        tokens |= {"desirable": every[desirable], "undesirable": every[~desirable]}
+    sums = {side: quantiles(values) | {"sum": int(values.sum())} for side, values in tokens.items() if values.size}
+    about = {"kind": kind, "count": len(data.pairs), "sha256": digest}
+    about |= {"trained_tokens": int(lengths.trained.sum()), "tokens": sums}
     if kind == "pairs":
         keys = data.pairs.prompt_key  # all 0 where pairs come from elsewhere than a reader
         prompts = keys if keys.any() else None
-        sheet["training"]["length_bias"] = length_bias(tokens["chosen"], tokens["rejected"], prompts)
-    return sheet
+        about["length_bias"] = length_bias(tokens["chosen"], tokens["rejected"], prompts)
+    return about
 
 
 def write_datasheet(workdir: Path, sheet: Mapping[str, Any]) -> None:

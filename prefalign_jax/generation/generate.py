@@ -158,21 +158,10 @@ def stream(
       UserError: the model is a reward model, an option is out of range, or prompt and response may be longer than the
         model was made for.
     """
-    if jax.eval_shape(model.head, params).shape[0] == 1:
-        raise UserError("a reward model predicts no tokens; generate with a language model")
-    for name, value in (("n", n), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if value < 1:
-            raise UserError(f"{name}={value} is out of range; write at least 1")
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    _check(model, params, lengths, n=n, max_new_tokens=max_new_tokens, batch_size=batch_size)
     if stop_strings and decode is None:
         raise UserError("stop_strings need a tokenizer's `decode`")
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    if not lengths.all():
-        raise UserError(f"prompt {int(lengths.argmin())} is empty; the first token is predicted from its last")
-    most = getattr(model.config, "max_position", None)
-    if most is not None and lengths.max(initial=0) + max_new_tokens > most:
-        raise UserError(
-            f"prompts of {lengths.max()} tokens and {max_new_tokens} new ones exceed the model's {most} positions"
-        )
     if not len(prompts):
         return
     mesh = mesh_of(params)
@@ -205,6 +194,22 @@ def stream(
             end = cuts.get(row, ends[row])
             ended = "string" if row in cuts else "token" if tokens[row, end - 1] in draw.stop else "length"
             yield i, j, Completion(tokens[row, :end].copy(), logps[row, :end].copy(), ended)
+
+
+def _check(model: LanguageModel, params: Params, lengths: np.ndarray, *, max_new_tokens: int, **positive: int) -> None:
+    """That the model generates, and that prompts of these lengths and what is drawn after them fit it."""
+    if jax.eval_shape(model.head, params).shape[0] == 1:
+        raise UserError("a reward model predicts no tokens; generate with a language model")
+    for name, value in {"max_new_tokens": max_new_tokens, **positive}.items():
+        if value < 1:
+            raise UserError(f"{name}={value} is out of range; write at least 1")
+    if not lengths.all():
+        raise UserError(f"prompt {int(lengths.argmin())} is empty; the first token is predicted from its last")
+    most = getattr(model.config, "max_position", None)
+    if most is not None and lengths.max(initial=0) + max_new_tokens > most:
+        raise UserError(
+            f"prompts of {lengths.max()} tokens and {max_new_tokens} new ones exceed the model's {most} positions"
+        )
 
 
 def uncached(model: LanguageModel) -> Cached:
