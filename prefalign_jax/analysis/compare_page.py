@@ -112,39 +112,24 @@ def write_page(
     Raises:
       UserError: an unknown field, metric or column, or no run to report on.
     """
-    notes = []
     finished = [run for run in runs if run.finished]
-    if left_out := [run for run in runs if not run.finished]:
-        said = [f"{run.name} (step {run.train[-1]['step'] if run.train else 0} of {_steps(run)})" for run in left_out]
-        notes.append(f"{len(left_out)} of {len(runs)} runs are unfinished and in no table or curve: {', '.join(said)}.")
     if not finished:
         raise UserError(f"{title}: none of {len(runs)} run(s) is finished; the same command goes on with them")
     groups = group_runs(finished, group_by)
+    notes = _notes(runs, groups)
     metrics = _metrics(finished, metrics)
     columns = _columns(finished, columns, notes)
     one = len(finished) == 1
-    for group in groups:
-        if others := mixed(group):
-            notes.append(f"Runs of {group.label} also differ in {', '.join(others)}: their interval is not over seeds.")
-        if len(group.runs) == 1 and not one:
-            notes.append(f"{group.label} has one run: there is no interval over seeds.")
-    if not any(run.held_out for run in finished):
-        notes.append("No run has held-out data: the last logged training step stands in, which is one noisy batch.")
-
     sections = {"final": "Last values"}
     if len(groups) > 1:
         sections |= {"differences": "Differences, paired by seed", "compute": "At equal compute"}
-    shown = [*metrics, *(name for name in TRAINING if name not in metrics)]
     curves, pictures = [], {}
+    shown = [*metrics, *(name for name in TRAINING if name not in metrics)]
     for column in ("step", *([] if one else columns)):
         sections[f"curves-{column}"] = f"Curves by {COLUMNS.get(column, column)}"
-        panels = []
-        for name in shown if column == "step" else metrics:
-            if any(band(group, name, column) for group in groups):
-                figure = draw_metric(groups, name, column)
-                panels.append(Panel(svg(figure, f"{name} by {column}"), _kinds(groups, name, column)))
-                pictures[f"{_slug(name)}-{column}"] = png(figure)
+        panels, images = _panels(groups, shown if column == "step" else metrics, column)
         curves.append((f"curves-{column}", panels))
+        pictures |= images
     sections["runs"] = "Runs and configs"
 
     seeds = sorted({run.config[SEED] for run in finished if SEED in run.config})
@@ -170,6 +155,33 @@ def write_page(
     for file, content in written.items():
         write_bytes(file, content)
     return [*written]
+
+
+def _notes(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
+    """What a reader has to know before the figures."""
+    notes, finished = [], [run for run in runs if run.finished]
+    if left_out := [run for run in runs if not run.finished]:
+        said = [f"{run.name} (step {run.train[-1]['step'] if run.train else 0} of {_steps(run)})" for run in left_out]
+        notes.append(f"{len(left_out)} of {len(runs)} runs are unfinished and in no table or curve: {', '.join(said)}.")
+    for group in groups:
+        if others := mixed(group):
+            notes.append(f"Runs of {group.label} also differ in {', '.join(others)}: their interval is not over seeds.")
+        if len(group.runs) == 1 and len(finished) > 1:
+            notes.append(f"{group.label} has one run: there is no interval over seeds.")
+    if not any(run.held_out for run in finished):
+        notes.append("No run has held-out data: the last logged training step stands in, which is one noisy batch.")
+    return notes
+
+
+def _panels(groups: Sequence[Group], names: Sequence[str], column: str) -> tuple[list[Panel], dict[str, bytes]]:
+    """The curves of some metrics by one column: for the page, and as pictures by name."""
+    panels, pictures = [], {}
+    for name in names:
+        if any(band(group, name, column) for group in groups):
+            figure = draw_metric(groups, name, column)
+            panels.append(Panel(svg(figure, f"{name} by {column}"), _kinds(groups, name, column)))
+            pictures[f"{_slug(name)}-{column}"] = png(figure)
+    return panels, pictures
 
 
 def markdown(runs: Sequence[Run], group_by: Sequence[str] | None = None, metrics: Sequence[str] | None = None) -> str:
