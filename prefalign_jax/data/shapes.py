@@ -162,7 +162,7 @@ def _function(value: Any) -> Any:
 
 # How templates write an object: all of it or what stands under `function`, as JSON on one line or several, as Python.
 DUMPS: tuple[Callable[[Any], str], ...] = (
-    lambda value: json.dumps(value, ensure_ascii=False),
+    json.JSONEncoder(ensure_ascii=False).encode,  # as json.dumps, which makes an encoder for each value
     lambda value: json.dumps(value, ensure_ascii=False, indent=4),
     lambda value: json.dumps(value, ensure_ascii=False, indent=2),
     lambda value: json.dumps(_function(value), ensure_ascii=False),
