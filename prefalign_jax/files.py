@@ -59,6 +59,8 @@ def writing(path: str | Path) -> Iterator[None]:
         # Libraries written in Rust or C++ raise errors of their own, with the system's number in the text.
         told = re.search(r"(?i:os error |errno |os_error_code=')(\d+)", str(error))
         number = error.errno if isinstance(error, OSError) else told and int(told[1])
+        if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # pathlib's before Python 3.13
+            number = errno.ELOOP
         if number is None and not isinstance(error, OSError):
             raise
         reason = os.strerror(number) if number else str(error).splitlines()[0]

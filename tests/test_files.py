@@ -27,6 +27,8 @@ from prefalign_jax.files import (
     write_json,
     writing,
 )
+from prefalign_jax.judges.cache import open_cache
+from prefalign_jax.models import hf_io
 from prefalign_jax.types import UserError, WriteError
 
 # JSON
@@ -130,6 +132,16 @@ def test_another_kind_of_file_in_the_place_is_named(tmp_path):
         with pytest.raises(WriteError, match=f"^{path} cannot be written: .*directory; move away what is in its place"):
             write_json(path, {})
     assert (tmp_path / "file").read_text() == "" and sorted(os.listdir(tmp_path)) == ["directory", "file"]
+
+
+def test_links_in_a_circle_are_named(tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(WriteError, match="loop cannot be written: "), hf_io.replacing(loop) as fresh:
+        (fresh / "config.json").write_text("{}")
+    with pytest.raises(WriteError, match="loop cannot be written: Too many levels"), open_cache(loop):
+        pass
+    assert os.listdir(tmp_path) == ["loop"]
 
 
 def test_a_mistake_of_ones_own_stays_what_it_is():

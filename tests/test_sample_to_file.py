@@ -82,6 +82,22 @@ def test_samples_are_written_and_a_stopped_run_goes_on(run, tmp_path, capsys, ti
     assert run("--seed=1", "--top_k=40") == 2
 
 
+@pytest.mark.parametrize("text", ["mine", '[{"output": 1}]', '{"prompt": "a", "chosen": "b"}', '{"prompt": "a"}\nmine'])
+def test_a_file_of_another_kind_keeps_its_last_line(run, tmp_path, capsys, text):
+    (tmp_path / "out.jsonl").write_text(text)
+    assert run() == 2
+    assert "name another file" in capsys.readouterr().err and (tmp_path / "out.jsonl").read_text() == text
+
+
+def test_a_last_sample_that_lacks_its_line_end_alone_is_kept(run, tmp_path):
+    out = tmp_path / "out.jsonl"
+    assert run() == 0
+    whole = out.read_bytes()
+    for cut in (1, 2, 40, len(whole.splitlines()[-1])):  # the last leaves one byte of the line
+        out.write_bytes(whole[:-cut])
+        assert run() == 0 and out.read_bytes() == whole
+
+
 def test_samples_are_written_for_alpaca_eval_too(run, tmp_path):
     assert run("--limit=2", f"--alpaca_eval={tmp_path / 'outputs.json'}", "--name=mine") == 0
     first, second = json.loads((tmp_path / "outputs.json").read_text())

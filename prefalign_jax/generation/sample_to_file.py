@@ -31,6 +31,7 @@ from prefalign_jax.types import UserError
 
 SAMPLE = {"prompt": "anything", "sample": "an integer"}  # of a row, what is read again
 SAMPLE |= {"model": "a string", "seed": "an integer", "settings": "an object"}
+BEGINNING = b'{"prompt": '  # of every line
 
 
 class Draw(NamedTuple):
@@ -212,8 +213,11 @@ def held(out: Path, descriptor: int, run: Mapping[str, Any]) -> set[tuple[str, i
       UserError: the file is no samples, or of another run.
     """
     whole = out.read_bytes()
+    lines, last = whole[: whole.rfind(b"\n") + 1].splitlines(), whole[whole.rfind(b"\n") + 1 :]
+    if last and not last.startswith(BEGINNING[: len(last)]):
+        raise UserError(f"--out={out}: its last line is no sample that was cut short: name another file")
     done = set()
-    for number, text in enumerate(whole[: whole.rfind(b"\n") + 1].splitlines(), 1):
+    for number, text in enumerate([*lines, *([last] if _whole(last) else [])], 1):
         try:
             row = parse_json(text, SAMPLE, where=f"--out={out}, row {number}")
         except UserError as error:
@@ -223,9 +227,19 @@ def held(out: Path, descriptor: int, run: Mapping[str, Any]) -> set[tuple[str, i
         for name, value in _flat(run).items():
             if (old := _flat(before).get(name)) != value:
                 raise UserError(f"--out={out}: its samples have {name}={old!r}, not {value!r}; name another file")
-    if not whole.endswith(b"\n"):
-        os.ftruncate(descriptor, whole.rfind(b"\n") + 1)
+    if _whole(last):
+        append(out, descriptor, b"\n")
+    elif last:
+        os.ftruncate(descriptor, len(whole) - len(last))
     return done
+
+
+def _whole(line: bytes) -> bool:
+    """Whether a last line without its end is a value all the same, of whoever wrote the file."""
+    with contextlib.suppress(UserError):
+        parse_json(line, where="")
+        return True
+    return False
 
 
 @contextlib.contextmanager
@@ -235,7 +249,7 @@ def _file(out: Path) -> Iterator[int]:
         raise UserError(f"--out={out} is a directory; name a file in it")
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-    out = out.resolve()  # a link that is named is meant
+        out = out.resolve()  # a link that is named is meant
     descriptor = hold(out)
     if descriptor is None:
         raise UserError(f"--out={out}: another process is writing there; wait for it, or name another file")

@@ -48,8 +48,8 @@ def open_cache(path: str | Path, shape: Shape = "anything") -> Iterator[Cache]:
       WriteError: it cannot be written.
       UserError: another process holds it.
     """
-    path = Path(path).resolve()
     with writing(path):
+        path = Path(path).resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = hold(path)
     if descriptor is None:

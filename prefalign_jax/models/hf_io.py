@@ -370,7 +370,8 @@ def replacing(directory: str | pathlib.Path) -> Iterator[pathlib.Path]:
       UserError: there is something other than a model directory under that name.
       WriteError: the disk is full, and the like; what was there before stays.
     """
-    directory = pathlib.Path(directory).expanduser().resolve()
+    with writing(directory):
+        directory = pathlib.Path(directory).expanduser().resolve()
     if directory.exists() and not _replaceable(directory):
         raise UserError(f"{directory} exists and holds more than an exported model; name another directory")
     if not is_first():
