@@ -282,3 +282,13 @@ def test_data_gives_the_same_batches_made_and_cached(tmp_path):
     assert file.read_bytes() == before
     with pytest.raises(UserError, match="--pairs=3 must be at least 16"):
         pipeline.data(pairs=3)
+
+
+@pytest.mark.everything
+def test_tokenizing_beside_another_checkout_takes_turns_and_compares_the_tokens(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "Hi", "chosen": " you", "rejected": " no"}\n' * 3)
+    words = [f"--other={ROOT}", f"--data={tmp_path / 'pairs.jsonl'}", f"--tokenizer={ROOT / 'tests/goldens/trl'}"]
+    command = ["tokenize", *words, "--rounds=1", f"--out={tmp_path / 'out.json'}"]
+    assert status_of(lambda: run(BENCHMARKS, command)) == 0
+    found = json.loads((tmp_path / "out.json").read_text())["found"]
+    assert found["pairs"] == 3 and found["same tokens"] is True and found["tokenize, ratio"] > 0

@@ -1,19 +1,21 @@
 """Data of the policy's own: where it comes from, that it is made once, and rounds of it."""
 
+import datetime
 import functools
 import json
 import pathlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from prefalign_jax import processes
 from prefalign_jax.config import defaults
-from prefalign_jax.data.chat import load_tokenizer
+from prefalign_jax.data.chat import CHAT_TEMPLATES, load_tokenizer
 from prefalign_jax.evaluation.policy_samples import draw_samples, measure, scorer_of
 from prefalign_jax.experiment import read
 from prefalign_jax.intervals import bootstrap_mean
-from prefalign_jax.jobs import JOBS
+from prefalign_jax.jobs import JOBS, on_policy
 from prefalign_jax.jobs.on_policy import make_pairs
 from prefalign_jax.judges.judge import Scores
 from prefalign_jax.judges.rewards import REWARDS
@@ -133,6 +135,26 @@ def test_a_stopped_stage_stops_the_job(prompts, tmp_path, monkeypatch):
     monkeypatch.setattr(on_policy, "train", lambda config, workdir: Stopped())
     assert JOBS["rounds"](config_of(prompts, "rounds"), tmp_path) == processes.STOPPED
     assert not (tmp_path / "round-2").exists()
+
+
+def test_a_round_trains_with_the_date_that_it_was_drawn_with(tmp_path, monkeypatch):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": [{"role": "user", "content": text}]}) + "\n" for text in QUESTIONS))
+    config = config_of(str(path), "rounds", **{"on_policy.rounds": 1})
+    config.data.chat_template = "{{ strftime_now('%Y') }}" + CHAT_TEMPLATES["chatml"].jinja
+    trained = []
+
+    def train(config, workdir):
+        trained.append(config.data.date)
+        return SimpleNamespace(stopped=True)
+
+    monkeypatch.setattr(on_policy, "train", train)
+    on_policy.run_rounds(config, tmp_path / "out")
+    made = json.loads((tmp_path / "out" / "round-1" / "pairs.json").read_text())
+    made["date"] = "2024-02-29"  # the rest of the round comes another day
+    (tmp_path / "out" / "round-1" / "pairs.json").write_text(json.dumps(made))
+    on_policy.run_rounds(config, tmp_path / "out")
+    assert trained == [datetime.date.today().isoformat(), "2024-02-29"] and config.data.date is None
 
 
 @pytest.mark.parametrize(
