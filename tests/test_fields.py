@@ -286,6 +286,12 @@ def test_a_weight_or_mask_of_a_message_is_obeyed_as_it_stands_or_stops_the_run(f
     (record,), tally = read({"messages": talk}, **KINDS["supervised"])
     assert record.chosen == [assistant("2")] and record.prompt == [user("One?"), assistant("1"), user("Two?")]
     assert tally.notes == {"with earlier answers, which are not trained": 1}
+    # Where the last answer is not trained and an earlier one is, the conversation ends there.
+    (record,), tally = read(
+        {"messages": [talk[0], {**assistant("1"), **on}, *talk[2:3], {**assistant("2"), **flag}]}, **KINDS["supervised"]
+    )
+    assert (record.prompt, record.chosen) == ([user("One?")], [assistant("1")])
+    assert tally.notes == {"cut after the last answer that its weights train": 1}
     more, less = [*talk[:1], {**assistant("1"), **on}, *talk[2:]], [*talk[:3], {**assistant("2"), **flag}]
     for wrong, place in ((more, "messages[1]"), (less, "messages[3]")):
         with pytest.raises(UserError, match=f"data.ignore=message.{name}, or shorten the conversation") as caught:

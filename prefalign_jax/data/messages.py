@@ -12,8 +12,9 @@ null fields                                  go, at any depth
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from prefalign_jax.data.values import Malformed, expected, parsed, plain, string, truth
@@ -228,6 +229,28 @@ def read_history(value: Any, field: str = "history") -> Messages:
         else:
             raise expected("a message, or [question, answer]", turn, place)
     return out
+
+
+def until_trained(messages: Messages, ignore: Collection[str]) -> Messages:
+    """A conversation up to the last answer that is to be trained, where its weights say that the last one is not.
+
+    What comes after an answer does not change its loss, so this is what the weights ask for.
+
+    Args:
+      messages: the conversation.
+      ignore: names of weights that are not looked at.
+    """
+
+    def says(message: Mapping) -> bool | None:
+        for name in (FLAGS.keys() & message.keys()).difference(ignore):
+            with contextlib.suppress(Malformed):  # `obeyed` says what is wrong
+                return truth(message[name], name) == FLAGS[name]
+        return None
+
+    if not messages or says(messages[-1]) is not False:
+        return messages
+    last = next((i for i in reversed(range(len(messages))) if says(messages[i])), None)
+    return messages if last is None or messages[last]["role"] != "assistant" else messages[: last + 1]
 
 
 def obeyed(messages: Messages, field: str, first: int = 0, *, trained: bool) -> Messages:

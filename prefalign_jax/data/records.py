@@ -20,7 +20,16 @@ from typing import Any, NamedTuple
 
 from prefalign_jax.data.fields import PAIRS, PROMPTS, SUPERVISED, UNPAIRED, account, account_messages, mapping
 from prefalign_jax.data.formats import FORMATS, detect, in_common
-from prefalign_jax.data.messages import FLAGS, Messages, Text, obeyed, read_history, read_text, read_tools
+from prefalign_jax.data.messages import (
+    FLAGS,
+    Messages,
+    Text,
+    obeyed,
+    read_history,
+    read_text,
+    read_tools,
+    until_trained,
+)
 from prefalign_jax.data.rows import read_rows
 from prefalign_jax.data.template import not_to_be_set
 from prefalign_jax.data.values import (
@@ -496,6 +505,11 @@ def _conversation(
         lacking = [*(["prompt"] if fields and row.get("prompt") is None else []), *lacking]
         raise Malformed(f"expected {', '.join(('prompt', *fields))}, found {names(row)}; {_map(row, lacking)}")
     sides = [read_text(row[name], name) for name in fields]
+    leave = [name.removeprefix(_MESSAGE) for name in reading.ignore if name.startswith(_MESSAGE)]
+    if reading.kind == SUPERVISED and trained and isinstance(sides[0], list):
+        (whole,), sides = sides, [until_trained(sides[0], leave)]
+        if len(sides[0]) < len(whole):
+            tally.notes["cut after the last answer that its weights train"] += 1
     given = sides
     asked = None if missing(row.get("prompt")) else read_text(row["prompt"], "prompt")
     prompt = "" if fields == ["text"] else asked
@@ -519,7 +533,6 @@ def _conversation(
         prompt, sides = _split_messages(row, prompt, sides, fields)
     if isinstance(prompt, str):
         return prompt, sides
-    leave = [name.removeprefix(_MESSAGE) for name in reading.ignore if name.startswith(_MESSAGE)]
     for name in leave:
         tally.unread[_MESSAGE + name] += any(name in message for part in (prompt, *sides) for message in part)
     if leave or not trained:
