@@ -48,7 +48,7 @@ TOLD_TOO = ("data.eval_path", "data.eval_split", "data.eval_limit")
 # Of these, what matters to steps that are still to come alone.
 AHEAD = ("learning_rate", "schedule", "warmup_steps", "warmup_examples", "warmup_epochs", "grad_clip")
 HISTORY = "history.jsonl"  # in the workdir: where a run was resumed with other values
-_CHANGE = {"step": "an integer", "changed": "an object"}  # a row of it
+_CHANGE = {"step": "an integer", "changed": {"*": ["anything"]}}  # a row of it
 
 MANIFEST = "manifest.json"  # in each checkpoint: its files with their checksums, and its evaluation metrics
 
@@ -417,7 +417,12 @@ def read_changes(workdir: Path, step: int) -> list[dict[str, Any]]:
       UserError: the file has another form.
     """
     path = Path(workdir) / HISTORY
-    return [row for row in told_by_first(lambda: read_json_lines(path, _CHANGE)) if row["step"] < step]
+    rows = told_by_first(lambda: read_json_lines(path, _CHANGE))
+    for number, row in enumerate(rows, 1):
+        for name, values in row["changed"].items():
+            if len(values) != 2:
+                raise UserError(f"{path}, row {number}, field 'changed', field {name!r}: expected two values")
+    return [row for row in rows if row["step"] < step]
 
 
 class Timer:

@@ -263,7 +263,7 @@ def from_json(fields: Mapping[str, Any]) -> Experiment:
         config = defaults(fields["loss"]["name"])
         with config.unlocked():
             config.update({**fields, "examples": None, "epochs": None})  # `steps` is the length that they gave
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"config.json is no run's: {one_line(error)}") from error
     return read(config, complete=False)
 

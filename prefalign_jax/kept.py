@@ -17,7 +17,7 @@ from prefalign_jax.export import export_adapters, export_run
 from prefalign_jax.files import locked, read_json
 from prefalign_jax.models.lora import Lora, full_parameters, init_adapters, join, merge
 from prefalign_jax.sharding import make_mesh
-from prefalign_jax.types import LanguageModel, Params
+from prefalign_jax.types import LanguageModel, Params, UserError, one_line
 
 
 class Kept(NamedTuple):
@@ -94,9 +94,13 @@ def export_kept(workdir: str | Path, which: str = "last", directory: str | Path 
     with locked(workdir):
         kept = load_kept(workdir, which)
         directory = Path(directory) if directory else workdir / f"export-{kept.step}"
-        sheet = read_json(workdir / "datasheet.json", "an object")
+        sheet = workdir / "datasheet.json"
+        try:
+            data = as_markdown(read_json(sheet, "an object"), level=3)
+        except (AttributeError, LookupError, TypeError) as error:
+            raise UserError(f"{sheet}: it is no datasheet ({one_line(error)}); start the run again") from None
         history = checkpoint.read_changes(workdir, kept.step)
-        about = dict(data=as_markdown(sheet, level=3), metrics=kept.metrics, history=history, directory=directory)
+        about = dict(data=data, metrics=kept.metrics, history=history, directory=directory)
         export_run(kept.experiment, kept.params, kept.model.config, kept.tokenizer, workdir, **about)
         if kept.lora:
             beside = directory.with_name(f"{directory.name}-adapters")

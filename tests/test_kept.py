@@ -110,6 +110,28 @@ def test_a_warm_up_as_long_as_the_run_is_told(steps, says, tmp_path, capsys):
     assert f"the learning rate {says}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "says"),
+    [
+        ("datasheet.json", "{}", "datasheet.json: it is no datasheet"),
+        ("datasheet.json", '{"training": 5, "read": 5}', "datasheet.json: it is no datasheet"),
+        ("config.json", '{"loss": {"name": "dpo"}, "model": 5}', "config.json is no run's"),
+    ],
+)
+def test_a_runs_files_of_another_form_are_one_line(file, text, says, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / file).write_text(text)
+    with pytest.raises(UserError, match=says):
+        export_kept(tmp_path / "run", "last")
+
+
+@pytest.mark.parametrize("changed", ['{"steps": 5}', '{"steps": [1, 2, 3]}', "[]"])
+def test_a_history_of_another_form_is_one_line(changed, tmp_path):
+    (tmp_path / "history.jsonl").write_text(f'{{"step": 2, "changed": {changed}}}\n')
+    with pytest.raises(UserError, match="history.jsonl, row 1, field 'changed'.*: expected"):
+        checkpoint.read_changes(tmp_path, 9)
+
+
 def test_time_saves_soon_and_then_at_most_ten_minutes_apart(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])

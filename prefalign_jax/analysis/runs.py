@@ -79,7 +79,7 @@ def read_mark(point: Path) -> dict[str, Any]:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The config.json of a run, {} where an earlier version wrote none."""
-    shape = {"steps?": "an integer or null", "batch_size?": "an integer"}
+    shape = {"steps?": "an integer or null", "batch_size?": "an integer", "loss?": {"name?": "a string"}}
     return read_json(path / "config.json", shape, missing={})
 
 
