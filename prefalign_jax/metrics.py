@@ -60,6 +60,9 @@ def metric_sums(values: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Ar
     return weighted_sum(values, weight), jnp.sum(weight)
 
 
+NEWS = ("loss", "grad_norm")  # metrics of all pairs: none of them can fail to apply
+
+
 class Board:
     """TensorBoard's event file of one writer; each step is on disk when `write` returns.
 
@@ -118,6 +121,8 @@ class Writer(NamedTuple):
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends one line, `step` first. JSON has no NaN and no infinity: they are written as null.
 
+        A mean over none of a batch's pairs is NaN, and such a metric is left out. Of a loss or a gradient NaN is news.
+
         Args:
           step: of the run.
           metrics: name -> number, or array of one element.
@@ -126,6 +131,7 @@ class Writer(NamedTuple):
           WriteError: it cannot be written.
         """
         numbers = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
+        numbers = {name: x for name, x in numbers.items() if not math.isnan(x) or name.rpartition("/")[2] in NEWS}
         if self.jsonl is not None:
             finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
             with writing(self.jsonl.name):

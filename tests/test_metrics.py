@@ -48,11 +48,11 @@ def test_lines_have_step_first_and_exact_numbers(tmp_path):
     assert np.float32(row["loss"]) == third and row["tokens"] == 7 and row["rewards/margins"] == 1e-30
 
 
-def test_not_finite_is_null(tmp_path):
+def test_not_finite_is_null_and_what_does_not_apply_is_left_out(tmp_path):
     writer = metrics.open_writer(tmp_path, tensorboard=False)
-    writer.write(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.0})
+    writer.write(1, {"loss": math.nan, "b": math.inf, "c": -math.inf, "d": 0.0, "of_none": math.nan})
     writer.close()
-    assert rows(tmp_path / "metrics.jsonl") == [{"step": 1, "a": None, "b": None, "c": None, "d": 0.0}]
+    assert rows(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None, "b": None, "c": None, "d": 0.0}]
 
 
 @pytest.mark.parametrize("cut", ['{"step": 5, "lo', '{"step"', "\x00\x00", '"text"', "3"])
