@@ -150,6 +150,7 @@ def test_the_way_to_a_gpu_on_a_cpu(monkeypatch, how):
     assert found["largest difference of a loss"] < 1e-2
 
 
+@pytest.mark.everything
 def test_ours_alone_from_weights_that_are_kept(tmp_path, monkeypatch):
     kept = tmp_path / "kept"
     options = dict(peer="none", shape="tiny", lengths="20+12", pairs=2, steps=2, rounds=1, keep=str(kept))

@@ -185,6 +185,7 @@ def test_metrics_and_columns_are_those_asked_for(tmp_path):
     assert {path.stem.split("-")[1] for path in pictures} == {"step", "seconds"}
 
 
+@pytest.mark.everything
 def test_the_script_says_what_it_wrote_and_what_is_wrong(tmp_path):
     def report(*arguments):
         command = [sys.executable, "scripts/report.py", *map(str, arguments)]

@@ -73,6 +73,7 @@ def test_pairs_say_where_they_come_from_and_are_made_once(prompts, tmp_path):
         make_pairs(config, str(MODEL), tmp_path / "out", 1)
 
 
+@pytest.mark.everything
 def test_rounds_train_on_what_the_last_model_drew(prompts, light_runs, tmp_path):
     config = config_of(
         prompts,

@@ -425,7 +425,7 @@ SCAN = "handbook/beta_loss_scan.py"
 # What differs from another in numbers alone needs no step of its own.
 STEPPED = [name for name in PUBLISHED if not name.endswith(("M", "openhermes", "think,model=SFT")) and name != SCAN]
 # Adapters on a quantized base, experts with ORPO, SFT, a window of every fourth layer: the others have nothing else.
-CORE = ("handbook/zephyr_141b_orpo.py", "handbook/smollm3_apo_zero.py:model=SFT")
+CORE = ("handbook/zephyr_141b_orpo.py",)
 IPO = {"loss.name": "ipo", "loss.tau": 0.1, "loss.per_token": True}
 KTO = {"loss.name": "kto_pair", "loss.beta": 0.1}
 

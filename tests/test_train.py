@@ -528,6 +528,7 @@ def types_of(tree):
     return {leaf.dtype.name for leaf in jax.tree.leaves(tree)}
 
 
+@pytest.mark.everything
 def test_weights_are_trained_in_param_dtype_and_a_frozen_base_keeps_its_stored_type(halves):
     mesh = make_mesh({"data": -1})
     for param_dtype, trained in (("float32", "float32"), ("bfloat16", "bfloat16"), ("stored", "bfloat16")):
@@ -555,7 +556,8 @@ def test_a_base_in_bfloat16_gives_the_numbers_of_its_widened_copy(halves, tmp_pa
             np.testing.assert_array_equal(found[key], wanted[key], err_msg=key)
 
 
-@pytest.mark.parametrize("kind", ["nf4", longer("int8")])
+@pytest.mark.everything
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_base_is_quantized_on_its_way_whether_read_or_drawn(kind, halves):
     mesh = make_mesh({"fsdp": -1})
     load = functools.partial(assemble.load_model, mesh=mesh, tokens=0, lora=Lora())
@@ -579,7 +581,8 @@ def test_adapters_of_a_reward_model_train_its_score_as_well(tmp_path):
     assert np.any(merged["score.weight"]) and "lm_head.weight" not in merged
 
 
-@pytest.mark.parametrize("name", ["ld_dpo", longer("sampo")])
+@pytest.mark.everything
+@pytest.mark.parametrize("name", ["ld_dpo", "sampo"])
 def test_cached_sums_over_parts_of_responses_are_those_of_a_frozen_copy(name, tmp_path):
     for kind in ("copy", "cached"):
         fields = {"steps": 2, "reference.kind": kind, "reference.path": str(TRL), "export.enabled": False}
