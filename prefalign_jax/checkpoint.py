@@ -44,7 +44,7 @@ FREE = ("data.eval_path", "data.eval_split", "data.eval_limit", "data.cache_dir"
 # Fields that may change when a run is resumed and change what comes: each change is said and kept in the history.
 TOLD = ("steps", "examples", "epochs", "learning_rate", "schedule", "warmup_steps", "warmup_examples", "warmup_epochs")
 TOLD += ("grad_clip", "micro_steps", "mesh", "vocabulary_chunk", "accuracy_ties", "samples")
-TOLD_TOO = ("data.eval_path", "data.eval_split", "data.eval_limit")
+TOLD += ("data.eval_path", "data.eval_split", "data.eval_limit")
 # Of these, what matters to steps that are still to come alone.
 AHEAD = ("learning_rate", "schedule", "warmup_steps", "warmup_examples", "warmup_epochs", "grad_clip")
 HISTORY = "history.jsonl"  # in the workdir: where a run was resumed with other values
@@ -387,7 +387,7 @@ def changes(checkpoints: Checkpoints, config: Mapping[str, Any]) -> dict[str, tu
     if not checkpoints.resumed:
         return {}
     before, now = flatten(checkpoints.resumed), flatten(config)
-    names = [name for name in now if (name.split(".")[0] in TOLD or name in TOLD_TOO) and name in before]
+    names = [name for name in now if not {name, name.split(".")[0]}.isdisjoint(TOLD) and name in before]
     return {name: (before[name], now[name]) for name in names if before[name] != now[name]}
 
 

@@ -8,6 +8,7 @@ import random
 
 import pytest
 
+from conftest import longer
 from prefalign_jax.data.chat import iter_pairs
 from prefalign_jax.data.memory import MemoryRows
 from prefalign_jax.data.records import Tally, iter_records
@@ -138,9 +139,7 @@ def as_row(record):
     return row
 
 
-@pytest.mark.parametrize(
-    "count", [1000, pytest.param(10_000, marks=pytest.mark.everything)], ids=["a thousand", "ten thousand"]
-)
+@pytest.mark.parametrize("count", [1000, longer(10_000)], ids=["a thousand", "ten thousand"])
 def test_damaged_rows_are_read_as_they_stand_or_answered_in_one_line(count, tiny_tokenizer):
     """What is read, written and read again is the same; nothing is made up that the row does not say."""
     tokenizer = copy.deepcopy(tiny_tokenizer)

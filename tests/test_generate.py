@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from conftest import longer
 from prefalign_jax.data.packing import Layout
 from prefalign_jax.generation import generate
 from prefalign_jax.generation.generate import sample, stream
@@ -404,11 +405,7 @@ def test_no_prompts_no_samples():
 @pytest.mark.parity
 @pytest.mark.parametrize(
     "case",
-    ["llama llama3", "gemma2"]
-    + [
-        pytest.param(case, marks=pytest.mark.everything)
-        for case in ("gpt_neox", "opt", "qwen3_moe", "phi", "gemma3_text")
-    ],
+    ["llama llama3", "gemma2"] + [longer(case) for case in ("gpt_neox", "opt", "qwen3_moe", "phi", "gemma3_text")],
 )
 def test_greedy_is_transformers_generate_token_for_token(case, tmp_path):
     torch = pytest.importorskip("torch")

@@ -13,6 +13,7 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
+from conftest import longer
 from prefalign_jax import sharding
 from prefalign_jax.models import families, hf_io
 from prefalign_jax.models.decoder import DecoderConfig, make_decoder
@@ -237,10 +238,7 @@ FSDP, ALL_AXES = {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}
 @pytest.mark.parametrize(
     ("dtype", "sizes"),
     [("float32", None), ("stored", FSDP)]
-    + [
-        pytest.param(*more, marks=pytest.mark.everything)
-        for more in (("stored", None), ("float32", FSDP), ("stored", ALL_AXES), ("float32", ALL_AXES))
-    ],
+    + [longer(*more) for more in (("stored", None), ("float32", FSDP), ("stored", ALL_AXES), ("float32", ALL_AXES))],
     ids=str,
 )
 def test_kernels_quantized_on_the_way_are_those_quantized_afterwards(kind, sizes, dtype, tmp_path):

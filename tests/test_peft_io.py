@@ -12,6 +12,7 @@ from flax import traverse_util
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from conftest import longer
 from prefalign_jax.limits import time_limit
 from prefalign_jax.models import families, peft_io
 from prefalign_jax.models.decoder import DecoderConfig, make_decoder
@@ -359,8 +360,7 @@ def test_peft_computes_the_same_from_our_adapters_and_we_from_its_own(family, lo
 @pytest.mark.parity
 @pytest.mark.parametrize(
     ("stabilised", "dora"),
-    [(True, True)]
-    + [pytest.param(*more, marks=pytest.mark.everything) for more in ((False, False), (False, True), (True, False))],
+    [(True, True)] + [longer(*more) for more in ((False, False), (False, True), (True, False))],
 )
 @pytest.mark.parametrize(
     ("family", "target"),

@@ -12,6 +12,7 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh
 
+from conftest import longer
 from prefalign_jax.data.records import read_records
 from prefalign_jax.experiment import read
 from prefalign_jax.models import families
@@ -434,8 +435,8 @@ KTO = {"loss.name": "kto_pair", "loss.beta": 0.1}
     ("name", "overrides"),
     [pytest.param(name, {}, id=name, marks=[pytest.mark.everything] * (name not in CORE)) for name in STEPPED]
     + [
-        pytest.param(SCAN, IPO, id="scan-ipo", marks=pytest.mark.everything),
-        pytest.param(SCAN, KTO, id="scan-kto", marks=pytest.mark.everything),
+        longer(SCAN, IPO, id="scan-ipo"),
+        longer(SCAN, KTO, id="scan-kto"),
     ],
 )
 def test_a_recipe_steps_at_reduced_width(name, overrides, tiny_tokenizer, light_runs, tmp_path):

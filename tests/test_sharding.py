@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from conftest import longer
 from prefalign_jax.cost.collectives import collectives
 from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pipeline import batch_of, make_pair_set
@@ -312,11 +313,8 @@ MESHES = {
 # TRL's runs are on the other meshes, DPO's on data 8 and ORPO's on fsdp 4 x tensor 2 (tests/test_train.py).
 PROGRAMS = [("dpo", "data 2 x fsdp 2 x tensor 2"), ("dpo", "fsdp 4 x context 2")]
 PROGRAMS += [
-    pytest.param(loss, mesh, marks=pytest.mark.everything)
-    for loss in ("dpo", "orpo", "kto")
-    for mesh in list(MESHES)[1:]
-    if (loss, mesh) not in PROGRAMS
-] + [pytest.param("dpo of experts", "fsdp 4 x tensor 2", marks=pytest.mark.everything)]
+    longer(loss, mesh) for loss in ("dpo", "orpo", "kto") for mesh in list(MESHES)[1:] if (loss, mesh) not in PROGRAMS
+] + [longer("dpo of experts", "fsdp 4 x tensor 2")]
 
 
 @functools.cache

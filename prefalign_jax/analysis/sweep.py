@@ -124,9 +124,8 @@ def read_points(
         _check(overrides, f"{experiment}: sweep(), point {number}", common)
         if both := sorted(set(overrides) & set(grid)):
             raise UserError(f"--grid {both[0]}= varies what sweep() of {experiment} varies; leave it out")
+    _check({field: values[0] for field, values in grid.items()}, "--grid", common)
     listed = [{**one, **dict(zip(grid, each, strict=True))} for one in listed for each in product(*grid.values())]
-    for overrides in listed[:1]:
-        _check(overrides, "--grid", common)
     points = []
     for number, (name, overrides) in enumerate(zip(names_of(listed), listed, strict=True), 1):
         joined = ",".join(filter(None, (argument, overrides.get("config"))))

@@ -48,13 +48,13 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--fsdp", type=int, default=1, metavar="N", help="devices that share the parameters")
     parser.add_argument("--tensor", type=int, default=1, metavar="N", help="devices that share each product")
     options = parser.read(argv)
+    from prefalign_jax.data.template import CHAT_FIELDS
     from prefalign_jax.generation.sample_files import read_samples, write_alpaca_eval
     from prefalign_jax.generation.sample_to_file import Draw, sample_to_file
     from prefalign_jax.generation.sampling import Sampling
 
     given = {name: getattr(options, name) for name in SAMPLING if getattr(options, name) is not None}
-    drawn_by = ("seed", "max_new_tokens", "stop", "chat_template", "dtype")
-    drawn_by += ("chat_template_kwargs", "template_may_drop", "special_in_text", "date")
+    drawn_by = ("seed", "max_new_tokens", "stop", "chat_template", "dtype", *CHAT_FIELDS)
     draw = Draw(Sampling(**given), **{name: getattr(options, name) for name in drawn_by})
     sample_to_file(
         options.model,

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from prefalign_jax.data.alphabet import Alphabet
-from prefalign_jax.data.records import Prompt, Record, Text
+from prefalign_jax.data.records import Prompt, Record, Text, told_by
 from prefalign_jax.data.remarks import Remarks
 from prefalign_jax.data.rendering import Renderer
 from prefalign_jax.data.spelled import MARKS, SpecialTokens, Written, encoder, strings_of
@@ -242,9 +242,8 @@ def tokenize_prompts(
     encode = encoder(tokenizer, SpecialTokens(tokenizer))
     for number, prompt in enumerate(prompts, 1):
         one = prompt if isinstance(prompt, Prompt) else Prompt(prompt, "", Place(f"prompt {number}"))
-        told = dict(tools=one.tools, chat_template_kwargs=one.chat_template_kwargs)
         with time_limit():
-            texts = texts_of(Record(one.prompt, "", "", where=one.where, **told))
+            texts = texts_of(Record(one.prompt, "", "", where=one.where, **told_by(one)))
         (ids,) = encode(texts)
         if isinstance(one.prompt, str) and ids[: len(prefix)] != prefix:
             ids = prefix + ids

@@ -303,6 +303,11 @@ class Prompt(NamedTuple):
 TOLD = ("tools", "chat_template_kwargs")  # fields of a row with a prompt that the chat template is told
 
 
+def told_by(record: Any) -> dict[str, tuple]:
+    """Those attributes of a record, to make another with."""
+    return {name: getattr(record, name) for name in TOLD}
+
+
 def told(prompt: Any) -> dict[str, Any]:
     """Those fields of a row with this prompt, where it has them; also of another record with these attributes."""
     values = dict(zip(TOLD, (list(prompt.tools), dict(prompt.chat_template_kwargs)), strict=True))
@@ -540,10 +545,9 @@ def _conversation(
         prompt, *sides = ([_left_out(message, leave) for message in part] for part in (prompt, *sides))
     asked_in = "prompt" if asked else fields[0]
     prompt = obeyed(prompt, asked_in, trained=False)
-    firsts = [
-        max(0, len(whole) - len(side)) for whole, side in zip(given, sides, strict=True)
-    ]  # their places in the row
-    answers = list(zip(fields, sides, firsts, strict=True))
+    # Their places in the row.
+    firsts = [max(0, len(whole) - len(side)) for whole, side in zip(given, sides, strict=True)]
+    answers = zip(fields, sides, firsts, strict=True)
     sides = [obeyed(side, name, first, trained=True) for name, side, first in answers]
     parts = [("history", before or [], 0), (asked_in, prompt, 0), *zip(fields, sides, firsts, strict=True)]
     account_messages(parts, reading.kind if trained else PROMPTS, tally.unread)

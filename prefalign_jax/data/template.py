@@ -51,12 +51,8 @@ class ChatOptions(NamedTuple):
 
 
 AS_IT_IS = ChatOptions()
-CHAT_FIELDS = (
-    "chat_template_kwargs",
-    "template_may_drop",
-    "date",
-    "special_in_text",
-)  # options that `chat_options` takes
+# Options that `chat_options` takes.
+CHAT_FIELDS = ("chat_template_kwargs", "template_may_drop", "date", "special_in_text")
 
 
 def template_kwargs(given: Any, name: str = "data.chat_template_kwargs") -> tuple[tuple[str, Any], ...]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from prefalign_jax.data.chat import load_tokenizer, tokenize_prompts
-from prefalign_jax.data.records import TOLD, Prompt, read_prompts, told
+from prefalign_jax.data.records import TOLD, Prompt, read_prompts, told, told_by
 from prefalign_jax.data.remarks import Remarks, lines
 from prefalign_jax.data.template import CHAT_FIELDS, ChatOptions, chat_options, prints_date
 from prefalign_jax.files import append, hold, parse_json, writing
@@ -152,8 +152,7 @@ def sample_to_file(
                 progress.update(count, {"tokens": tokens})
                 if (_key({"prompt": prompt.prompt, **told(prompt)}), number) in done:
                     continue
-                asked_with = dict(tools=prompt.tools, chat_template_kwargs=prompt.chat_template_kwargs)
-                row = as_row(Sample(prompt.prompt, text, id=prompt.id, **run, **asked_with))
+                row = as_row(Sample(prompt.prompt, text, id=prompt.id, **run, **told_by(prompt)))
                 row |= {"sample": number, "ended": drawn.ended}
                 row |= {"tokens": drawn.tokens.tolist(), "logps": drawn.logps.tolist()}
                 append(out, descriptor, (json.dumps(row, ensure_ascii=False) + "\n").encode())

@@ -109,9 +109,8 @@ def make_pairs(config: ConfigDict, model_path: str, directory: Path, seed: int) 
     def write() -> None:
         write_jsonl(directory / PAIRS, rows)
         day = {"date": experiment.config.data.date} if prints_date(tokenizer) else {}
-        write_json(
-            directory / MADE, {"made": made, "pairs": len(rows), "left_out": dropped, **day}
-        )  # last: all is there
+        about = {"made": made, "pairs": len(rows), "left_out": dropped, **day}
+        write_json(directory / MADE, about)  # last: all is there
 
     by_first(write)
     return directory / PAIRS

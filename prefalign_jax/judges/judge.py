@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from prefalign_jax.data.records import Prompt, Text, told
+from prefalign_jax.data.records import Prompt, Text, told, told_by
 from prefalign_jax.data.rows import json_rows
 from prefalign_jax.generation.sample_files import Sample, as_row, text_of, told_with, write_jsonl
 from prefalign_jax.types import Place, UserError
@@ -93,8 +93,8 @@ def pair_samples(first: Sequence[Sample], second: Sequence[Sample]) -> tuple[lis
         else:
             name = sample.id or str(len(comparisons) + 1)
             repeated = f"#{number + 1}" if number and sample.id else ""
-            told = dict(tools=sample.tools, chat_template_kwargs=sample.chat_template_kwargs)
-            comparisons.append(Comparison(sample.prompt, sample.response, other.response, name + repeated, **told))
+            both = sample.response, other.response
+            comparisons.append(Comparison(sample.prompt, *both, name + repeated, **told_by(sample)))
     if lonely := len(theirs.keys() - ours.keys()):
         dropped["only in the second"] = lonely
     return comparisons, dict(dropped)

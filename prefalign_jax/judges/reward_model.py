@@ -14,7 +14,7 @@ from prefalign_jax.data.chat import iter_pairs
 from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pairs import digest_of
 from prefalign_jax.data.pipeline import eval_batches, make_pair_set
-from prefalign_jax.data.records import Prompt, Record, Text
+from prefalign_jax.data.records import Prompt, Record, Text, told_by
 from prefalign_jax.data.template import chat_options
 from prefalign_jax.judges.cache import Cache, open_cache
 from prefalign_jax.judges.judge import Scorer, Scores
@@ -97,8 +97,7 @@ def scorer(
         for given, response in zip(prompts, responses, strict=True):
             one = given if isinstance(given, Prompt) else Prompt(given, "", where)
             chosen = response if isinstance(one.prompt, str) else [{"role": "assistant", "content": response}]
-            asked = dict(tools=one.tools, chat_template_kwargs=one.chat_template_kwargs)
-            records.append(Record(one.prompt, chosen, type(chosen)(), where=where, **asked))
+            records.append(Record(one.prompt, chosen, type(chosen)(), where=where, **told_by(one)))
         made = [pair for _, pair in iter_pairs(records, tokenizer, max_length=config.max_position, chat=chat)]
         pairs = [pair for pair in made if not isinstance(pair, str)]
         reasons = [f"{pair} for the reward model" if isinstance(pair, str) else "" for pair in made]

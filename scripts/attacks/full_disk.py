@@ -13,28 +13,17 @@ import resource
 import shutil
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from started import Command, import_all
-from targets import final_files, make_inputs, run, words_of
+from targets import differing, final_files, run, undisturbed
 
 COMMANDS = ("dpo", "cached reference", "lora", "rounds", "generate", "judge")
 
 
 def attack(name: str, count: int, scratch: Path, draw: random.Random) -> int:
     """Fills the disk until `count` runs have met it; how many did not end as they should."""
-    inputs, out = scratch / "inputs", scratch / "out"  # files name the place: it is the same for all
-    make_inputs(inputs)
-    words, took, wanted = words_of(name, out, inputs), 0.0, {}
-    for _ in range(2):  # the second run finds its programs compiled, as the others do
-        shutil.rmtree(out, ignore_errors=True)
-        began = time.monotonic()
-        status, said = run(words)
-        took = time.monotonic() - began
-        if status:
-            raise SystemExit(f"{name}: {said}")
-        wanted = final_files(out)
+    words, out, took, wanted = undisturbed(name, scratch)
     largest = max(file.stat().st_size for file in out.rglob("*") if file.is_file())
     met, wrong = 0, 0
     for moment in itertools.count():
@@ -55,9 +44,8 @@ def attack(name: str, count: int, scratch: Path, draw: random.Random) -> int:
         if status != 1 or said.count("error: ") != 1 or not last.startswith("error: ") or "Traceback" in said:
             faults.append(f"status {status}: {said[-500:]}")
         status, said = run(words)
-        found = final_files(out)
-        if status or found != wanted:
-            different = sorted(file for file in {*wanted, *found} if wanted.get(file) != found.get(file))
+        different = differing(final_files(out), wanted)
+        if status or different:
             faults.append(f"afterwards status {status}, {different}, {said[-300:] if status else ''}")
         for fault in faults:
             print(f"{name}, limit of {size} bytes after {at:.1f} s: {fault}", flush=True)

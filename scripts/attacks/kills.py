@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from started import Command, Server, import_all
-from targets import COMMANDS, final_files, make_inputs, run, words_of
+from targets import COMMANDS, differing, final_files, run, undisturbed
 
 IN_A_ROW = 5  # kills of one directory before it may finish
 
@@ -38,17 +38,8 @@ def hidden(out: Path) -> list[str]:
 
 def attack(name: str, count: int, scratch: Path, server: Server, draw: random.Random) -> Tally:
     """Kills one command until `count` kills have met it alive."""
-    inputs, out = scratch / "inputs", scratch / "out"  # files name the place: it is the same for all
-    make_inputs(inputs)
-    words, took, wanted, met, wrong = words_of(name, out, inputs), 0.0, {}, 0, 0
-    for _ in range(2):  # the second run finds its programs compiled, as those to be killed do
-        shutil.rmtree(out, ignore_errors=True)
-        began = time.monotonic()
-        status, said = run(words)
-        took = time.monotonic() - began
-        if status:
-            raise SystemExit(f"{name}: {said}")
-        wanted = final_files(out)
+    words, out, took, wanted = undisturbed(name, scratch)
+    met, wrong = 0, 0
     for number in itertools.count(1):
         shutil.rmtree(out, ignore_errors=True)
         times = min(draw.randint(1, IN_A_ROW), count - met)
@@ -66,8 +57,7 @@ def attack(name: str, count: int, scratch: Path, server: Server, draw: random.Ra
             said = command.said()
         if status is None:
             status, said = run(words)
-        found = final_files(out) if out.exists() else {}
-        different = sorted(file for file in {*wanted, *found} if wanted.get(file) != found.get(file))
+        different = differing(final_files(out), wanted)
         if status or different or hidden(out) or "Traceback" in said:
             wrong += 1
             shown = ", ".join(f"{moment / took:.2f}" for moment in moments)

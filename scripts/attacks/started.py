@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 SERVER = "ATTACKED_RUNS_ARE_STARTED_BY"  # environment: path of the socket
@@ -45,14 +45,13 @@ class Command:
 
     Args:
       words: the name of the command and its options.
-      first: called in the new process before anything else.
     """
 
-    def __init__(self, words: Sequence[str], first: Callable[[], None] = lambda: None):
+    def __init__(self, words: Sequence[str]):
         self.output, end = os.pipe()  # no file, for which the system may have a limit
         fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, 2**20)
         os.set_blocking(self.output, False)
-        self.process = multiprocessing.get_context("fork").Process(target=_become, args=(words, end, first))
+        self.process = multiprocessing.get_context("fork").Process(target=_become, args=(words, end))
         self.process.start()
         os.close(end)
 
@@ -77,13 +76,12 @@ class Command:
         return b"".join(parts).decode(errors="replace")
 
 
-def _become(words: Sequence[str], output: int, first: Callable[[], None]) -> None:
+def _become(words: Sequence[str], output: int) -> None:
     """In the new process: runs a command and ends with its status."""
     os.setsid()
     for number in (1, 2):
         os.dup2(output, number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
-    first()
     from prefalign_jax.commands import main, sweep
 
     if SERVER in os.environ:

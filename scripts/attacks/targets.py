@@ -6,9 +6,11 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from started import Command
@@ -72,10 +74,31 @@ def make_inputs(directory: Path) -> None:
     )
 
 
-def run(words: list[str], first: Callable[[], None] = lambda: None) -> tuple[int, str]:
-    """(exit status, what it said) of a command that nothing disturbs; `first` is called in its process."""
-    command = Command(words, first)
+def run(words: list[str]) -> tuple[int, str]:
+    """(exit status, what it said) of a command that nothing disturbs."""
+    command = Command(words)
     return command.wait(), command.said()
+
+
+def undisturbed(name: str, scratch: Path) -> tuple[list[str], Path, float, Mapping[str, str]]:
+    """(words of a command, where it writes, how many seconds it takes, its final files); files name the place."""
+    inputs, out = scratch / "inputs", scratch / "out"
+    make_inputs(inputs)
+    words, seconds, files = words_of(name, out, inputs), 0.0, {}
+    for _ in range(2):  # the second run finds its programs compiled, as those that are attacked do
+        shutil.rmtree(out, ignore_errors=True)
+        began = time.monotonic()
+        status, said = run(words)
+        seconds = time.monotonic() - began
+        if status:
+            raise SystemExit(f"{name}: {said}")
+        files = final_files(out)
+    return words, out, seconds, files
+
+
+def differing(files: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
+    """The names of the files that are not alike, or not in both."""
+    return sorted(name for name in {*wanted, *files} if wanted.get(name) != files.get(name))
 
 
 def final_files(out: Path) -> Mapping[str, str]:
@@ -83,9 +106,7 @@ def final_files(out: Path) -> Mapping[str, str]:
     files = {}
     for file in sorted(out.rglob("*")):
         name = file.relative_to(out).as_posix()
-        if not file.is_file() or re.search(
-            r"(^|/)(\.lock|\.point_lock|log\.txt|tokens/.*)$|(checkpoints|tensorboard)/|\.png$", name
-        ):
+        if not file.is_file() or _LEFT_OUT.search(name):
             continue
         files[name] = hashlib.sha256(_without_clock(file, str(out))).hexdigest()
     return files
