@@ -243,14 +243,16 @@ token_kl.defvjp(_kl_forward, _kl_backward)
 
 
 def _sums(values: jax.Array, batch: PreferenceBatch) -> jax.Array:
-    """[B, SIDES] sums of a value per trained token over the slots. Filler points at a slot past the last: dropped."""
+    """[B, SIDES] weighted sums of a value per trained token over the slots. Filler points at a slot past the last."""
     pairs = batch.weight.shape[0]
+    if batch.token_weight is not None:
+        values = values.reshape(-1) * batch.token_weight.reshape(-1)
     sums = jax.ops.segment_sum(values.reshape(-1), batch.slot.reshape(-1), num_segments=SIDES * pairs)
     return sums.reshape(pairs, SIDES)
 
 
 def token_counts(batch: PreferenceBatch) -> jax.Array:
-    """[B, SIDES] float32: trained tokens of each pair by side."""
+    """[B, SIDES] float32: trained tokens of each pair by side, each by how much it counts."""
     return _sums(jnp.ones(batch.slot.shape, jnp.float32), batch)
 
 

@@ -319,6 +319,7 @@ def batch_shardings(mesh: Mesh, batch: PreferenceBatch) -> PreferenceBatch:
     """
     rows, replicated = NamedSharding(mesh, P(None, ROWS, "context")), NamedSharding(mesh, P())
     per_row = {"tokens", "segments", "branches", "positions", "source", "target", "slot", "tiles", "sequences"}
+    per_row |= {"token_weight"}
     return PreferenceBatch(
         **{
             name: jax.tree.map(lambda _, name=name: rows if name in per_row else replicated, value)

@@ -99,6 +99,8 @@ class Pair:
       margin: by how much the chosen response is better; NaN where the data do not say.
       label: of an unpaired example, whether its completion is desirable.
       where: the row that it was made of.
+      chosen_weights, rejected_weights: [N] float32, by how much each token of the response counts; 0 for one that is
+        read and not trained, such as what a tool says; None where each counts once.
     """
 
     prompt: np.ndarray
@@ -108,6 +110,8 @@ class Pair:
     margin: float = math.nan
     label: bool = True
     where: Place = Place()
+    chosen_weights: np.ndarray | None = None
+    rejected_weights: np.ndarray | None = None
 
 
 class Sequences(NamedTuple):
@@ -145,6 +149,7 @@ class PreferenceBatch(NamedTuple):
     mean_tokens: Array  # [2] float32, weighted mean number of trained (prompt, chosen) tokens a pair, global batch
     reference: PairLogps | None = None  # cached reference log-probabilities
     sequences: Sequences | None = None  # where the model attends by them
+    token_weight: Array | None = None  # [G, T] float32, by how much each trained token counts; None: each counts once
 
 
 class Sides(NamedTuple):

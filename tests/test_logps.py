@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -140,6 +141,49 @@ def test_packed_layouts_equal_one_pair_at_a_time_in_value_and_gradient(layout, g
     np.testing.assert_array_equal(got.rejected_tokens, [len(pair.rejected) for pair in pairs])
     np.testing.assert_array_equal(got.prompt_tokens, [len(pair.prompt) - 1 for pair in pairs])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), grads, plain_grads)
+
+
+def with_weights(pairs, values, seed=0):
+    """The pairs with a weight for each token of their responses, drawn from `values`; some have none."""
+    rng = np.random.default_rng(seed)
+    weights = ((rng.choice(values, len(ids)) for ids in (pair.chosen, pair.rejected)) for pair in pairs)
+    sides = ("chosen_weights", "rejected_weights")
+    given = (dict(zip(sides, map(np.float32, both), strict=True)) for both in weights)
+    return [
+        dataclasses.replace(pair, **one) if i else pair for i, (pair, one) in enumerate(zip(pairs, given, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("values", [(0, 1), (0, 0.5, 1, 2.5)], ids=["masks", "weights"])
+@pytest.mark.parametrize("layout", [FULL, ORDINARY], ids=["tree", "ordinary"])
+def test_each_token_counts_by_its_weight_and_is_read_in_any_case(layout, values):
+    params, pairs = make_params(), with_weights(make_pairs(5), values)
+
+    def plain(params):
+        sums = []
+        for pair in pairs:
+            for ids, weights in ((pair.chosen, pair.chosen_weights), (pair.rejected, pair.rejected_weights)):
+                text = np.concatenate([pair.prompt, ids])
+                logps = _plain_logps(params, np.pad(text, (0, 25 - len(text))))[len(pair.prompt) - 1 : len(text) - 1]
+                sums.append((logps if weights is None else weights * logps).sum())
+        return jnp.stack(sums).reshape(-1, 2)
+
+    batch = first(packed(pairs, layout=layout, groups=2))
+    assert (batch.token_weight is None) == (set(values) == {0, 1})
+    mix = np.random.default_rng(1).normal(size=(5, 2)).astype(np.float32)
+
+    def total(params):
+        out = logps_of(MODEL, params, batch)
+        return (mix * jnp.stack([out.chosen, out.rejected], 1)).sum(), out
+
+    (_, got), slope = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+    wanted, wanted_slope = plain(params), jax.grad(lambda params: (mix * plain(params)).sum())(params)
+    np.testing.assert_allclose(np.stack([got.chosen, got.rejected], 1), wanted, rtol=2e-5, atol=2e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), slope, wanted_slope)
+    for side, counts in (("chosen", got.chosen_tokens), ("rejected", got.rejected_tokens)):
+        given = [(getattr(pair, side), getattr(pair, f"{side}_weights")) for pair in pairs]
+        np.testing.assert_allclose(counts, [len(ids) if x is None else x.sum() for ids, x in given], rtol=1e-6)
+    np.testing.assert_array_equal(got.prompt_tokens, [len(pair.prompt) - 1 for pair in pairs])
 
 
 def test_the_rejected_response_changes_no_chosen_log_probability():

@@ -14,6 +14,7 @@ prompt, the chosen response, the rejected one. All of a batch is written at once
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import math
 from collections.abc import Callable, Sequence
@@ -49,6 +50,7 @@ class Layout(NamedTuple):
       prompt: train on the prompt's tokens after its first as well.
       after: predict the last token of each response once more, from itself.
       rewards: predict nothing, but read the hidden state of each response's last token.
+      weighted: say of each trained token by how much it counts.
     """
 
     tree: bool = True
@@ -56,6 +58,7 @@ class Layout(NamedTuple):
     prompt: bool = False
     after: bool = False
     rewards: bool = False
+    weighted: bool = False
 
 
 class Shape(NamedTuple):
@@ -77,7 +80,7 @@ class Lengths(NamedTuple):
       responses: [N, sides], targets of each side.
       inputs: [N, sides], tokens of each side that rows hold.
       pieces: [N, pieces], tokens of each piece.
-      trained: [N, pieces], trained tokens of each piece.
+      trained: [N, pieces], trained tokens of each piece; those of weight 0 are not among them.
     """
 
     prompt: np.ndarray
@@ -94,11 +97,13 @@ class Lengths(NamedTuple):
 
 def lengths_of(pairs: Sequence[Pair], layout: Layout) -> Lengths:
     """Measures pairs under a layout."""
-    tokens = as_pairs(pairs).length.astype(np.int64)
-    prompt, responses = tokens[:, 0], tokens[:, 1 : 3 if layout.rejected else 2]
+    pairs, sides = as_pairs(pairs), slice(1, 3 if layout.rejected else 2)
+    tokens = pairs.length.astype(np.int64)
+    prompt, responses = tokens[:, 0], tokens[:, sides]
     last = np.minimum(responses, 1)
     inputs = responses if layout.after or layout.rewards else responses - last
-    trained = last if layout.rewards else responses + last * layout.after
+    counted = pairs.sums(lambda weights: weights != 0)[:, sides].astype(np.int64)
+    trained = last if layout.rewards else counted + last * layout.after
     of_prompt = (prompt - 1) * layout.prompt
     if layout.tree:
         return Lengths(
@@ -279,12 +284,13 @@ def _spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mean_tokens(pairs: Sequence[Pair]) -> np.ndarray:
-    """[2] float32: weighted mean number of trained (prompt, chosen) tokens a pair."""
+    """[2] float32: weighted mean number of trained (prompt, chosen) tokens a pair, each by how much it counts."""
     if isinstance(pairs, Pairs):
-        weight, counts = pairs.weight, pairs.length[:, :2].astype(np.float64)
+        weight, counts = pairs.weight, pairs.sums(lambda weights: weights)[:, :2]
     else:
         weight = np.array([pair.weight for pair in pairs], np.float64)
-        counts = np.array([(len(pair.prompt), len(pair.chosen)) for pair in pairs], np.float64)
+        chosen = [len(one.chosen) if one.chosen_weights is None else one.chosen_weights.sum() for one in pairs]
+        counts = np.array([(len(pair.prompt), count) for pair, count in zip(pairs, chosen, strict=True)], np.float64)
     counts -= [1, 0]
     return (weight[:, None] * counts).sum(0).astype(np.float32) / np.float32(weight.sum())
 
@@ -343,15 +349,24 @@ def lay_out(
     offsets += SIDES * np.arange(len(pairs)).reshape(-1, 1, 1)
     owner = np.broadcast_to(group[:, :, None], count.shape).reshape(-1)
     count = np.where(owner >= 0, count.reshape(-1), 0)
+    run, step = _spread(count)
+    targets, weights = _joined(_outputs, pairs, layout, placed), None
+    if any(pair.chosen_weights is not None or pair.rejected_weights is not None for pair in pairs):
+        weights = _joined(_weights, pairs, layout, placed)
+        run, step, targets, weights = (x[weights != 0] for x in (run, step, targets, weights))
+        count = np.bincount(run, minlength=len(count))
     filled = np.zeros(len(count), np.int64)
     for g in range(groups):
         here = owner == g
         filled[here] = np.cumsum(count[here]) - count[here]
-    run, step = _spread(count)
-    positions_of = (owner * shape.trained + filled)[run] + step
+    positions_of = (owner * shape.trained + filled)[run] + _spread(count)[1]
     source.reshape(-1)[positions_of] = first.reshape(-1)[run] + step
-    target.reshape(-1)[positions_of] = _joined(_outputs, pairs, layout, placed)
+    target.reshape(-1)[positions_of] = targets
     slot.reshape(-1)[positions_of] = offsets.reshape(-1)[run]
+    token_weight = None
+    if layout.weighted:
+        token_weight = np.zeros((groups, shape.trained), np.float32)
+        token_weight.reshape(-1)[positions_of] = 1.0 if weights is None else weights
 
     # Attention. Blocks count through rows of another length than the plan's only if there is one row.
     tiles = np.full((groups, shape.tiles, 2), (blocks, 0), np.int32)
@@ -367,7 +382,8 @@ def lay_out(
     batch = PreferenceBatch(
         tokens, segments, branches, positions, source, target, slot, tiles, weight, margin, label, numbers, means
     )
-    return batch._replace(sequences=_sequences(runs, group, groups, shape)) if shape.sequences else batch
+    sequences = _sequences(runs, group, groups, shape) if shape.sequences else None
+    return batch._replace(sequences=sequences, token_weight=token_weight)
 
 
 def _sequences(runs: Runs, group: np.ndarray, groups: int, shape: Shape) -> Sequences:
@@ -407,7 +423,7 @@ def _joined(
         if want
         for part in piece
     ]
-    return np.concatenate([np.zeros(0, np.int32), *parts])
+    return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
 
 def _inputs(pair: Pair, layout: Layout) -> list[list[np.ndarray]]:
@@ -444,8 +460,10 @@ def _targets(lengths: Lengths, runs: Runs, layout: Layout) -> tuple[np.ndarray, 
     return tuple(stacked)
 
 
-def _outputs(pair: Pair, layout: Layout) -> list[list[np.ndarray]]:
-    """The targets of each piece of a pair, in the order of `_targets`."""
+def _outputs(
+    pair: Pair, layout: Layout, last: Callable[[np.ndarray], np.ndarray] = lambda response: response[-1:]
+) -> list[list[np.ndarray]]:
+    """The targets of each piece of a pair, in the order of `_targets`; `last` of a response is predicted after it."""
     pieces = []
     for side, response in ((CHOSEN, pair.chosen), (REJECTED, pair.rejected))[: 1 + layout.rejected]:
         if side == CHOSEN or not layout.tree:
@@ -455,8 +473,16 @@ def _outputs(pair: Pair, layout: Layout) -> list[list[np.ndarray]]:
         if not layout.rewards:
             out.append(response)
         if layout.after or layout.rewards:
-            out.append(response[-1:])
+            out.append(last(response))
     return pieces
+
+
+def _weights(pair: Pair, layout: Layout) -> list[list[np.ndarray]]:
+    """By how much each of `_outputs` counts; what is predicted after a response always does."""
+    responses = (pair.chosen, pair.chosen_weights), (pair.rejected, pair.rejected_weights)
+    chosen, rejected = (np.ones(len(ids), np.float32) if x is None else x for ids, x in responses)
+    weights = dataclasses.replace(pair, prompt=np.ones(len(pair.prompt), np.float32), chosen=chosen, rejected=rejected)
+    return _outputs(weights, layout, lambda response: np.ones_like(response[-1:]))
 
 
 def round_up(x: int, multiple: int) -> int:

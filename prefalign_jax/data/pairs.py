@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, NamedTuple, overload
 
 import numpy as np
@@ -46,6 +46,7 @@ class Pairs(Sequence[Pair]):
 
     Attributes:
       buffers: flat arrays of token ids, int32.
+      token_weights: for each buffer the weights of its tokens, float32, see `types.Pair`; None where each counts once.
       buffer: [P, 3], for prompt, chosen and rejected which of `buffers` holds it.
       start, length: [P, 3], and where in there.
       weight, margin: [P] float64.
@@ -75,6 +76,11 @@ class Pairs(Sequence[Pair]):
     digest: np.ndarray
     dropped: Mapping[str, int] = dataclasses.field(default_factory=dict)
     needs: Set[str] | None = None
+    token_weights: tuple[np.ndarray | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.token_weights:
+            object.__setattr__(self, "token_weights", (None,) * len(self.buffers))
 
     def __len__(self) -> int:
         return len(self.weight)
@@ -106,7 +112,9 @@ class Pairs(Sequence[Pair]):
             *(column.tolist() for column in (buffer, start, end, *about)), strict=True
         ):
             ids = [self.buffers[b[side]][i[side] : j[side]] for side in range(3)]
-            out.append(Pair(*ids, weight, margin, label, Place(self.places[place], row)))
+            whole = [self.token_weights[b[side]] for side in (1, 2)]
+            weights = [x if x is None else x[i[n] : j[n]] for n, x in enumerate(whole, 1)]
+            out.append(Pair(*ids, weight, margin, label, Place(self.places[place], row), *weights))
         return out
 
     def texts(self, tokenizer: Tokenizer) -> list[Texts]:
@@ -117,6 +125,22 @@ class Pairs(Sequence[Pair]):
         """
         decode = functools.partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return [Texts(*(decode(ids) for ids in (pair.prompt, pair.chosen, pair.rejected))) for pair in self]
+
+    @property
+    def weighted(self) -> bool:
+        """Whether some token counts other than once or not at all: then batches have weights of tokens."""
+        return any(x is not None and np.any((x != 0) & (x != 1)) for x in self.token_weights)
+
+    def sums(self, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """[P, 3] sums over each part of a function of the weights of its tokens, such as how many are trained."""
+        out = self.length.astype(np.float64)
+        for number, weights in enumerate(self.token_weights):
+            if weights is not None:
+                total = np.concatenate([[0.0], np.cumsum(function(weights), dtype=np.float64)])
+                here = self.buffer == number
+                start = self.start[here]
+                out[here] = total[start + self.length[here]] - total[start]
+        return out
 
     def select(self, index: np.ndarray) -> Pairs:
         """Those with these numbers, in this order."""
@@ -157,6 +181,7 @@ def from_list(pairs: Sequence[Pair], origins: Iterable[Origin] | None = None) ->
     parts = [[np.asarray(getattr(pair, name), np.int32) for pair in pairs] for name in PARTS]
     length = np.array([[len(ids) for ids in part] for part in parts], np.int32).T.reshape(count, 3)
     start = np.cumsum(length, axis=0, dtype=np.int64) - length
+    weights = [[getattr(pair, f"{side}_weights") for pair in pairs] for side in PARTS[1:]]
     names: dict[str, int] = {}
     origins = list(origins) if origins is not None else [Origin()] * count
     return Pairs(
@@ -174,7 +199,16 @@ def from_list(pairs: Sequence[Pair], origins: Iterable[Origin] | None = None) ->
         held_out=np.array([origin.held_out for origin in origins], bool),
         prompt_key=np.array([origin.prompt for origin in origins], np.uint64),
         digest=_digests(pairs),
+        token_weights=(None, *map(_joined, weights, parts[1:])),
     )
+
+
+def _joined(weights: Sequence[np.ndarray | None], tokens: Sequence[np.ndarray]) -> np.ndarray | None:
+    """The weights of the tokens of all pairs one after the other; None where each counts once."""
+    if all(one is None or np.all(one == 1) for one in weights):
+        return None
+    each = (np.ones(len(ids)) if one is None else one for one, ids in zip(weights, tokens, strict=True))
+    return np.concatenate([np.zeros(0), *each]).astype(np.float32)
 
 
 def concatenate(parts: Sequence[Pairs]) -> Pairs:
@@ -192,7 +226,8 @@ def concatenate(parts: Sequence[Pairs]) -> Pairs:
         before += len(part.buffers)
         columns["place"][i] = np.array([number[name] for name in part.places], np.int32)[columns["place"][i]]
     joined = {name: np.concatenate(column) for name, column in columns.items()}
-    return Pairs(buffers=tuple(b for part in parts for b in part.buffers), places=tuple(names), **joined)
+    flat = {name: tuple(x for part in parts for x in getattr(part, name)) for name in ("buffers", "token_weights")}
+    return Pairs(places=tuple(names), **flat, **joined)
 
 
 def digest_of(pairs: Sequence[Pair]) -> str:
@@ -201,12 +236,15 @@ def digest_of(pairs: Sequence[Pair]) -> str:
 
 
 def digest_of_pair(pair: Pair) -> bytes:
-    """128 bits of every token with its role, of weight, margin and label."""
+    """128 bits of every token with its role and weight, of weight, margin and label."""
     digest = hashlib.blake2b(digest_size=16)
     for ids in (pair.prompt, pair.chosen, pair.rejected):
         digest.update(len(ids).to_bytes(4, "little"))
         digest.update(np.asarray(ids, np.int32).tobytes())
     digest.update(np.float32([pair.weight, pair.margin, pair.label]).tobytes())
+    for side, weights in ((b"chosen", pair.chosen_weights), (b"rejected", pair.rejected_weights)):
+        if weights is not None and np.any(weights != 1):
+            digest.update(side + np.asarray(weights, np.float32).tobytes())
     return digest.digest()
 
 

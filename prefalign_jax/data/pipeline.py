@@ -90,6 +90,7 @@ def make_pair_set(
     if not pairs:
         raise UserError("no pairs to batch: every record was dropped")
     pairs = as_pairs(pairs)
+    layout = layout._replace(weighted=pairs.weighted)
     lengths, share = lengths_of(pairs, layout), batch_size // micro_steps
     rng = np.random.default_rng(0)
     some = rng.permutation(len(pairs))[:STRETCH]
