@@ -25,6 +25,9 @@ PAIRS = [
     )
     for i, (pair, where) in enumerate(zip(make_pairs(7), PLACES, strict=True))
 ]
+for i in (1, 4):
+    weights = np.linspace(0, 1, len(PAIRS[i].chosen)).astype(np.float32)
+    PAIRS[i] = dataclasses.replace(PAIRS[i], chosen_weights=weights)
 ORIGINS = [Origin(i % 3, i % 2 == 0, 2**64 - 1 - i) for i in range(7)]
 ABOUT = {"training": [{"too long": 3}], "flipped": 0}
 
@@ -38,6 +41,17 @@ def made(size=3):
 
 
 def equal(one, other):
+    one, other = (
+        dataclasses.replace(
+            pair,
+            **{
+                f"{side}_weights": np.ones(len(getattr(pair, side)), np.float32)
+                for side in ("chosen", "rejected")
+                if getattr(pair, f"{side}_weights") is None
+            },
+        )
+        for pair in (one, other)
+    )
     return all(np.array_equal(getattr(one, f.name), getattr(other, f.name), equal_nan=f.name == "margin")
                for f in dataclasses.fields(one))  # fmt: skip
 
@@ -214,7 +228,11 @@ def test_another_pairs_completion_as_the_rejected_one():
     pairs = concatenate(chunks())
     other, most = np.array([1, 2, 3, 4, 5, 6, 0]), np.array([1, 2, 3, 4, 5, 6, 99])
     changed = pairs.with_rejected(other, most)
-    wanted = [dataclasses.replace(p, rejected=PAIRS[o].chosen[:m]) for p, o, m in zip(PAIRS, other, most, strict=True)]
+    wanted = []
+    for pair, o, m in zip(PAIRS, other, most, strict=True):
+        weights = PAIRS[o].chosen_weights
+        cut = None if weights is None else weights[:m]
+        wanted.append(dataclasses.replace(pair, rejected=PAIRS[o].chosen[:m], rejected_weights=cut))
     assert all(map(equal, changed, wanted)) and digest_of(changed) == digest_of(wanted)
     assert digest_of(pairs) == digest_of(PAIRS) and all(map(equal, pairs, PAIRS))
 

@@ -25,7 +25,7 @@ from prefalign_jax.types import WriteError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-FORMAT = 3  # raise it whenever an old file would no longer be right
+FORMAT = 4  # raise it whenever an old file would no longer be right
 
 Made = tuple[Iterable[Pairs], Callable[[], Mapping[str, Any]]]
 
@@ -105,12 +105,14 @@ def _write(file: Path, chunks: Iterable[Pairs], about: Callable[[], Mapping[str,
     import pyarrow as pa
 
     fields = [(part, pa.list_(pa.int32())) for part in PARTS]
+    fields += [(f"{part}_weights", pa.list_(pa.float32())) for part in PARTS[1:]]
     fields += [(name, pa.from_numpy_dtype(kind)) for name, kind in _PLAIN.items()]
     schema = pa.schema([*fields, ("digest", pa.binary(16))])
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for chunk in chunks:
             ends = np.concatenate([np.zeros((1, 3), np.int32), np.cumsum(chunk.length, axis=0, dtype=np.int32)])
             lists = [pa.ListArray.from_arrays(ends[:, i], pa.array(chunk.buffers[i])) for i in range(3)]
+            lists += [_weights(chunk.token_weights[i], ends[:, i]) for i in (1, 2)]
             plain = [pa.array(getattr(chunk, name)) for name in _PLAIN]
             digest = [None, pa.py_buffer(np.ascontiguousarray(chunk.digest))]
             columns = [*lists, *plain, pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(chunk), digest)]
@@ -118,6 +120,15 @@ def _write(file: Path, chunks: Iterable[Pairs], about: Callable[[], Mapping[str,
             writer.write_batch(pa.record_batch(columns, schema=schema), custom_metadata={"places": places})
         last = pa.RecordBatch.from_pylist([], schema=schema)
         writer.write_batch(last, custom_metadata={"about": json.dumps(about())})
+
+
+def _weights(weights: np.ndarray | None, ends: np.ndarray) -> Any:
+    """A column of lists, null where each token counts once."""
+    import pyarrow as pa
+
+    if weights is None:
+        return pa.nulls(len(ends) - 1, pa.list_(pa.float32()))
+    return pa.ListArray.from_arrays(ends, pa.array(weights))
 
 
 def _read(path: Path) -> tuple[Pairs, dict[str, Any]]:
@@ -134,9 +145,11 @@ def _chunk(batch: Any, metadata: Mapping[bytes, bytes]) -> Pairs:
     lists = [batch.column(part) for part in PARTS]
     ends = np.stack([column.offsets.to_numpy() for column in lists], axis=1)
     count = batch.num_rows
+    weights = [batch.column(f"{part}_weights") for part in PARTS[1:]]
     digest = batch.column("digest")
     return Pairs(
         buffers=tuple(column.values.to_numpy() for column in lists),
+        token_weights=(None, *(None if count and x.null_count else x.values.to_numpy() for x in weights)),
         buffer=np.broadcast_to(np.arange(3, dtype=np.int32), (count, 3)),
         start=ends[:-1].astype(np.int64),
         length=np.diff(ends, axis=0),
