@@ -18,7 +18,17 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from prefalign_jax.exits import lost_peer
-from prefalign_jax.files import checksum, intact, read_json, read_json_lines, sealed, write_json, write_text, writing
+from prefalign_jax.files import (
+    checksum,
+    intact,
+    read_json,
+    read_json_lines,
+    remove_directory,
+    sealed,
+    write_json,
+    write_text,
+    writing,
+)
 from prefalign_jax.options import flatten
 from prefalign_jax.processes import agreed, by_first, gathered, is_first, note, told_by_first
 from prefalign_jax.quiet import hush_failed_writes
@@ -166,7 +176,7 @@ def open_checkpoints(
             directory.mkdir(parents=True, exist_ok=True)
             for path in directory.iterdir():
                 if path.name.endswith(".unfinished") or ".orbax-checkpoint-tmp" in path.name:
-                    shutil.rmtree(path)
+                    remove_directory(path)
 
     by_first(prepare)
     hush_failed_writes()

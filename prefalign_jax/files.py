@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from typing import Any
 from prefalign_jax.types import UserError, WriteError, one_line
 
 BLOCK = 2**22  # bytes of a file that one thread sums up at a time
+_TRIALS = 100  # of the removal of a directory, over 2 s
 _PART = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(part|new|old)")  # what is written beside its place
 # What the system said -> what to do about it.
 _REMEDIES = {
@@ -135,6 +137,24 @@ def remove_parts(directory: Path) -> None:
                     shutil.rmtree(part)
                 else:
                     part.unlink()
+
+
+def remove_directory(directory: Path) -> None:
+    """Removes a directory that threads of a write that failed may still be adding files to.
+
+    Raises:
+      OSError: it cannot be removed.
+    """
+    for left in reversed(range(_TRIALS)):
+        try:
+            shutil.rmtree(directory)
+            return
+        except OSError as error:
+            if not directory.exists():
+                return
+            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT) or not left:
+                raise
+        time.sleep(0.02)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ B  pairs in a batch             R  packed rows            L  tokens in a row
 P  pairs in a data set
 G  groups of rows, one for each data-parallel shard (R is a multiple of G)
 T  trained tokens in a group    N  any number of tokens
-A  tiles of attention in a group
+A  tiles of attention in a group                              K  responses to a prompt
 D  width of the hidden states   V  vocabulary             M  micro-steps
 """
 
@@ -99,8 +99,10 @@ class Pair:
       margin: by how much the chosen response is better; NaN where the data do not say.
       label: of an unpaired example, whether its completion is desirable.
       where: the row that it was made of.
-      chosen_weights, rejected_weights: [N] float32, by how much each token of the response counts; 0 for one that is
-        read and not trained, such as what a tool says; None where each counts once.
+      others: of a group the further responses, [N] int32 each.
+      scores: of a group one number for each of `responses`, more is better; () for a pair.
+      token_weights: for each of `responses` [N] float32, by how much each of its tokens counts; 0 for one that is read
+        and not trained, such as what a tool says. None where each counts once, () where that goes for all.
     """
 
     prompt: np.ndarray
@@ -110,8 +112,18 @@ class Pair:
     margin: float = math.nan
     label: bool = True
     where: Place = Place()
-    chosen_weights: np.ndarray | None = None
-    rejected_weights: np.ndarray | None = None
+    others: tuple[np.ndarray, ...] = ()
+    scores: tuple[float, ...] = ()
+    token_weights: tuple[np.ndarray | None, ...] = ()
+
+    @property
+    def responses(self) -> tuple[np.ndarray, ...]:
+        """All of them, the chosen one first; the rejected one may be empty."""
+        return self.chosen, self.rejected, *self.others
+
+    def weights(self, number: int) -> np.ndarray | None:
+        """Of the tokens of one of `responses`."""
+        return self.token_weights[number] if self.token_weights else None
 
 
 class Sequences(NamedTuple):
@@ -152,6 +164,15 @@ class PreferenceBatch(NamedTuple):
     token_weight: Array | None = None  # [G, T] float32, by how much each trained token counts; None: each counts once
 
 
+class Responses(NamedTuple):
+    """The K responses of each of B groups; a group with fewer has filler, of which `present` is 0."""
+
+    logps: Array  # [B, K] float32, summed over the response
+    tokens: Array  # [B, K] float32
+    scores: Array  # [B, K] float32, more is better; 0 for filler
+    present: Array  # [B, K] float32, 1 or 0
+
+
 class Sides(NamedTuple):
     """One number for each response of B pairs."""
 
@@ -185,6 +206,7 @@ class PairLogps(NamedTuple):
     after: Sides | None = None  # log-probability of one more end-of-sequence token after the response
     text: Array | None = None  # [B] float32, prompt and chosen without their end-of-sequence tokens
     text_tokens: Array | None = None  # [B] float32
+    responses: Responses | None = None  # all of a group; `chosen` and `rejected` are its first two
     running: Mapping[str, Array] | None = None  # what the loss carries from step to step, [] float32 each
     router: Array | None = None  # [B] float32, a mixture of experts' auxiliary loss over the pairs at hand, repeated
 

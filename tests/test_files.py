@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -21,6 +22,7 @@ from prefalign_jax.files import (
     parse_json,
     read_json,
     read_json_lines,
+    remove_directory,
     remove_parts,
     sealed,
     whole,
@@ -50,6 +52,26 @@ def test_lines_are_split_at_line_ends_alone_and_the_last_is_whole_or_none(tmp_pa
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + '{"te')
     assert read_json_lines(tmp_path / "a.jsonl", {"text": "a string"}) == rows
     assert read_json_lines(tmp_path / "b.jsonl") == []
+
+
+@pytest.mark.parametrize("late", [0, 3, 10**6])
+def test_a_directory_goes_though_threads_of_a_failed_write_still_add_files(tmp_path, monkeypatch, late):
+    directory, real, times = tmp_path / "x", os.rmdir, iter(range(late))
+    (directory / "inner").mkdir(parents=True)
+
+    def removed(path, **options):
+        if next(times, None) is not None:  # a file appears between the look into the directory and its removal
+            (directory / "late").write_text("")
+        real(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", removed)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    if late > 10:
+        with pytest.raises(OSError, match="not empty"):
+            remove_directory(directory)
+    else:
+        remove_directory(directory)
+        assert not directory.exists()
 
 
 @pytest.mark.parametrize("depth", [DEEPEST - 1, DEEPEST + 1, 5000, 200_000])

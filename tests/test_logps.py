@@ -147,10 +147,9 @@ def with_weights(pairs, values, seed=0):
     """The pairs with a weight for each token of their responses, drawn from `values`; some have none."""
     rng = np.random.default_rng(seed)
     weights = ((rng.choice(values, len(ids)) for ids in (pair.chosen, pair.rejected)) for pair in pairs)
-    sides = ("chosen_weights", "rejected_weights")
-    given = (dict(zip(sides, map(np.float32, both), strict=True)) for both in weights)
     return [
-        dataclasses.replace(pair, **one) if i else pair for i, (pair, one) in enumerate(zip(pairs, given, strict=True))
+        dataclasses.replace(pair, token_weights=tuple(map(np.float32, one))) if i else pair
+        for i, (pair, one) in enumerate(zip(pairs, weights, strict=True))
     ]
 
 
@@ -162,7 +161,7 @@ def test_each_token_counts_by_its_weight_and_is_read_in_any_case(layout, values)
     def plain(params):
         sums = []
         for pair in pairs:
-            for ids, weights in ((pair.chosen, pair.chosen_weights), (pair.rejected, pair.rejected_weights)):
+            for ids, weights in zip(pair.responses, pair.token_weights or (None, None), strict=True):
                 text = np.concatenate([pair.prompt, ids])
                 logps = _plain_logps(params, np.pad(text, (0, 25 - len(text))))[len(pair.prompt) - 1 : len(text) - 1]
                 sums.append((logps if weights is None else weights * logps).sum())
@@ -180,8 +179,8 @@ def test_each_token_counts_by_its_weight_and_is_read_in_any_case(layout, values)
     wanted, wanted_slope = plain(params), jax.grad(lambda params: (mix * plain(params)).sum())(params)
     np.testing.assert_allclose(np.stack([got.chosen, got.rejected], 1), wanted, rtol=2e-5, atol=2e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), slope, wanted_slope)
-    for side, counts in (("chosen", got.chosen_tokens), ("rejected", got.rejected_tokens)):
-        given = [(getattr(pair, side), getattr(pair, f"{side}_weights")) for pair in pairs]
+    for side, counts in enumerate((got.chosen_tokens, got.rejected_tokens)):
+        given = [(pair.responses[side], pair.weights(side)) for pair in pairs]
         np.testing.assert_allclose(counts, [len(ids) if x is None else x.sum() for ids, x in given], rtol=1e-6)
     np.testing.assert_array_equal(got.prompt_tokens, [len(pair.prompt) - 1 for pair in pairs])
 

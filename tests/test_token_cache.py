@@ -27,7 +27,9 @@ PAIRS = [
 ]
 for i in (1, 4):
     weights = np.linspace(0, 1, len(PAIRS[i].chosen)).astype(np.float32)
-    PAIRS[i] = dataclasses.replace(PAIRS[i], chosen_weights=weights)
+    PAIRS[i] = dataclasses.replace(PAIRS[i], token_weights=(weights, None))
+group = [ids for pair in make_pairs(2, seed=9) for ids in (pair.chosen, pair.rejected)]
+PAIRS[5] = dataclasses.replace(PAIRS[5], others=tuple(group), scores=(4.0, 2.5, 2.0, 1.0, -3.0, -4.0))
 ORIGINS = [Origin(i % 3, i % 2 == 0, 2**64 - 1 - i) for i in range(7)]
 ABOUT = {"training": [{"too long": 3}], "flipped": 0}
 
@@ -41,19 +43,17 @@ def made(size=3):
 
 
 def equal(one, other):
-    one, other = (
-        dataclasses.replace(
-            pair,
-            **{
-                f"{side}_weights": np.ones(len(getattr(pair, side)), np.float32)
-                for side in ("chosen", "rejected")
-                if getattr(pair, f"{side}_weights") is None
-            },
-        )
-        for pair in (one, other)
-    )
-    return all(np.array_equal(getattr(one, f.name), getattr(other, f.name), equal_nan=f.name == "margin")
-               for f in dataclasses.fields(one))  # fmt: skip
+    def plain(pair):
+        weights = [
+            np.ones(len(ids)) if pair.weights(n) is None else pair.weights(n) for n, ids in enumerate(pair.responses)
+        ]
+        about = [pair.weight, pair.label, *pair.where, *pair.scores, *map(len, pair.responses)]
+        return np.concatenate(
+            [*(np.float64(x) for x in (pair.prompt, *pair.responses, *weights)), [pair.margin]]
+        ), about
+
+    (numbers, about), (other_numbers, other_about) = plain(one), plain(other)
+    return np.array_equal(numbers, other_numbers, equal_nan=True) and about == other_about
 
 
 @pytest.mark.parametrize("size", [1, 3, 7])
@@ -230,9 +230,10 @@ def test_another_pairs_completion_as_the_rejected_one():
     changed = pairs.with_rejected(other, most)
     wanted = []
     for pair, o, m in zip(PAIRS, other, most, strict=True):
-        weights = PAIRS[o].chosen_weights
-        cut = None if weights is None else weights[:m]
-        wanted.append(dataclasses.replace(pair, rejected=PAIRS[o].chosen[:m], rejected_weights=cut))
+        cut = pair.weights(0), None if PAIRS[o].weights(0) is None else PAIRS[o].weights(0)[:m]
+        wanted.append(
+            dataclasses.replace(pair, rejected=PAIRS[o].chosen[:m], token_weights=(*cut, *[None] * len(pair.others)))
+        )
     assert all(map(equal, changed, wanted)) and digest_of(changed) == digest_of(wanted)
     assert digest_of(pairs) == digest_of(PAIRS) and all(map(equal, pairs, PAIRS))
 
@@ -243,6 +244,7 @@ def test_the_file_can_be_read_by_others(tmp_path):
     cached_tokens(tmp_path / "x.arrow", made)
     with pa.memory_map(str(tmp_path / "x.arrow")) as source:
         rows = pa.ipc.open_file(source).read_all().to_pylist()
-    assert [row["chosen"] for row in rows] == [pair.chosen.tolist() for pair in PAIRS]
+    assert [row["responses"][0] for row in rows] == [pair.chosen.tolist() for pair in PAIRS]
+    assert [ids for ids in rows[5]["responses"] if ids] == [ids.tolist() for ids in PAIRS[5].responses]
     assert collections.Counter(row["source"] for row in rows) == {0: 3, 1: 2, 2: 2}
     assert json.dumps(rows[0]["weight"]) == "1.0" and isinstance(PAIRS[0], Pair)

@@ -289,7 +289,7 @@ def mean_tokens(pairs: Sequence[Pair]) -> np.ndarray:
         weight, counts = pairs.weight, pairs.sums(lambda weights: weights)[:, :2]
     else:
         weight = np.array([pair.weight for pair in pairs], np.float64)
-        chosen = [len(one.chosen) if one.chosen_weights is None else one.chosen_weights.sum() for one in pairs]
+        chosen = [len(one.chosen) if one.weights(0) is None else one.weights(0).sum() for one in pairs]
         counts = np.array([(len(pair.prompt), count) for pair, count in zip(pairs, chosen, strict=True)], np.float64)
     counts -= [1, 0]
     return (weight[:, None] * counts).sum(0).astype(np.float32) / np.float32(weight.sum())
@@ -351,7 +351,7 @@ def lay_out(
     count = np.where(owner >= 0, count.reshape(-1), 0)
     run, step = _spread(count)
     targets, weights = _joined(_outputs, pairs, layout, placed), None
-    if any(pair.chosen_weights is not None or pair.rejected_weights is not None for pair in pairs):
+    if any(pair.token_weights for pair in pairs):
         weights = _joined(_weights, pairs, layout, placed)
         run, step, targets, weights = (x[weights != 0] for x in (run, step, targets, weights))
         count = np.bincount(run, minlength=len(count))
@@ -479,8 +479,8 @@ def _outputs(
 
 def _weights(pair: Pair, layout: Layout) -> list[list[np.ndarray]]:
     """By how much each of `_outputs` counts; what is predicted after a response always does."""
-    responses = (pair.chosen, pair.chosen_weights), (pair.rejected, pair.rejected_weights)
-    chosen, rejected = (np.ones(len(ids), np.float32) if x is None else x for ids, x in responses)
+    responses = [(ids, pair.weights(number)) for number, ids in enumerate(pair.responses)]
+    chosen, rejected = (np.ones(len(ids), np.float32) if x is None else x for ids, x in responses[:2])
     weights = dataclasses.replace(pair, prompt=np.ones(len(pair.prompt), np.float32), chosen=chosen, rejected=rejected)
     return _outputs(weights, layout, lambda response: np.ones_like(response[-1:]))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, NamedTuple, overload
 
@@ -18,8 +19,6 @@ from prefalign_jax.types import Pair, Place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
-
-PARTS = ("prompt", "chosen", "rejected")
 
 _BLOCK = 1024  # pairs made into objects at once
 
@@ -42,13 +41,15 @@ class Texts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Pairs(Sequence[Pair]):
-    """P pairs.
+    """P pairs, or groups of at most K responses.
 
     Attributes:
       buffers: flat arrays of token ids, int32.
       token_weights: for each buffer the weights of its tokens, float32, see `types.Pair`; None where each counts once.
-      buffer: [P, 3], for prompt, chosen and rejected which of `buffers` holds it.
-      start, length: [P, 3], and where in there.
+      buffer: [P, 1 + K], for the prompt and each response which of `buffers` holds it; the chosen response is the
+        first, the rejected one the second.
+      start, length: [P, 1 + K], and where in there; of a response that is not there the length is 0.
+      scores: [P, K] float64, of groups; NaN where there is none.
       weight, margin: [P] float64.
       label: [P] bool.
       place, row: [P], the `where` of each: its file as a number of `places`, and its row.
@@ -64,6 +65,7 @@ class Pairs(Sequence[Pair]):
     buffer: np.ndarray
     start: np.ndarray
     length: np.ndarray
+    scores: np.ndarray
     weight: np.ndarray
     margin: np.ndarray
     label: np.ndarray
@@ -107,14 +109,28 @@ class Pairs(Sequence[Pair]):
         """Those with these numbers, as objects; quicker than one by one."""
         buffer, start, end = self.buffer[index], self.start[index], self.start[index] + self.length[index]
         about = self.weight[index], self.margin[index], self.label[index], self.place[index], self.row[index]
+        counts = self.counts[index]
         out = []
-        for b, i, j, weight, margin, label, place, row in zip(
-            *(column.tolist() for column in (buffer, start, end, *about)), strict=True
+        for b, i, j, count, scores, weight, margin, label, place, row in zip(
+            *(column.tolist() for column in (buffer, start, end, counts, self.scores[index], *about)), strict=True
         ):
-            ids = [self.buffers[b[side]][i[side] : j[side]] for side in range(3)]
-            whole = [self.token_weights[b[side]] for side in (1, 2)]
+            prompt, chosen, rejected, *others = (self.buffers[b[n]][i[n] : j[n]] for n in range(max(count, 2) + 1))
+            whole = [self.token_weights[b[n]] for n in range(1, max(count, 2) + 1)]
             weights = [x if x is None else x[i[n] : j[n]] for n, x in enumerate(whole, 1)]
-            out.append(Pair(*ids, weight, margin, label, Place(self.places[place], row), *weights))
+            out.append(
+                Pair(
+                    prompt,
+                    chosen,
+                    rejected,
+                    weight,
+                    margin,
+                    label,
+                    Place(self.places[place], row),
+                    others=tuple(others),
+                    scores=() if math.isnan(scores[0]) else tuple(scores[:count]),
+                    token_weights=() if all(x is None for x in weights) else tuple(weights),
+                )
+            )
         return out
 
     def texts(self, tokenizer: Tokenizer) -> list[Texts]:
@@ -127,12 +143,17 @@ class Pairs(Sequence[Pair]):
         return [Texts(*(decode(ids) for ids in (pair.prompt, pair.chosen, pair.rejected))) for pair in self]
 
     @property
+    def counts(self) -> np.ndarray:
+        """[P] how many responses each has."""
+        return (self.length[:, 1:] > 0).sum(1)
+
+    @property
     def weighted(self) -> bool:
         """Whether some token counts other than once or not at all: then batches have weights of tokens."""
         return any(x is not None and np.any((x != 0) & (x != 1)) for x in self.token_weights)
 
     def sums(self, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """[P, 3] sums over each part of a function of the weights of its tokens, such as how many are trained."""
+        """[P, 1 + K] sums over each part of a function of the weights of its tokens, such as how many are trained."""
         out = self.length.astype(np.float64)
         for number, weights in enumerate(self.token_weights):
             if weights is not None:
@@ -161,7 +182,7 @@ class Pairs(Sequence[Pair]):
         return dataclasses.replace(changed, digest=_digests(changed))
 
 
-COLUMNS = ("buffer", "start", "length", "weight", "margin", "label", "place", "row")
+COLUMNS = ("buffer", "start", "length", "scores", "weight", "margin", "label", "place", "row")
 COLUMNS += ("source", "held_out", "prompt_key", "digest")
 
 
@@ -177,18 +198,26 @@ def from_list(pairs: Sequence[Pair], origins: Iterable[Origin] | None = None) ->
       pairs: in order.
       origins: of each; None leaves them 0.
     """
-    count = len(pairs)
-    parts = [[np.asarray(getattr(pair, name), np.int32) for pair in pairs] for name in PARTS]
-    length = np.array([[len(ids) for ids in part] for part in parts], np.int32).T.reshape(count, 3)
-    start = np.cumsum(length, axis=0, dtype=np.int64) - length
-    weights = [[getattr(pair, f"{side}_weights") for pair in pairs] for side in PARTS[1:]]
+    count, most = len(pairs), max((len(pair.others) for pair in pairs), default=0) + 2
+    prompts = [np.asarray(pair.prompt, np.int32) for pair in pairs]
+    nothing = np.zeros(0, np.int32)
+    padded = [[*pair.responses, *[nothing] * (most - 2 - len(pair.others))] for pair in pairs]
+    responses = [np.asarray(ids, np.int32) for one in padded for ids in one]
+    weights = [pair.weights(n) if n < len(pair.others) + 2 else None for pair in pairs for n in range(most)]
+    scores = np.full((count, most), math.nan)
+    for number, pair in enumerate(pairs):
+        scores[number, : len(pair.scores)] = pair.scores
+    of_prompts = np.array([len(ids) for ids in prompts], np.int32)
+    of_responses = np.array([len(ids) for ids in responses], np.int32)
+    starts = [np.cumsum(x, dtype=np.int64) - x for x in (of_prompts, of_responses)]
     names: dict[str, int] = {}
     origins = list(origins) if origins is not None else [Origin()] * count
     return Pairs(
-        buffers=tuple(np.concatenate([np.zeros(0, np.int32), *part]) for part in parts),
-        buffer=np.broadcast_to(np.arange(3, dtype=np.int32), (count, 3)),
-        start=start,
-        length=length,
+        buffers=tuple(np.concatenate([nothing, *part]) for part in (prompts, responses)),
+        buffer=np.broadcast_to(np.array([0] + [1] * most, np.int32), (count, 1 + most)),
+        start=np.concatenate([starts[0][:, None], starts[1].reshape(count, most)], axis=1),
+        length=np.concatenate([of_prompts[:, None], of_responses.reshape(count, most)], axis=1),
+        scores=scores,
         weight=np.array([pair.weight for pair in pairs], np.float64),
         margin=np.array([pair.margin for pair in pairs], np.float64),
         label=np.array([pair.label for pair in pairs], bool),
@@ -199,7 +228,7 @@ def from_list(pairs: Sequence[Pair], origins: Iterable[Origin] | None = None) ->
         held_out=np.array([origin.held_out for origin in origins], bool),
         prompt_key=np.array([origin.prompt for origin in origins], np.uint64),
         digest=_digests(pairs),
-        token_weights=(None, *map(_joined, weights, parts[1:])),
+        token_weights=(None, _joined(weights, responses)),
     )
 
 
@@ -217,7 +246,10 @@ def concatenate(parts: Sequence[Pairs]) -> Pairs:
         return parts[0]
     if not parts:
         return from_list([])
+    most = max(part.scores.shape[1] for part in parts)
     columns = {name: [getattr(part, name) for part in parts] for name in COLUMNS}
+    for name, filler in (("buffer", 0), ("start", 0), ("length", 0), ("scores", math.nan)):
+        columns[name] = [_widened(x, most + (name != "scores"), filler) for x in columns[name]]
     names = list(dict.fromkeys(name for part in parts for name in part.places))
     number = {name: i for i, name in enumerate(names)}
     before = 0
@@ -230,21 +262,27 @@ def concatenate(parts: Sequence[Pairs]) -> Pairs:
     return Pairs(places=tuple(names), **flat, **joined)
 
 
+def _widened(column: np.ndarray, width: int, filler: float) -> np.ndarray:
+    """With so many entries a row."""
+    return np.pad(column, ((0, 0), (0, width - column.shape[1])), constant_values=filler)
+
+
 def digest_of(pairs: Sequence[Pair]) -> str:
     """SHA-256 of the digests of all pairs in order: 64 hexadecimal digits."""
     return hashlib.sha256(np.ascontiguousarray(as_pairs(pairs).digest)).hexdigest()
 
 
 def digest_of_pair(pair: Pair) -> bytes:
-    """128 bits of every token with its role and weight, of weight, margin and label."""
+    """128 bits of every token with its role and weight, of weight, margin, label and scores."""
     digest = hashlib.blake2b(digest_size=16)
-    for ids in (pair.prompt, pair.chosen, pair.rejected):
+    for ids in (pair.prompt, *pair.responses):
         digest.update(len(ids).to_bytes(4, "little"))
         digest.update(np.asarray(ids, np.int32).tobytes())
     digest.update(np.float32([pair.weight, pair.margin, pair.label]).tobytes())
-    for side, weights in ((b"chosen", pair.chosen_weights), (b"rejected", pair.rejected_weights)):
+    for number, weights in enumerate(pair.token_weights):
         if weights is not None and np.any(weights != 1):
-            digest.update(side + np.asarray(weights, np.float32).tobytes())
+            digest.update(number.to_bytes(4, "little") + np.asarray(weights, np.float32).tobytes())
+    digest.update(np.float32(pair.scores).tobytes())
     return digest.digest()
 
 

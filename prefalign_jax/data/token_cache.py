@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prefalign_jax.data.pairs import PARTS, Pairs, concatenate
+from prefalign_jax.data.pairs import Pairs, concatenate
 from prefalign_jax.files import intact, remove_parts, sealed
 from prefalign_jax.processes import note
 from prefalign_jax.types import WriteError
@@ -25,7 +25,7 @@ from prefalign_jax.types import WriteError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-FORMAT = 4  # raise it whenever an old file would no longer be right
+FORMAT = 5  # raise it whenever an old file would no longer be right
 
 Made = tuple[Iterable[Pairs], Callable[[], Mapping[str, Any]]]
 
@@ -104,15 +104,19 @@ _PLAIN |= {"source": np.int32, "held_out": np.bool_, "prompt_key": np.uint64}
 def _write(file: Path, chunks: Iterable[Pairs], about: Callable[[], Mapping[str, Any]]) -> None:
     import pyarrow as pa
 
-    fields = [(part, pa.list_(pa.int32())) for part in PARTS]
-    fields += [(f"{part}_weights", pa.list_(pa.float32())) for part in PARTS[1:]]
+    fields = [("prompt", pa.list_(pa.int32())), ("responses", pa.list_(pa.list_(pa.int32())))]
+    fields += [("token_weights", pa.list_(pa.list_(pa.float32()))), ("scores", pa.list_(pa.float64()))]
     fields += [(name, pa.from_numpy_dtype(kind)) for name, kind in _PLAIN.items()]
     schema = pa.schema([*fields, ("digest", pa.binary(16))])
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for chunk in chunks:
-            ends = np.concatenate([np.zeros((1, 3), np.int32), np.cumsum(chunk.length, axis=0, dtype=np.int32)])
-            lists = [pa.ListArray.from_arrays(ends[:, i], pa.array(chunk.buffers[i])) for i in range(3)]
-            lists += [_weights(chunk.token_weights[i], ends[:, i]) for i in (1, 2)]
+            count, most = chunk.scores.shape
+            prompts, responses = (_ends(chunk.length[:, part]) for part in (slice(0, 1), slice(1, None)))
+            each = np.arange(count + 1, dtype=np.int32) * most  # ends of the lists of responses
+            nested = pa.ListArray.from_arrays(each, pa.ListArray.from_arrays(responses, pa.array(chunk.buffers[1])))
+            lists = [pa.ListArray.from_arrays(prompts, pa.array(chunk.buffers[0])), nested]
+            lists.append(_weights(chunk.token_weights[1], each, responses))
+            lists.append(pa.ListArray.from_arrays(each, pa.array(chunk.scores.reshape(-1))))
             plain = [pa.array(getattr(chunk, name)) for name in _PLAIN]
             digest = [None, pa.py_buffer(np.ascontiguousarray(chunk.digest))]
             columns = [*lists, *plain, pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(chunk), digest)]
@@ -122,13 +126,18 @@ def _write(file: Path, chunks: Iterable[Pairs], about: Callable[[], Mapping[str,
         writer.write_batch(last, custom_metadata={"about": json.dumps(about())})
 
 
-def _weights(weights: np.ndarray | None, ends: np.ndarray) -> Any:
+def _ends(lengths: np.ndarray) -> np.ndarray:
+    """Where lists end that lie one after the other, and where the first begins."""
+    return np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)])
+
+
+def _weights(weights: np.ndarray | None, each: np.ndarray, responses: np.ndarray) -> Any:
     """A column of lists, null where each token counts once."""
     import pyarrow as pa
 
     if weights is None:
-        return pa.nulls(len(ends) - 1, pa.list_(pa.float32()))
-    return pa.ListArray.from_arrays(ends, pa.array(weights))
+        return pa.nulls(len(each) - 1, pa.list_(pa.list_(pa.float32())))
+    return pa.ListArray.from_arrays(each, pa.ListArray.from_arrays(responses, pa.array(weights)))
 
 
 def _read(path: Path) -> tuple[Pairs, dict[str, Any]]:
@@ -142,17 +151,19 @@ def _read(path: Path) -> tuple[Pairs, dict[str, Any]]:
 
 
 def _chunk(batch: Any, metadata: Mapping[bytes, bytes]) -> Pairs:
-    lists = [batch.column(part) for part in PARTS]
-    ends = np.stack([column.offsets.to_numpy() for column in lists], axis=1)
+    prompts, responses, weights = (batch.column(name) for name in ("prompt", "responses", "token_weights"))
     count = batch.num_rows
-    weights = [batch.column(f"{part}_weights") for part in PARTS[1:]]
+    nested = responses.values
+    starts, ends = (x.offsets.to_numpy() for x in (prompts, nested))
+    most = len(nested) // count if count else 2
     digest = batch.column("digest")
     return Pairs(
-        buffers=tuple(column.values.to_numpy() for column in lists),
-        token_weights=(None, *(None if count and x.null_count else x.values.to_numpy() for x in weights)),
-        buffer=np.broadcast_to(np.arange(3, dtype=np.int32), (count, 3)),
-        start=ends[:-1].astype(np.int64),
-        length=np.diff(ends, axis=0),
+        buffers=(prompts.values.to_numpy(), nested.values.to_numpy()),
+        token_weights=(None, None if count and weights.null_count else weights.values.values.to_numpy()),
+        buffer=np.broadcast_to(np.array([0] + [1] * most, np.int32), (count, 1 + most)),
+        start=np.concatenate([starts[:-1, None], ends[:-1].reshape(count, most)], axis=1).astype(np.int64),
+        length=np.concatenate([np.diff(starts)[:, None], np.diff(ends).reshape(count, most)], axis=1),
+        scores=batch.column("scores").values.to_numpy().reshape(count, most),
         places=tuple(json.loads(metadata[b"places"])),
         digest=np.frombuffer(digest.buffers()[1], np.uint64).reshape(-1, 2)[digest.offset :][:count],
         **{name: batch.column(name).to_numpy(zero_copy_only=False) for name in _PLAIN},
