@@ -83,6 +83,13 @@ class Record(NamedTuple):
     chat_template_kwargs: tuple[tuple[str, Any], ...] = ()  # what it is told besides, such as enable_thinking
     source: int = 0  # its number in a mixture
     held_out: bool = False
+    others: tuple[Text, ...] = ()  # of a group the further responses
+    scores: tuple[float, ...] = ()  # of a group one for each of `responses`, more is better
+
+    @property
+    def responses(self) -> tuple[Text, ...]:
+        """What may be trained: one, two, or all of a group, the best first."""
+        return (self.chosen, self.rejected, *self.others) if self.rejected else (self.chosen,)
 
 
 @dataclasses.dataclass
