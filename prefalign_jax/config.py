@@ -134,6 +134,7 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     c.data.date = maybe(str)  # YYYY-MM-DD, for templates that print the date; None is the day that the run begins.
     c.data.special_in_text = "keep"  # What special tokens become that a row's own text spells: keep, or split.
     c.data.ascii_quotes = False  # Replace curly quotes and dashes by ASCII, for vocabularies that lack them.
+    c.data.train_on = "all"  # Which assistant messages of a response or a conversation are trained: all, or last.
     c.data.keep_end = False  # Train also on what the chat template writes after the end-of-turn token, as TRL's DPO.
     c.data.layout = "tree"  # How a pair is packed: its prompt once (tree), or a copy for each response (ordinary).
     c.data.row_length = maybe(int)  # Tokens in a packed row; None gives each device one row, as long as it takes.

@@ -21,6 +21,7 @@ from prefalign_jax.data.memory import MemoryRows, RowsOrPath, as_source
 from prefalign_jax.data.mixture import Source, sources_of
 from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pairing import LABELS, PAIRINGS
+from prefalign_jax.data.records import TRAIN_ON
 from prefalign_jax.data.template import CHAT_FIELDS, ChatOptions, chat_options, template_kwargs
 from prefalign_jax.files import read_json
 from prefalign_jax.losses import BoundLoss, make_loss, ties_as_trl
@@ -47,6 +48,7 @@ CHOICES: dict[str, Sequence[str] | Mapping[str, Any]] = {
     "reference.kind": ("copy", "cached", "moving", "none"),
     "data.layout": ("tree", "ordinary"),
     "data.leaks": LEAKS,
+    "data.train_on": TRAIN_ON,
     "checkpoint.best_mode": ("min", "max"),
     "accuracy_ties": ("half", "trl"),
     "model.remat": REMAT,
@@ -116,6 +118,11 @@ class Experiment:
         """What of a pair the loss has laid out."""
         parts = {name: name in self.loss.needs for name in ("rejected", "prompt", "after")}
         return Layout(tree=self.config.data.layout == "tree", rewards="reward" in self.loss.needs, **parts)
+
+    @property
+    def record_kind(self) -> dict[str, Any]:
+        """Which records it takes, as options of `data.records.read_records`."""
+        return {**self.loss.record_kind, "train_on": self.config.data.train_on}
 
     @property
     def chat(self) -> ChatOptions:

@@ -211,7 +211,7 @@ def tokenized_sources(
     Returns:
       (the pairs, those of the held-out prompts marked; what was counted).
     """
-    config, data, kind = experiment.config, experiment.config.data, experiment.loss.record_kind
+    config, data, kind = experiment.config, experiment.config.data, experiment.record_kind
     steps = experiment.cleaning if which == TRAINING else ()
     chat = experiment.chat
     if prints_date(tokenizer):
@@ -275,7 +275,7 @@ def source_records(
       loses: whether the tokenizer loses a character of a record, for the steps of cleaning that ask.
     """
     data, seed = experiment.config.data, experiment.config.seed
-    kind = experiment.loss.record_kind
+    kind = experiment.record_kind
     scored = any(step.step.scores for step in steps) and not kind["margin"]
     if scored:
         kind["margin"] = True

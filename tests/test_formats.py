@@ -184,7 +184,7 @@ def test_tools_and_calls(tmp_path, tools):
     records, dropped = read_records(write(tmp_path / "rows.jsonl", rows), responses=("chosen",))
     call = {"type": "function", "id": "1", "function": {"name": "weather", "arguments": {"city": "Rome", "unit": None}}}
     assert not dropped and [record.tools for record in records] == [(WEATHER,), (WEATHER,), ()]
-    assert records[0].chosen == records[1].prompt[1:2] == [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    assert records[0].chosen == records[1].chosen[:1] == [{"role": "assistant", "content": "", "tool_calls": [call]}]
     assert records[2].chosen == [assistant("Hello.")]
 
 

@@ -413,8 +413,12 @@ def test_a_directory_trains_on_what_is_training_data_by_its_name_and_says_what_i
 def test_a_run_says_what_it_reads_in_part(load, tmp_path, capsys):
     talk = [user("One?"), assistant("1"), user("Two?"), assistant("2")]
     rows = [{"messages": talk}, {"messages": talk[2:]}, {"prompt": "p", "completion": " c"}]
-    _, _, data = load(path=write(tmp_path / "a.jsonl", rows), loss="sft")
-    notes = {"with earlier answers, which are not trained": 1, "as plain text, the others as messages": 1}
-    assert data.notes["training"] == notes
-    said = "; dropped none; 1 with earlier answers, which are not trained, 1 as plain text, the others as messages\n"
-    assert said in capsys.readouterr().err
+    file = write(tmp_path / "a.jsonl", rows)
+    for train_on, note in (
+        ("all", "with several answers that are trained"),
+        ("last", "with earlier answers, which are not trained"),
+    ):
+        _, _, data = load(path=file, loss="sft", train_on=train_on)
+        assert data.notes["training"] == {note: 1, "as plain text, the others as messages": 1}
+        said = f"; 1 {note}, 1 as plain text, the others as messages\n"
+        assert said in capsys.readouterr().err

@@ -81,12 +81,16 @@ def test_formats_of_pairs(tmp_path, row, record):
         ({"prompt": "p", "response": "c"}, ("p", "c", "")),
         ({"chosen": HH + " yes"}, (HH, " yes", "")),
         ({"text": "once"}, ("", "once", "")),
-        ({"messages": [*TURN, assistant("c")]}, (TURN, [assistant("c")], [])),
-        ({"prompt": "q", "messages": [*TURN, assistant("c")]}, (TURN, [assistant("c")], [])),
+        ({"messages": [*TURN, assistant("c")]}, (TURN[:1], [*TURN[1:], assistant("c")], [])),
+        ({"prompt": "q", "messages": [*TURN, assistant("c")]}, (TURN[:1], [*TURN[1:], assistant("c")], [])),
+        ({"prompt": TURN, "completion": [assistant("c")]}, (TURN, [assistant("c")], [])),
     ],
 )
 def test_formats_of_demonstrations(tmp_path, row, record):
     assert read(tmp_path, row, responses=("chosen",)) == ([record], {})
+    # The last answer alone has all before it as its prompt.
+    last = (TURN, [assistant("c")], []) if isinstance(record[0], list) else record
+    assert read(tmp_path, row, responses=("chosen",), train_on="last") == ([last], {})
 
 
 def test_other_field_names(tmp_path):
@@ -314,9 +318,11 @@ def test_dropped_transcripts_are_those_that_another_way_of_counting_finds(tmp_pa
 
 
 def test_a_conversation_is_never_cut_by_the_other_sides_length(tmp_path):
-    # The sides share `q` only: the user's second message must not become part of a trained response.
+    # The sides share `q` only: the rest of each is its response, of which the user's second message is read.
     chosen = [user("q"), assistant("a"), user("q2"), assistant("c")]
-    rejected = [user("q"), assistant("b"), user("q2"), assistant("r")]
+    rejected = [user("q"), assistant("b"), user("q3"), assistant("r"), user("q4"), assistant("s")]
+    assert read(tmp_path, {"chosen": chosen, "rejected": rejected})[0] == [([user("q")], chosen[1:], rejected[1:])]
+    rejected[0] = user("p")
     with pytest.raises(UserError, match=r"no record is left \(prompts differ: 1\)"):
         read(tmp_path, {"chosen": chosen, "rejected": rejected})
 
@@ -359,12 +365,12 @@ MALFORMED = {
     ),
     "ends with the user": (
         b'{"chosen": [{"role": "user", "content": "c"}], "rejected": [{"role": "user", "content": "c"}]}',
-        "field 'chosen': expected a conversation that ends with an assistant message",
+        "field 'chosen': expected a conversation with an answer of the assistant",
     ),
     "user inside a response": (
         b'{"prompt": [{"role": "user", "content": "p"}], "rejected": [{"role": "assistant", "content": "c"}],'
         b' "chosen": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "c"}]}',
-        "field 'chosen': expected one assistant message",
+        "field 'chosen': expected an assistant message first",
     ),
     "another prompt beside conversations": (
         b'{"prompt": "Be brief.", "chosen": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "c"}],'

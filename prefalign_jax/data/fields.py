@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from prefalign_jax.data.messages import KNOWN
+from prefalign_jax.data.messages import KNOWN, WEIGHT
 from prefalign_jax.data.values import Malformed, empty, name_of, texts
 
 PAIRS, UNPAIRED, SUPERVISED, PROMPTS = "pairs", "unpaired", "supervised", "prompts"  # what rows are read as
@@ -220,7 +220,7 @@ def account_messages(parts: Iterable[tuple[str, Sequence[Mapping], int]], kind: 
         for number, message in enumerate(part, first):
             if len(message) == 2:  # role and content
                 continue
-            for name in message.keys() - KNOWN:
+            for name in message.keys() - KNOWN - {WEIGHT}:  # it was obeyed
                 meaning = meaning_of(name, message[name])
                 if meaning in _OF_MESSAGES and kind in meaning.kinds and not empty(message[name]):
                     raise Malformed(

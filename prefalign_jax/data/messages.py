@@ -12,12 +12,22 @@ null fields                                  go, at any depth
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from prefalign_jax.data.values import Malformed, expected, parsed, plain, string, truth
+from prefalign_jax.data.values import (
+    SMALLEST,
+    Malformed,
+    expected,
+    missing,
+    number,
+    parsed,
+    plain,
+    show,
+    string,
+    truth,
+)
 
 Messages = list[dict[str, Any]]  # [{'role': ..., 'content': ...}, ...]
 Text = str | Messages
@@ -35,11 +45,13 @@ _NAMES = {"from": "role", "value": "content"}
 # Fields of a message that templates may read; what others mean is not known.
 _STRINGS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")  # texts, as is the content
 KNOWN = frozenset(("role", "content", "tool_calls", *_STRINGS))
-# Fields that say whether a message is trained, and which of the two answers says so.
+WEIGHT = "weight"  # of a message that is read: how much its tokens count, where that is not 1
+# Fields that say whether a message is trained, which of the two answers says so, and those that may say how much.
 FLAGS = {
-    **dict.fromkeys(("weight", "train", "training", "trainable", "loss", "loss_weight"), True),
+    **dict.fromkeys((WEIGHT, "train", "training", "trainable", "loss", "loss_weight"), True),
     **dict.fromkeys(("masked", "mask"), False),
 }
+_WEIGHTS = (WEIGHT, "loss_weight")
 _LOST = ("refusal", "audio", "images", "image", "videos", "video")  # fields of a message that no tokens hold
 
 # Objects, written as JSON, once or twice, or as Python writes them; and what tells messages among these.
@@ -231,54 +243,51 @@ def read_history(value: Any, field: str = "history") -> Messages:
     return out
 
 
-def until_trained(messages: Messages, ignore: Collection[str]) -> Messages:
-    """A conversation up to the last answer that is to be trained, where its weights say that the last one is not.
-
-    What comes after an answer does not change its loss, so this is what the weights ask for.
-
-    Args:
-      messages: the conversation.
-      ignore: names of weights that are not looked at.
-    """
-
-    def says(message: Mapping) -> bool | None:
-        for name in (FLAGS.keys() & message.keys()).difference(ignore):
-            with contextlib.suppress(Malformed):  # `obeyed` says what is wrong
-                return truth(message[name], name) == FLAGS[name]
-        return None
-
-    if not messages or says(messages[-1]) is not False:
-        return messages
-    last = next((i for i in reversed(range(len(messages))) if says(messages[i])), None)
-    return messages if last is None or messages[last]["role"] != "assistant" else messages[: last + 1]
-
-
 def obeyed(messages: Messages, field: str, first: int = 0, *, trained: bool) -> Messages:
-    """Messages without their weights and masks, which must ask for what is done: the answer alone is trained.
+    """Messages without the flags that say whether they are trained; an answer that counts otherwise has a 'weight'.
 
     Args:
-      messages: of the prompt, or the answer.
+      messages: of a prompt, or of a response.
       field: where the row has them, for the message.
       first: the number of the first of them there.
-      trained: whether they are the answer.
+      trained: whether they are of a response, of which the assistant's messages are trained.
 
     Raises:
-      Malformed: a message asks for something else.
+      Malformed: a message asks to be trained and is not, or its flags contradict each other.
+
+    Example:
+      >>> obeyed([{"role": "assistant", "content": "a", "train": False}], "messages", trained=True)
+      [{'role': 'assistant', 'content': 'a', 'weight': 0.0}]
     """
     if all(FLAGS.keys().isdisjoint(message) for message in messages):
         return messages
+    out = []
     for i, message in enumerate(messages, first):
-        for name in FLAGS.keys() & message.keys():
-            place = f"{field}[{i}].{name}"
-            if isinstance(message[name], float) and 0 < message[name] < 1:
-                raise Malformed(
-                    f"field {place!r}: a share of a message is not trained; write data.ignore=message.{name}"
-                )
-            asked = truth(message[name], place) == FLAGS[name]
-            if asked != trained:
-                instead = "is not trained, and it is the one answer that is" if trained else "is trained, and it is not"
-                raise Malformed(
-                    f"field {place!r}: {message[name]!r} says that the message {instead}; "
-                    f"write data.ignore=message.{name}, or shorten the conversation (data.map_fn)"
-                )
-    return [{name: value for name, value in message.items() if name not in FLAGS} for message in messages]
+        flags = {name: value for name, value in message.items() if name in FLAGS and not missing(value)}
+        weights = {name: _weight(value, name, f"{field}[{i}].{name}") for name, value in flags.items()}
+        message = {name: value for name, value in message.items() if name not in FLAGS}
+        if trained and message["role"] == "assistant":
+            if len(set(weights.values())) > 1:
+                raise Malformed(f"fields {', '.join(map(repr, weights))} of {field}[{i}] contradict each other")
+            if (weight := next(iter(weights.values()), 1.0)) != 1:
+                message[WEIGHT] = weight
+        elif name := next((name for name, weight in weights.items() if weight), None):
+            raise Malformed(
+                f"field '{field}[{i}].{name}': {show(flags[name])} says that the message is trained, and it is "
+                f"not; write data.ignore=message.{name}, or shorten the conversation (data.map_fn)"
+            )
+        out.append(message)
+    return out
+
+
+def _weight(value: Any, name: str, place: str) -> float:
+    """How much a message counts that has this value in the field of FLAGS."""
+    says = "0 or a positive finite number"
+    try:
+        return float(truth(value, place) == FLAGS[name])
+    except Malformed:
+        if name not in _WEIGHTS:
+            raise
+    if (weight := number(value, place, says)) < SMALLEST:  # 0 was a truth value
+        raise expected(f"{says} (float32)", value, place)
+    return weight

@@ -8,6 +8,7 @@ and field. Fields whose meaning is not known are counted by name. Nothing else i
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -18,6 +19,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from prefalign_jax.data.conversation import (
+    bare,
+    first_answer,
+    is_answer,
+    is_trained,
+    last_answer,
+    parting,
+    until_last_answer,
+    untrained,
+)
 from prefalign_jax.data.fields import PAIRS, PROMPTS, SUPERVISED, UNPAIRED, account, account_messages, mapping
 from prefalign_jax.data.formats import FORMATS, detect, in_common
 from prefalign_jax.data.messages import (
@@ -28,7 +39,6 @@ from prefalign_jax.data.messages import (
     read_history,
     read_text,
     read_tools,
-    until_trained,
 )
 from prefalign_jax.data.rows import read_rows
 from prefalign_jax.data.template import not_to_be_set
@@ -53,6 +63,8 @@ from prefalign_jax.types import Place, UserError
 
 Rows = Iterable[tuple[Place, Any]]  # rows with their places
 
+TRAIN_ON = ("all", "last")  # which assistant messages of a response are trained
+
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # the turns of an HH-RLHF transcript
 _COMPLETIONS = ("completion", "response", "messages")  # what rows with one response may call it
 _BETWEEN = re.compile(r"\b(human|user|assistant|system|im_start|im_end|inst)\b|[\W_]", re.IGNORECASE)
@@ -68,7 +80,9 @@ _ASCII = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "
 class Record(NamedTuple):
     """One preference, one demonstration or one labelled completion, before tokenization.
 
-    Prompt and responses are either all strings or all lists of messages; a response is then one assistant message.
+    Prompt and responses are either all strings or all lists of messages. A response is then the rest of a conversation
+    from an assistant message on: what the assistant writes is trained, what tools and users write is read. An assistant
+    message that counts otherwise has a 'weight', 0 for one that is read.
     """
 
     prompt: Text
@@ -118,19 +132,30 @@ def read_records(
     columns: Sequence[str] = (),
     format: str | None = None,
     ignore: Sequence[str] = (),
+    train_on: str = "all",
 ) -> tuple[list[Record], dict[str, int]]:
     """Reads preference pairs, demonstrations or labelled completions from a file, a directory or the Hugging Face hub.
 
     The formats of a row, told apart by its fields and their types:
       prompt, chosen, rejected as strings;
       the same as lists of messages, or a string prompt (one user message) with lists of messages;
-      chosen and rejected as whole conversations: the last assistant message is the response, all before it the prompt;
+      chosen and rejected as whole conversations: what they share is the prompt, the rest of each its response;
       chosen and rejected as HH-RLHF transcripts: the prompt ends with the last '\\n\\nAssistant:' of each;
       and the published ones of `formats.FORMATS`, which are first brought into one of these.
     Supervised rows (one name in `responses`) may also call the response 'completion' or 'response', be a conversation
-    called 'messages', of which the last message is the response, or have nothing but a 'text'.
+    called 'messages', or have nothing but a 'text'.
     Unpaired rows hold a prompt, a 'completion', 'response' or 'messages', and a 'label', true or false (or 1 or 0). One
     with chosen and rejected, in any format of pairs, is two records: the chosen labelled true, the rejected false.
+
+    A response of messages begins with an assistant message. Tools and users may follow, and more of the assistant. What
+    stands after its last assistant message is cut and counted. A 'prompt' that is given is the prompt. Of whole
+    conversations the prompt is:
+      of a pair what both share, up to an answer in each (`conversation.parting`). Where they part at another message,
+        the responses begin with the answer before it, and what they share of them is read and not trained;
+      of a demonstration what comes before the first answer; of a chosen response beside a rejected one, as of the pair;
+      of a labelled completion what comes before the answer to the user's last turn.
+    A flag of an assistant message, such as 'weight' or 'train' (`messages.FLAGS`), becomes its 'weight'.
+
     Beside them may stand 'system', a system prompt, and 'history', what was said before: then strings are messages too.
     A field 'weight' is how much the record counts, 'tools' (a list, or its JSON) what may be called,
     'chat_template_kwargs' (an object, or its JSON) what the chat template is told. Another field that is known to mean
@@ -151,6 +176,8 @@ def read_records(
         truth values.
       format: a key of FORMATS that all rows have; None tells each row's from its fields.
       ignore: fields that are read as if they were not there; 'message.FIELD' is one of every message.
+      train_on: 'all' trains every assistant message of a response, 'last' the last alone: without a rejected response
+        all before it becomes the prompt, in a pair the others are read.
 
     Returns:
       The records in the order of the rows, and the number of rows dropped for each reason.
@@ -160,6 +187,7 @@ def read_records(
     """
     tally = Tally()
     options = dict(responses=responses, unpaired=unpaired, margin=margin, columns=columns, format=format, ignore=ignore)
+    options["train_on"] = train_on
     records = list(itertools.islice(iter_records(read_rows(path, split), tally, **options), limit))
     if not records:
         counts = ", ".join(f"{reason}: {n}" for reason, n in tally.dropped.items()) or "there was no row"
@@ -180,6 +208,7 @@ class Reading(NamedTuple):
     format: str | None = None
     ignore: Sequence[str] = ()
     beside: Sequence[str] = ()  # fields that something else reads, such as a filter
+    train_on: str = "all"
 
     @property
     def kind(self) -> str:
@@ -196,7 +225,7 @@ def iter_records(rows: Rows, tally: Tally, **options: Any) -> Iterator[Record]:
     Args:
       rows: with their places.
       tally: what gives no record, and what is not read, is counted here as the iterator goes on.
-      **options: responses, unpaired, margin, columns, format, ignore, as in `read_records`.
+      **options: responses, unpaired, margin, columns, format, ignore, train_on, as in `read_records`.
 
     Raises:
       UserError: an option does not apply, or, from the iterator, a row is malformed.
@@ -204,6 +233,8 @@ def iter_records(rows: Rows, tally: Tally, **options: Any) -> Iterator[Record]:
     reading = Reading(**options)
     if not reading.unpaired and not 1 <= len(reading.responses) <= 2:
         raise UserError(f"responses: expected one or two field names, found {list(reading.responses)}")
+    if reading.train_on not in TRAIN_ON:
+        raise UserError(f"train_on: expected one of {', '.join(TRAIN_ON)}, found {reading.train_on!r}")
     if reading.margin and reading.kind != PAIRS:
         raise UserError(f"margin: applies to pairs; leave it out for {reading.kind} data")
     return _records(rows, tally, reading)
@@ -495,8 +526,15 @@ def _record(
     if margin < 0:
         raise Dropped("rejected scores higher")
     if not isinstance(prompt, str):
-        if reading.kind == SUPERVISED and any(message["role"] == "assistant" for message in prompt):
+        if reading.train_on == "last":
+            prompt, sides = _last_alone(prompt, sides)
+        if reading.kind == SUPERVISED and any(map(is_answer, prompt)):
             tally.notes["with earlier answers, which are not trained"] += 1
+        answers = [message for side in sides for message in side if is_answer(message)]
+        if not all(map(is_trained, answers)):
+            tally.notes["with answers that are read and not trained"] += 1
+        if any(sum(map(is_trained, side)) > 1 for side in sides):
+            tally.notes["with several answers that are trained"] += 1
     rejected = sides[1] if len(sides) == 2 else type(sides[0])()
     return Record(prompt, sides[0], rejected, 1.0 if weight is None else weight, margin, **told)
 
@@ -517,12 +555,6 @@ def _conversation(
         lacking = [*(["prompt"] if fields and row.get("prompt") is None else []), *lacking]
         raise Malformed(f"expected {', '.join(('prompt', *fields))}, found {names(row)}; {_map(row, lacking)}")
     sides = [read_text(row[name], name) for name in fields]
-    leave = [name.removeprefix(_MESSAGE) for name in reading.ignore if name.startswith(_MESSAGE)]
-    if reading.kind == SUPERVISED and trained and isinstance(sides[0], list):
-        (whole,), sides = sides, [until_trained(sides[0], leave)]
-        if len(sides[0]) < len(whole):
-            tally.notes["cut after the last answer that its weights train"] += 1
-    given = sides
     asked = None if missing(row.get("prompt")) else read_text(row["prompt"], "prompt")
     prompt = "" if fields == ["text"] else asked
     if len({type(side) for side in sides}) > 1:
@@ -537,32 +569,44 @@ def _conversation(
         if prompt:
             sides = [[{"role": "assistant", "content": side}] for side in sides]
             prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not sides:
-        prompt = prompt or ""
-    elif isinstance(sides[0], str):
-        prompt, sides = _split_strings(row, prompt, sides, fields)
-    else:
-        prompt, sides = _split_messages(row, prompt, sides, fields)
-    if isinstance(prompt, str):
-        return prompt, sides
+    if sides and isinstance(sides[0], str):
+        return _split_strings(row, prompt, sides, fields)
+    if not sides and not isinstance(prompt, list):
+        return prompt or "", []
+
+    leave = [name.removeprefix(_MESSAGE) for name in reading.ignore if name.startswith(_MESSAGE)]
+    given = [part for part in (prompt, *sides) if isinstance(part, list)]
     for name in leave:
-        tally.unread[_MESSAGE + name] += any(name in message for part in (prompt, *sides) for message in part)
-    if leave or not trained:
-        leave += () if trained else FLAGS
-        prompt, *sides = ([_left_out(message, leave) for message in part] for part in (prompt, *sides))
-    asked_in = "prompt" if asked else fields[0]
-    prompt = obeyed(prompt, asked_in, trained=False)
-    # Their places in the row.
-    firsts = [max(0, len(whole) - len(side)) for whole, side in zip(given, sides, strict=True)]
-    answers = zip(fields, sides, firsts, strict=True)
-    sides = [obeyed(side, name, first, trained=True) for name, side, first in answers]
-    parts = [("history", before or [], 0), (asked_in, prompt, 0), *zip(fields, sides, firsts, strict=True)]
+        tally.unread[_MESSAGE + name] += any(name in message for part in given for message in part)
+    leave += () if trained else FLAGS
+    if leave:
+        prompt = _without_fields(prompt, leave) if isinstance(prompt, list) else prompt
+        sides = [_without_fields(side, leave) for side in sides]
+    parted = _split_messages(row, prompt, sides, fields, reading.kind if trained else PROMPTS)
+    tally.unread.update(f"{name}[] after the last answer" for name in parted.cut)
+    before = obeyed(before or [], "history", trained=False)
+    responses, shared = [], parted.shared
+    for name, side, first in zip(fields, parted.sides, parted.firsts, strict=False):
+        obeyed(side[:shared], name, first, trained=False)
+        side = obeyed(side, name, first, trained=True)
+        responses.append(untrained(side[:shared]) + side[shared:])
+    parts = [("history", before, 0), (parted.asked_in, parted.prompt, 0)]
+    parts += zip(fields, responses, parted.firsts, strict=False)
     account_messages(parts, reading.kind if trained else PROMPTS, tally.unread)
-    return _joined(before or [], prompt), sides
+    return _joined(before, parted.prompt), responses
 
 
-def _left_out(message: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    return {name: value for name, value in message.items() if name not in names}
+def _without_fields(messages: Messages, names: Sequence[str]) -> Messages:
+    return [{name: value for name, value in message.items() if name not in names} for message in messages]
+
+
+def _last_alone(prompt: Messages, sides: list[Messages]) -> tuple[Messages, list[Messages]]:
+    """(prompt, responses) with the last trained message alone trained; the prompt of one response ends before it."""
+    lasts = [max(i for i, message in enumerate(side) if is_trained(message)) for side in sides]
+    if len(sides) > 1:
+        return prompt, [untrained(side[:last]) + side[last:] for side, last in zip(sides, lasts, strict=True)]
+    (side,), (last,) = sides, lasts
+    return [*prompt, *map(bare, side[:last])], [side[last:]]
 
 
 def _before(row: Mapping) -> Messages | None:
@@ -665,34 +709,89 @@ def _split_strings(row: Mapping, prompt: Text | None, sides: list[str], fields: 
     return _same(prompts), [side[len(prompts[0]) :] for side in sides]
 
 
+class Parted(NamedTuple):
+    """Messages of a row as prompt and responses.
+
+    Attributes:
+      prompt: messages, without flags.
+      asked_in: the field that has them.
+      sides: the responses.
+      firsts: the number of the first message of each in its field.
+      shared: so many messages of the responses are the same in all, and are not trained.
+      cut: fields of which something after the last answer is left out.
+    """
+
+    prompt: Messages
+    asked_in: str
+    sides: list[Messages]
+    firsts: Sequence[int]
+    shared: int = 0
+    cut: Sequence[str] = ()
+
+
 def _split_messages(
-    row: Mapping, prompt: Text | None, sides: list[Messages], fields: Sequence[str]
-) -> tuple[Messages, list[Messages]]:
-    """(prompt, responses), each response one assistant message, wherever the row keeps the messages before it."""
-    conversation = prompt is None or (isinstance(prompt, str) and any(s and s[0]["role"] != "assistant" for s in sides))
-    if conversation:
-        for side, name in zip(sides, fields, strict=True):
-            if prompt is None and [message["role"] for message in side] == ["assistant"]:
+    row: Mapping, prompt: Text | None, sides: list[Messages], fields: Sequence[str], kind: str
+) -> Parted:
+    """Prompt and responses, wherever the row keeps the messages before the responses.
+
+    Args:
+      row: in the common format.
+      prompt: its field.
+      sides: the fields of the responses.
+      fields: their names.
+      kind: what the row is read as.
+    """
+    ends = [until_last_answer(side) for side in sides]
+    cut = [name for name, side, end in zip(fields, sides, ends, strict=True) if len(end) < len(side)]
+    if prompt is None or (isinstance(prompt, str) and any(side and not is_answer(side[0]) for side in sides)):
+        # Beside whole conversations a string prompt only repeats one message or all; another text would go unread.
+        if prompt and not _repeats(prompt, [message["content"] for message in sides[0]]):
+            raise expected(f"a message of {fields[0]!r}, which holds the whole conversation", prompt, "prompt")
+        if kind == PROMPTS and len(sides) == 1 and cut:
+            return Parted(sides[0], fields[0], [], ())  # what is asked last has no answer yet
+        for side, end, name in zip(sides, ends, fields, strict=True):
+            if prompt is None and len(side) == len(end) == 1:
                 whole = f"expected a field 'prompt', or a whole conversation in {name!r}"
                 raise Malformed(f"{whole}; found {names(row)}; {_map(row, ('prompt',))}")
-            if len(side) < 2 or side[-1]["role"] != "assistant":
-                raise expected("a conversation that ends with an assistant message", side, name)
-        context = _same([side[:-1] for side in sides])
-        # Beside whole conversations a string prompt only repeats one message or all; another text would go unread.
-        if prompt and not _repeats(prompt, [message["content"] for message in context]):
-            raise expected(f"a message of {fields[0]!r}, which holds the whole conversation", prompt, "prompt")
-        return context, [side[-1:] for side in sides]
+            if not first_answer(end):
+                raise expected("a conversation with an answer of the assistant", side, name)
+        begin, part = _begin(row, ends, fields, kind)
+        if not begin:
+            raise Dropped("prompts differ")
+        prompts = [obeyed(end[:begin], name, trained=False) for name, end in zip(fields, ends, strict=True)]
+        return Parted(prompts[0], fields[0], [end[begin:] for end in ends], [begin] * len(ends), part - begin, cut)
 
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if not prompt:
         raise expected("at least one message", prompt, "prompt")
-    n = len(prompt)
-    sides = [side[n:] if side[:n] == prompt else side for side in sides]
-    for side, name in zip(sides, fields, strict=True):
-        if [message["role"] for message in side] not in ([], ["assistant"]):
-            raise expected("one assistant message (what comes before it belongs in the prompt)", side, name)
-    return prompt, sides
+    asked = list(map(bare, prompt))
+    firsts = [len(asked) if list(map(bare, side[: len(asked)])) == asked else 0 for side in sides]
+    for side, first, name in zip(sides, firsts, fields, strict=True):
+        obeyed(side[:first], name, trained=False)
+        if side[first:] and not is_answer(side[first]):
+            first_said = "an assistant message first (what comes before it belongs in the prompt)"
+            raise expected(first_said, side[first:], name)
+    responses = [end[first:] for end, first in zip(ends, firsts, strict=True)]
+    return Parted(obeyed(prompt, "prompt", trained=False), "prompt", responses, firsts, 0, cut)
+
+
+def _begin(row: Mapping, sides: list[Messages], fields: Sequence[str], kind: str) -> tuple[int, int]:
+    """(where the responses of whole conversations begin, up to where they are not trained), see `read_records`."""
+    if len(sides) > 1:
+        return parting(sides)
+    begin = first_answer(sides[0])
+    if kind == UNPAIRED:
+        begin = last_answer(sides[0])
+    elif kind == PROMPTS:
+        begin = len(sides[0]) - 1
+    elif fields == ["chosen"] and isinstance(row.get("rejected"), list):  # a pair whose chosen response is wanted
+        with contextlib.suppress(Malformed):
+            if isinstance(other := read_text(row["rejected"], "rejected"), list) and other:
+                both, part = parting([sides[0], until_last_answer(other)])
+                begin = both or begin
+                return begin, part if begin < part < len(sides[0]) else begin
+    return begin, begin
 
 
 def _repeats(text: str, said: Sequence[str]) -> bool:
@@ -711,14 +810,23 @@ def _same(prompts: list) -> Any:
 
 
 def _check_answers(sides: Sequence[Text]) -> None:
-    if any(not _content(side).strip() for side in sides):
+    if not all(map(_says_something, sides)):
         raise Dropped("empty response")
-    if len(sides) == 2 and sides[0] == sides[1]:
+    if len(sides) == 2 and _bare(sides[0]) == _bare(sides[1]):
         raise Dropped("identical responses")
+    trained = (
+        side if isinstance(side, str) else [message for message in side if is_trained(message)] for side in sides
+    )
+    if not all(map(_says_something, trained)):
+        raise Dropped("nothing of a response is trained")
 
 
-def _content(side: Text) -> str:
-    """What a response says or calls, for a look at whether it is empty."""
+def _bare(side: Text) -> Text:
+    return side if isinstance(side, str) else list(map(bare, side))
+
+
+def _says_something(side: Text) -> bool:
+    """Whether an assistant writes or calls something in a response."""
     if isinstance(side, str):
-        return side
-    return "".join(message["content"] or ("call" if message.get("tool_calls") else "") for message in side)
+        return bool(side.strip())
+    return any(message["content"].strip() or message.get("tool_calls") for message in side if is_answer(message))
