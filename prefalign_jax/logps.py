@@ -19,11 +19,14 @@ from prefalign_jax.types import (
     PairLogps,
     Params,
     PreferenceBatch,
+    Responses,
     Sides,
 )
 
 VOCABULARY_CHUNK = 8192  # columns of logits in memory at once
-REFERENCE_NEEDS = frozenset({"shared", "sampled"})  # of what a loss may need, that which it reads of the reference too
+REFERENCE_NEEDS = frozenset(
+    {"shared", "sampled", "group"}
+)  # of what a loss may need, that which it reads of the reference too
 
 
 def _chunks(vocabulary: int, chunk: int) -> tuple[int, int]:
@@ -243,16 +246,24 @@ token_kl.defvjp(_kl_forward, _kl_backward)
 
 
 def _sums(values: jax.Array, batch: PreferenceBatch) -> jax.Array:
-    """[B, SIDES] weighted sums of a value per trained token over the slots. Filler points at a slot past the last."""
-    pairs = batch.weight.shape[0]
+    """[B, SIDES] weighted sums of a value per trained token over the slots; of groups [B, 2 K + 1].
+
+    Filler points at a slot past the last.
+    """
+    pairs, sides = batch.weight.shape[0], _sides_of(batch)
     if batch.token_weight is not None:
         values = values.reshape(-1) * batch.token_weight.reshape(-1)
-    sums = jax.ops.segment_sum(values.reshape(-1), batch.slot.reshape(-1), num_segments=SIDES * pairs)
-    return sums.reshape(pairs, SIDES)
+    sums = jax.ops.segment_sum(values.reshape(-1), batch.slot.reshape(-1), num_segments=sides * pairs)
+    return sums.reshape(pairs, sides) if batch.slots is None else sums[batch.slots]
+
+
+def _sides_of(batch: PreferenceBatch) -> int:
+    """How many sums a pair, or a group, has: of K responses, of the prompt, and of what follows each response."""
+    return SIDES if batch.scores is None else 2 * batch.scores.shape[1] + 1
 
 
 def token_counts(batch: PreferenceBatch) -> jax.Array:
-    """[B, SIDES] float32: trained tokens of each pair by side, each by how much it counts."""
+    """[B, SIDES] float32, as `_sums`: trained tokens of each pair by side, each by how much it counts."""
     return _sums(jnp.ones(batch.slot.shape, jnp.float32), batch)
 
 
@@ -301,12 +312,13 @@ def pair_logps(logps: jax.Array, batch: PreferenceBatch, needs: Set[str] = froze
     Args:
       logps: [G, T] float32.
       batch: its `slot` says which of the SIDES B sums a token belongs to.
-      needs: which of 'shared', 'sampled' and 'after' to fill in.
+      needs: which of 'shared', 'sampled', 'after' and 'group' to fill in.
 
     Returns:
       `PairLogps` with [B] sums and counts.
     """
     sums, counts = _sums(logps, batch), token_counts(batch)
+    prompt = sums.shape[1] // 2
 
     def partly(keep: jax.Array) -> Sides:
         kept = _sums(jnp.where(keep, logps.reshape(-1), 0.0), batch)
@@ -317,13 +329,19 @@ def pair_logps(logps: jax.Array, batch: PreferenceBatch, needs: Set[str] = froze
         rejected=sums[:, REJECTED],
         chosen_tokens=counts[:, CHOSEN],
         rejected_tokens=counts[:, REJECTED],
-        prompt=sums[:, PROMPT],
-        prompt_tokens=counts[:, PROMPT],
+        prompt=sums[:, prompt],
+        prompt_tokens=counts[:, prompt],
         mean_tokens=batch.mean_tokens,
         weight=batch.weight,
         margin=batch.margin,
         label=batch.label,
     )
+    if "group" in needs:
+        present = ~jnp.isnan(batch.scores)
+        scores = jnp.where(present, batch.scores, 0.0)
+        out = out._replace(
+            responses=Responses(sums[:, :prompt], counts[:, :prompt], scores, present.astype(jnp.float32))
+        )
     if "shared" in needs:
         out = out._replace(shared=partly(places(batch) < _shorter(batch)))
     if "sampled" in needs:
@@ -426,7 +444,7 @@ def _from_hidden(model, params, hidden, batch, chunk, needs) -> PairLogps:
     head = model.head(params)
     if "reward" in needs:
         rewards = jnp.einsum("gtd,d->gt", hidden, head[0].astype(hidden.dtype), preferred_element_type=jnp.float32)
-        return pair_logps(rewards, batch)
+        return pair_logps(rewards, batch, needs & {"group"})
     out = pair_logps(token_logps(hidden, head, batch.target, chunk, model.softcap), batch, needs)
     if "sum_squares" in needs:
         out = out._replace(sum_squares=_sides(token_sum_squares(hidden, head, chunk, model.softcap), batch))

@@ -20,7 +20,7 @@ from prefalign_jax.files import intact, remove_parts, sealed
 from prefalign_jax.logps import REFERENCE_NEEDS, VOCABULARY_CHUNK, preference_logps
 from prefalign_jax.processes import all_have, by_first, note
 from prefalign_jax.sharding import place_batch
-from prefalign_jax.types import LanguageModel, Pair, PairLogps, Params, Sides
+from prefalign_jax.types import LanguageModel, Pair, PairLogps, Params, Responses, Sides
 
 FORMAT = 3  # raise it whenever the numbers of an old cache would no longer be right
 
@@ -53,13 +53,13 @@ def compute(
     @functools.partial(jax.jit, out_shardings=mesh and NamedSharding(mesh, P()))
     def logps(params, batch):
         out = preference_logps(model, params, jax.tree.map(lambda x: x[0], batch), chunk, needs & REFERENCE_NEEDS)
-        return PairLogps(*out[:4], shared=out.shared, sampled=out.sampled)
+        return PairLogps(*out[:4], shared=out.shared, sampled=out.sampled, responses=out.responses)
 
     out = None
     for batch in eval_batches(data):
         real = batch.index[0] >= 0
         computed = jax.device_get(logps(params, place_batch(mesh, batch)))
-        out = out or jax.tree.map(lambda x: np.zeros(len(data.pairs), np.float32), computed)
+        out = out or jax.tree.map(lambda x: np.zeros((len(data.pairs), *x.shape[1:]), np.float32), computed)
         for column, values in zip(jax.tree.leaves(out), jax.tree.leaves(computed), strict=True):
             column[batch.index[0][real]] = values[real]
         progress(int(batch.index.max()) + 1)
@@ -136,6 +136,7 @@ def cached(path: Path, make: Callable[[], PairLogps]) -> PairLogps:
 
 
 _SUMS = ("chosen", "rejected", "chosen_tokens", "rejected_tokens")
+_RECORDS = {"shared": Sides, "sampled": Sides, "responses": Responses}  # fields that are there only for some losses
 
 
 def _read(path: Path) -> PairLogps | None:
@@ -145,12 +146,12 @@ def _read(path: Path) -> PairLogps | None:
         if not intact(path):
             raise ValueError
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            sides = {
-                name: Sides(*(stored[f"{name}.{side}"] for side in Sides._fields))
-                for name in sorted(REFERENCE_NEEDS)
-                if f"{name}.chosen" in stored
+            records = {
+                name: kind(*(stored[f"{name}.{field}"] for field in kind._fields))
+                for name, kind in _RECORDS.items()
+                if f"{name}.{kind._fields[0]}" in stored
             }
-            return PairLogps(*(stored[name] for name in _SUMS), **sides)
+            return PairLogps(*(stored[name] for name in _SUMS), **records)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         note(f"{path} is damaged; the reference's log-probabilities are computed anew")
         return None
@@ -158,14 +159,14 @@ def _read(path: Path) -> PairLogps | None:
 
 def _write(path: Path, logps: PairLogps) -> None:
     remove_parts(path.parent)
-    sides = {
-        f"{name}.{side}": value
-        for name in REFERENCE_NEEDS
+    records = {
+        f"{name}.{field}": value
+        for name in _RECORDS
         if getattr(logps, name) is not None
-        for side, value in getattr(logps, name)._asdict().items()
+        for field, value in getattr(logps, name)._asdict().items()
     }
     with sealed(path) as part, part.open("wb") as file:
-        np.savez(file, **{name: getattr(logps, name) for name in _SUMS}, **sides)
+        np.savez(file, **{name: getattr(logps, name) for name in _SUMS}, **records)
 
 
 def mover(mixup: float, every: int) -> Callable[[jax.Array, Params, Params], Params]:

@@ -234,7 +234,7 @@ def make_train_step(
 
 def join(record: PairLogps) -> PairLogps:
     """The record of the whole batch from that of its micro-steps, [M, B] -> [M B]; batch-wide means are taken once."""
-    flat = jax.tree.map(lambda x: x.reshape(-1), record._replace(mean_tokens=None))
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), record._replace(mean_tokens=None))
     return flat._replace(mean_tokens=record.mean_tokens if record.mean_tokens is None else record.mean_tokens[0])
 
 

@@ -131,8 +131,8 @@ class Sequences(NamedTuple):
 
     Attributes:
       index: [G, N, S] int32, the tokens of each in order, as positions in the group's R/G * L; -1 is padding.
-      place: [G, R/G * L, 2] int32, of each token where `index` has it, counted through N * S: in a text of a chosen
-        response, in one of a rejected response; -1 for none.
+      place: [G, R/G * L, K] int32, of each token where `index` has it, counted through N * S: in the text of each of
+        the K responses that its prompt has at most; -1 for none.
     """
 
     index: Array
@@ -140,7 +140,9 @@ class Sequences(NamedTuple):
 
 
 class PreferenceBatch(NamedTuple):
-    """Exactly B pairs in packed rows; token i sees j <= i of its segment whose branch is 0 or its own.
+    """Exactly B pairs, or groups of at most K responses, in packed rows.
+
+    Token i sees j <= i of its segment whose branch is 0 or its own.
 
     The targets are no shift of the tokens, because the first token of BOTH responses is predicted from the last
     prompt token; each trained token therefore names its source position, its target and its place in the batch.
@@ -148,11 +150,11 @@ class PreferenceBatch(NamedTuple):
 
     tokens: Array  # [R, L] int32
     segments: Array  # [R, L] int32; 0 is padding
-    branches: Array  # [R, L] int32; 0 shared by both sides, 1 chosen, 2 rejected
+    branches: Array  # [R, L] int32; 0 the prompt, shared by all, then each response's own
     positions: Array  # [R, L] int32, counted from the start of the prompt on each branch
     source: Array  # [G, T] int32, position in the R/G * L tokens of the group whose hidden state predicts the target
     target: Array  # [G, T] int32
-    slot: Array  # [G, T] int32, SIDES * pair + side; SIDES * B marks filler
+    slot: Array  # [G, T] int32, SIDES * pair + side, of groups (2 K + 1) * group + side; one past the last is filler
     tiles: Array  # [G, A, 2] int32, (query block, key block) of TILE tokens of the group that are not empty
     weight: Array  # [B] float32; 0 marks a filler pair
     margin: Array  # [B] float32, by how much the chosen response is better; 0 where the data do not say
@@ -162,6 +164,8 @@ class PreferenceBatch(NamedTuple):
     reference: PairLogps | None = None  # cached reference log-probabilities
     sequences: Sequences | None = None  # where the model attends by them
     token_weight: Array | None = None  # [G, T] float32, by how much each trained token counts; None: each counts once
+    slots: Array | None = None  # [B, SIDES] int32, the slots that each pair reads; None: its own
+    scores: Array | None = None  # [B, K] float32, of groups; NaN for a response that is not there
 
 
 class Responses(NamedTuple):

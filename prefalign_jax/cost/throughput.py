@@ -44,11 +44,12 @@ class Meter:
 
     def add(self, batch: PreferenceBatch, on_devices: PreferenceBatch) -> None:
         """Counts one batch, given as NumPy arrays and as it lies on the devices."""
-        lengths = self.data.lengths.of(batch.index[batch.index >= 0])
         self.steps += 1
-        self.tokens += int(lengths.pieces.sum())
+        for index in batch.index:
+            lengths = self.data.laid_out(index[index >= 0])
+            self.tokens += int(lengths.pieces.sum())
+            self.trained += int(lengths.trained.sum())
         self.positions += on_devices.segments.size
-        self.trained += int(lengths.trained.sum())
         shapes = on_devices.tokens.shape, on_devices.target.shape, on_devices.tiles.shape
         if shapes not in self.known:
             self.known[shapes] = self.flops_of(on_devices)

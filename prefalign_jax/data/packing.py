@@ -8,13 +8,16 @@
 The last token of a response is a target but predicts nothing, so no row holds it: two tokens a pair less to compute.
 (A reward model reads it, so its rows do.)
 
-A piece is what lies in one segment: a pair, or in the ordinary layout one of its sides. It is laid down as runs: the
-prompt, the chosen response, the rejected one. All of a batch is written at once, run by run, by NumPy.
+A prompt may have more responses than two: those of a group, or of several pairs that share the prompt (`shared`).
+Each has a branch of its own, and each is stored and computed once, however many pairs read it.
+
+A piece is what lies in one segment: a tree, or in the ordinary layout one of its sides. It is laid down as runs: the
+prompt, then each response. All of a batch is written at once, run by run, by NumPy.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import heapq
 import math
 from collections.abc import Callable, Sequence
@@ -26,9 +29,7 @@ import numpy as np
 from prefalign_jax.data.pairs import Pairs, as_pairs
 from prefalign_jax.types import (
     AFTER_CHOSEN,
-    CHOSEN,
     PROMPT,
-    REJECTED,
     SIDES,
     TILE,
     Pair,
@@ -51,6 +52,8 @@ class Layout(NamedTuple):
       after: predict the last token of each response once more, from itself.
       rewards: predict nothing, but read the hidden state of each response's last token.
       weighted: say of each trained token by how much it counts.
+      group: lay out all responses of a group, not the first two.
+      most: responses to one prompt at most.
     """
 
     tree: bool = True
@@ -59,6 +62,13 @@ class Layout(NamedTuple):
     after: bool = False
     rewards: bool = False
     weighted: bool = False
+    group: bool = False
+    most: int = 2
+
+    @property
+    def sides(self) -> int:
+        """How many responses of a pair are laid out, where all are there."""
+        return self.most if self.group else 1 + self.rejected
 
 
 class Shape(NamedTuple):
@@ -73,18 +83,20 @@ class Shape(NamedTuple):
 
 
 class Lengths(NamedTuple):
-    """Tokens of N pairs by part, known without laying anything out.
+    """Tokens of N pairs, or trees, by part, known without laying anything out.
 
     Attributes:
       prompt: [N].
-      responses: [N, sides], targets of each side.
+      responses: [N, sides], targets of each side; 0 for one that is not there.
+      counted: [N, sides], those of them whose weight is not 0.
       inputs: [N, sides], tokens of each side that rows hold.
       pieces: [N, pieces], tokens of each piece.
-      trained: [N, pieces], trained tokens of each piece; those of weight 0 are not among them.
+      trained: [N, pieces], trained tokens of each piece.
     """
 
     prompt: np.ndarray
     responses: np.ndarray
+    counted: np.ndarray
     inputs: np.ndarray
     pieces: np.ndarray
     trained: np.ndarray
@@ -97,20 +109,167 @@ class Lengths(NamedTuple):
 
 def lengths_of(pairs: Sequence[Pair], layout: Layout) -> Lengths:
     """Measures pairs under a layout."""
-    pairs, sides = as_pairs(pairs), slice(1, 3 if layout.rejected else 2)
+    pairs, sides = as_pairs(pairs), slice(1, 1 + layout.sides)
     tokens = pairs.length.astype(np.int64)
-    prompt, responses = tokens[:, 0], tokens[:, sides]
+    counted = pairs.sums(lambda weights: weights != 0)[:, sides].astype(np.int64)
+    return _lengths(tokens[:, 0], tokens[:, sides], counted, layout)
+
+
+def _lengths(prompt: np.ndarray, responses: np.ndarray, counted: np.ndarray, layout: Layout) -> Lengths:
     last = np.minimum(responses, 1)
     inputs = responses if layout.after or layout.rewards else responses - last
-    counted = pairs.sums(lambda weights: weights != 0)[:, sides].astype(np.int64)
-    trained = last if layout.rewards else counted + last * layout.after
+    trained = last.copy() if layout.rewards else counted + last * layout.after
     of_prompt = (prompt - 1) * layout.prompt
     if layout.tree:
-        return Lengths(
-            prompt, responses, inputs, (prompt + inputs.sum(1))[:, None], (trained.sum(1) + of_prompt)[:, None]
-        )
-    trained[:, 0] += of_prompt  # only one copy of the prompt is trained on
-    return Lengths(prompt, responses, inputs, prompt[:, None] + inputs, trained)
+        pieces, trained = (prompt + inputs.sum(1))[:, None], (trained.sum(1) + of_prompt)[:, None]
+    else:
+        pieces = np.where(last > 0, prompt[:, None] + inputs, 0)
+        trained[:, 0] += of_prompt  # only one copy of the prompt is trained on
+    return Lengths(prompt, responses, counted, inputs, pieces, trained)
+
+
+class Sharing(NamedTuple):
+    """Which pairs have the same prompt, and which of their responses are the same, weights of tokens included.
+
+    Attributes:
+      prompt: [N] int64, a number for each prompt.
+      responses: [N, sides] int64, a number for each prompt with a response; -1 for one that is not there.
+    """
+
+    prompt: np.ndarray
+    responses: np.ndarray
+
+    def of(self, index: Sequence[int] | np.ndarray) -> Sharing:
+        """That of the pairs with these numbers."""
+        return Sharing(*(part[np.asarray(index, np.int64)] for part in self))
+
+
+def sharing_of(pairs: Pairs, layout: Layout) -> Sharing:
+    """Compares prompts and responses token by token."""
+    count = len(pairs)
+    prompt, responses = np.arange(count), np.full((count, layout.sides), -1, np.int64)
+    there = pairs.length[:, 1 : 1 + layout.sides] > 0
+    responses[there] = count + np.arange(there.sum())  # all different so far
+    _, number, times = np.unique(pairs.prompt_key, return_inverse=True, return_counts=True)
+    names: dict[bytes, int] = {}
+
+    def content(pair: int, part: int) -> bytes:
+        buffer, start = pairs.buffer[pair, part], pairs.start[pair, part]
+        here, weights = slice(start, start + pairs.length[pair, part]), pairs.token_weights[buffer]
+        text = hashlib.blake2b(pairs.buffers[buffer][here].tobytes(), digest_size=16)
+        if weights is not None and np.any(weights[here] != 1):
+            text.update(weights[here].tobytes())
+        return text.digest()
+
+    for pair in np.flatnonzero(times[number] > 1).tolist():  # what reads as another prompt has other tokens
+        prompt[pair] = names.setdefault(content(pair, 0), pair)
+        of_prompt = int(prompt[pair]).to_bytes(8, "little")
+        for side in np.flatnonzero(there[pair]).tolist():
+            name = of_prompt + content(pair, 1 + side)
+            responses[pair, side] = names.setdefault(name, int(responses[pair, side]))
+    return Sharing(prompt, responses)
+
+
+class Trees(NamedTuple):
+    """What is laid down of B pairs: N prompts, each with all its responses.
+
+    Attributes:
+      pairs: N groups.
+      lengths: of them, K sides.
+      ids: [N, 2K + 1] int64, which slot the tokens of each response belong to, then those of the prompt, then what
+        follows each response.
+      slots: [B, SIDES] int32, the slots that each pair reads, where pairs share them.
+      tree: [B], the tree of each pair.
+    """
+
+    pairs: Sequence[Pair]
+    lengths: Lengths
+    ids: np.ndarray
+    slots: np.ndarray | None
+    tree: np.ndarray
+
+
+def plain(pairs: Sequence[Pair], lengths: Lengths, layout: Layout) -> Trees:
+    """Each pair by itself."""
+    codes = 2 * max(2, layout.sides) + 1
+    numbers = np.arange(len(lengths.prompt))
+    return Trees(pairs, lengths, numbers[:, None] * codes + np.arange(codes), None, numbers)
+
+
+def shared(
+    pairs: Sequence[Pair] | None,
+    lengths: Lengths,
+    sharing: Sharing,
+    layout: Layout,
+    batch_size: int = 0,
+    row_length: int | None = None,
+) -> Trees:
+    """Pairs with the same prompt in one tree, as long as it fits in a row.
+
+    A sum belongs to the slot of the pair that has its tokens first, and the others read it there.
+
+    Args:
+      pairs: of a micro-batch; None for lengths alone.
+      lengths, sharing: of them.
+      layout: as they are laid out.
+      batch_size: B.
+      row_length: tokens in a row, None for any number.
+    """
+    count, sides = lengths.responses.shape
+    slots = np.arange(SIDES * max(batch_size, count), dtype=np.int32).reshape(-1, SIDES)
+    firsts: list[int] = []  # of each tree its first pair
+    trees: list[list[tuple[int, int]]] = []  # and the (pair, side) that have its responses first
+    sizes: list[int] = []
+    latest: dict[int, int] = {}  # of each prompt its last tree
+    tree_of: list[int] = []
+    known: dict[tuple[int, int], tuple[int, int]] = {}
+    prompts, inputs = lengths.prompt.tolist(), lengths.inputs.tolist()
+    for pair, (prompt, responses) in enumerate(zip(sharing.prompt.tolist(), sharing.responses.tolist(), strict=True)):
+        tree = latest.get(prompt, -1)
+        if tree >= 0 and row_length is not None:
+            more = {r: size for r, size in zip(responses, inputs[pair], strict=True) if (tree, r) not in known}
+            tree = tree if sizes[tree] + sum(more.values()) <= row_length else -1
+        if tree < 0:
+            tree = latest[prompt] = len(trees)
+            firsts.append(pair)
+            trees.append([])
+            sizes.append(prompts[pair])
+        tree_of.append(tree)
+        for side, response in enumerate(responses):
+            if response < 0:
+                continue
+            if (tree, response) not in known:
+                known[tree, response] = pair, side
+                trees[tree].append((pair, side))
+                sizes[tree] += inputs[pair][side]
+            owner, its = known[tree, response]
+            slots[pair, side] = SIDES * owner + its
+            slots[pair, AFTER_CHOSEN + side] = SIDES * owner + AFTER_CHOSEN + its
+        slots[pair, PROMPT] = SIDES * firsts[tree] + PROMPT
+
+    most = max(2 if sides == 2 else 1, *map(len, trees))
+    at = np.full((len(trees), most), -1)
+    for tree, some in enumerate(trees):
+        at[tree, : len(some)] = [pair * sides + side for pair, side in some]
+    there, owners, its = at >= 0, *np.divmod(at, sides)
+    parts = (np.where(there, x.reshape(-1)[at], 0) for x in (lengths.responses, lengths.counted))
+    merged = _lengths(lengths.prompt[firsts], *parts, layout)
+    filler, codes = SIDES * len(slots), max(2, most)
+    ids = np.full((len(trees), 2 * codes + 1), filler)
+    ids[:, :most] = np.where(there, SIDES * owners + its, filler)
+    ids[:, codes] = SIDES * np.array(firsts) + PROMPT
+    ids[:, codes + 1 : codes + 1 + most] = np.where(there, ids[:, :most] + AFTER_CHOSEN, filler)
+    groups = [] if pairs is None else [_group(pairs, *x) for x in zip(firsts, trees, strict=True)]
+    return Trees(groups, merged, ids, slots, np.array(tree_of))
+
+
+def _group(pairs: Sequence[Pair], first: int, some: Sequence[tuple[int, int]]) -> Pair:
+    """The prompt of a pair with these responses, each a side of a pair."""
+    responses = [pairs[pair].responses[side] for pair, side in some] + [np.zeros(0, np.int32)] * (len(some) < 2)
+    weights = [pairs[pair].weights(side) for pair, side in some] + [None] * (len(some) < 2)
+    weights = () if all(x is None for x in weights) else tuple(weights)
+    chosen, rejected, *others = responses
+    return Pair(pairs[first].prompt, chosen, rejected, others=tuple(others), token_weights=weights)
 
 
 def deal(loads: Sequence[float], bins: int, capacity: int | None = None) -> list[list[int]]:
@@ -137,6 +296,48 @@ def deal(loads: Sequence[float], bins: int, capacity: int | None = None) -> list
         dealt[number].append(thing)
         if capacity is None or len(dealt[number]) < capacity:
             heapq.heappush(lightest, (load + loads[thing], number))
+    return dealt
+
+
+def deal_whole(units: Sequence[Sequence[int]], loads: Sequence[float], bins: int, capacity: int) -> list[list[int]]:
+    """As `deal`, things that belong together to one bin; where they fit in none, as many as fit in the emptiest.
+
+    Args:
+      units: for each the numbers of its things, `bins * capacity` in all.
+      loads: of the units.
+      bins, capacity: as there.
+
+    Returns:
+      For each bin the numbers of its things, `capacity` of them; deterministic.
+
+    Example:
+      >>> deal_whole([[0, 1], [2, 3], [4], [5, 6, 7]], [2, 2, 1, 3], 2, capacity=4)
+      [[5, 6, 7, 4], [0, 1, 2, 3]]
+    """
+    dealt: list[list[int]] = [[] for _ in range(bins)]
+    lightest = [(0.0, number) for number in range(bins)]
+    rest = [
+        (-len(unit), -load, number, list(unit)) for number, (unit, load) in enumerate(zip(units, loads, strict=True))
+    ]
+    heapq.heapify(rest)  # those of most things first, since they find room hardest
+    while rest:
+        count, load, number, unit = heapq.heappop(rest)
+        passed = []
+        while lightest and len(dealt[lightest[0][1]]) - count > capacity:
+            passed.append(heapq.heappop(lightest))
+        if lightest:
+            carried, to = heapq.heappop(lightest)
+            here, part = unit, -load
+        else:
+            carried, to = passed.pop(min(range(len(passed)), key=lambda i: len(dealt[passed[i][1]])))
+            here, left = unit[: capacity - len(dealt[to])], unit[capacity - len(dealt[to]) :]
+            part = -load * len(here) / len(unit)
+            heapq.heappush(rest, (-len(left), load + part, number, left))
+        dealt[to] += here
+        for one in passed:
+            heapq.heappush(lightest, one)
+        if len(dealt[to]) < capacity:
+            heapq.heappush(lightest, (carried + part, to))
     return dealt
 
 
@@ -169,7 +370,7 @@ def fill_rows(lengths: Sequence[int], length: int) -> list[list[int]]:
 
 
 class Runs(NamedTuple):
-    """The runs of a micro-batch's pieces, [N, pieces, runs] each: of a piece its prompt and the sides that it holds.
+    """The runs of N trees' pieces, [N, pieces, runs] each: of a piece its prompt and the sides that it holds.
 
     Attributes:
       length: in tokens.
@@ -187,7 +388,7 @@ class Runs(NamedTuple):
 def _runs(lengths: Lengths, at: np.ndarray) -> Runs:
     pairs, pieces = lengths.pieces.shape
     sides = lengths.inputs.shape[1]
-    prompt = np.broadcast_to(lengths.prompt[:, None, None], (pairs, pieces, 1))
+    prompt = np.where(lengths.pieces > 0, lengths.prompt[:, None], 0)[:, :, None]
     length = np.concatenate([prompt, lengths.inputs.reshape(pairs, pieces, sides // pieces)], axis=2)
     branch = np.zeros(length.shape, np.int64)
     branch[:, :, 1:] = np.arange(1, sides + 1).reshape(pieces, -1)
@@ -220,7 +421,7 @@ def arrange(lengths: Lengths, groups: int, row_length: int | None = None, sequen
     """Chooses group, row and place of every piece of a micro-batch.
 
     Args:
-      lengths: of its pairs.
+      lengths: of its trees.
       groups: G, one for each data-parallel shard.
       row_length: tokens in a row; None gives each group one row, as long as it takes.
       sequences: whether the batch is to have them.
@@ -247,8 +448,8 @@ def arrange(lengths: Lengths, groups: int, row_length: int | None = None, sequen
     most = int(np.bincount(group_of, trained, groups).max())
     shape = Shape(rows, length, most, max(map(len, tiles)))
     if sequences:
-        pairs, sides = lengths.inputs.shape
-        count = np.bincount(group_of, minlength=groups).max() * sides * pairs // len(sizes)  # a piece has one or all
+        owner = np.broadcast_to(group_of.reshape(len(lengths.pieces), -1), lengths.responses.shape)
+        count = np.bincount(owner[lengths.responses > 0], minlength=groups).max()
         shape = shape._replace(sequences=int(count), span=round_up(_longest(lengths), TILE))
     return Arrangement(dealt, at, group_of, segment, tiles, shape)
 
@@ -298,11 +499,11 @@ def mean_tokens(pairs: Sequence[Pair]) -> np.ndarray:
 def lay_out(
     plan: Arrangement,
     shape: Shape,
+    trees: Trees,
     pairs: Sequence[Pair],
     index: Sequence[int],
     batch_size: int,
     means: np.ndarray,
-    lengths: Lengths,
     layout: Layout,
     own: Sequence[int] | None = None,
 ) -> PreferenceBatch:
@@ -311,16 +512,18 @@ def lay_out(
     Args:
       plan: from `arrange`.
       shape: at least what the plan needs.
-      pairs: the plan's pairs, at most `batch_size`; missing ones are filler of weight 0.
+      trees: what the plan is of.
+      pairs: what reads it, at most `batch_size`; missing ones are filler of weight 0.
       index: each pair's number in its data set.
       batch_size: B.
       means: [2], see `mean_tokens`, over the global batch.
-      lengths, layout: of the pairs.
+      layout: of the pairs.
       own: the groups to write, in order; None for all.
 
     Returns:
       A `PreferenceBatch` of NumPy arrays, whose rows are those of these groups; what is per pair is of all.
     """
+    lengths = trees.lengths
     own = range(len(plan.groups)) if own is None else own
     groups = len(own)
     blocks = shape.rows * shape.length // TILE
@@ -337,22 +540,23 @@ def lay_out(
     start = runs.at + group[:, :, None] * (shape.rows * shape.length)
     run, step = _spread(length)
     here = start.reshape(-1)[run] + step
-    tokens.reshape(-1)[here] = _joined(_inputs, pairs, layout, placed)
+    tokens.reshape(-1)[here] = _joined(_inputs, trees, layout, placed)
     segments.reshape(-1)[here] = np.repeat(plan.segment, runs.length.shape[2])[run]
     branches.reshape(-1)[here] = runs.branch.reshape(-1)[run]
     positions.reshape(-1)[here] = runs.position.reshape(-1)[run] + step
 
     # Trained tokens.
     source, target = np.zeros((2, groups, shape.trained), np.int32)
-    slot = np.full((groups, shape.trained), SIDES * batch_size, np.int32)
-    count, first, offsets = _targets(lengths, runs, layout)
-    offsets += SIDES * np.arange(len(pairs)).reshape(-1, 1, 1)
+    codes = SIDES if trees.slots is not None else trees.ids.shape[1]
+    slot = np.full((groups, shape.trained), codes * batch_size, np.int32)
+    count, first, codes = _targets(lengths, runs, layout)
+    offsets = np.take_along_axis(trees.ids[:, None], codes, axis=2)
     owner = np.broadcast_to(group[:, :, None], count.shape).reshape(-1)
     count = np.where(owner >= 0, count.reshape(-1), 0)
     run, step = _spread(count)
-    targets, weights = _joined(_outputs, pairs, layout, placed), None
-    if any(pair.token_weights for pair in pairs):
-        weights = _joined(_weights, pairs, layout, placed)
+    targets, weights = _joined(_outputs, trees, layout, placed), None
+    if any(pair.token_weights for pair in trees.pairs):
+        weights = _joined(_weights, trees, layout, placed)
         run, step, targets, weights = (x[weights != 0] for x in (run, step, targets, weights))
         count = np.bincount(run, minlength=len(count))
     filled = np.zeros(len(count), np.int64)
@@ -382,19 +586,24 @@ def lay_out(
     batch = PreferenceBatch(
         tokens, segments, branches, positions, source, target, slot, tiles, weight, margin, label, numbers, means
     )
-    sequences = _sequences(runs, group, groups, shape) if shape.sequences else None
-    return batch._replace(sequences=sequences, token_weight=token_weight)
+    sequences = _sequences(runs, lengths, group, groups, shape, layout.most) if shape.sequences else None
+    scores = None
+    if layout.group:
+        scores = np.full((batch_size, layout.most), np.nan, np.float32)
+        for number, pair in enumerate(pairs):
+            scores[number, : len(pair.scores)] = pair.scores
+    return batch._replace(sequences=sequences, token_weight=token_weight, scores=scores, slots=trees.slots)
 
 
-def _sequences(runs: Runs, group: np.ndarray, groups: int, shape: Shape) -> Sequences:
+def _sequences(runs: Runs, lengths: Lengths, group: np.ndarray, groups: int, shape: Shape, most: int) -> Sequences:
     """The texts of a micro-batch: of each side its prompt's run and its own."""
     index = np.full((groups, shape.sequences, shape.span), -1, np.int32)
-    place = np.full((groups, shape.rows * shape.length, 2), -1, np.int32)
+    place = np.full((groups, shape.rows * shape.length, most), -1, np.int32)
     pieces, sides = group.shape[1], group.shape[1] * (runs.length.shape[2] - 1)
     filled = np.zeros(groups, np.int64)
     for side in range(sides):
         piece, run = (0, side + 1) if pieces == 1 else (side, 1)
-        owner = group[:, piece]
+        owner = np.where(lengths.responses[:, side] > 0, group[:, piece], -1)
         number = np.zeros(len(owner), np.int64)
         for g in range(groups):
             in_group = owner == g
@@ -412,38 +621,44 @@ def _sequences(runs: Runs, group: np.ndarray, groups: int, shape: Shape) -> Sequ
 
 
 def _joined(
-    parts_of: Callable[[Pair, Layout], list[list[np.ndarray]]], pairs: Sequence[Pair], layout: Layout, kept: np.ndarray
+    parts_of: Callable[[Pair, Layout, int], list[list[np.ndarray]]], trees: Trees, layout: Layout, kept: np.ndarray
 ) -> np.ndarray:
     """The parts of the pieces that are `kept`, [N, pieces] bool, one after the other."""
+    sides = trees.lengths.responses.shape[1]
     parts = [
         part
-        for pair, wanted in zip(pairs, kept, strict=True)
+        for pair, wanted in zip(trees.pairs, kept, strict=True)
         if wanted.any()
-        for piece, want in zip(parts_of(pair, layout), wanted, strict=True)
+        for piece, want in zip(parts_of(pair, layout, sides), wanted, strict=False)  # the last may not be there
         if want
         for part in piece
     ]
     return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
 
-def _inputs(pair: Pair, layout: Layout) -> list[list[np.ndarray]]:
-    """What rows hold of each piece of a pair, in the order of `Runs`."""
-    sides = [pair.chosen, pair.rejected] if layout.rejected else [pair.chosen]
-    if not (layout.after or layout.rewards):
-        sides = [side[:-1] for side in sides]
-    return [[pair.prompt, *sides]] if layout.tree else [[pair.prompt, side] for side in sides]
+def _inputs(pair: Pair, layout: Layout, sides: int) -> list[list[np.ndarray]]:
+    """What rows hold of each piece of a tree, in the order of `Runs`."""
+    responses = pair.responses[:sides]
+    held = responses if layout.after or layout.rewards else [one[:-1] for one in responses]
+    if layout.tree:
+        return [[pair.prompt, *held]]
+    return [[pair.prompt, part] if len(one) else [] for one, part in zip(responses, held, strict=True)]
 
 
 def _targets(lengths: Lengths, runs: Runs, layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(count, first source, side) of the runs of trained tokens, [N, pieces, runs] each, in the order of `_outputs`."""
+    """(count, first source, code) of the runs of trained tokens, [N, pieces, runs] each, in the order of `_outputs`.
+
+    The codes count through a row of `Trees.ids`.
+    """
     pairs, pieces = lengths.pieces.shape
-    responses = lengths.responses.reshape(pairs, pieces, lengths.responses.shape[1] // pieces)
+    sides = lengths.responses.shape[1]
+    responses, codes = lengths.responses.reshape(pairs, pieces, sides // pieces), max(2, sides)
     ends = runs.at[:, :, 0] + runs.length[:, :, 0] - 1  # of the prompts
     parts = []
     if layout.prompt:
         counts = np.zeros((pairs, pieces), np.int64)
         counts[:, 0] = lengths.prompt - 1  # only one copy of the prompt is trained on
-        parts.append((counts, runs.at[:, :, 0], np.full((1, pieces), PROMPT)))
+        parts.append((counts, runs.at[:, :, 0], np.full((1, pieces), codes)))
     for side in range(responses.shape[2]):
         count, at = responses[:, :, side], runs.at[:, :, side + 1]
         name = runs.branch[:1, :, side + 1] - 1
@@ -453,7 +668,7 @@ def _targets(lengths: Lengths, runs: Runs, layout: Layout) -> tuple[np.ndarray, 
             # predecessor.
             parts += [(one, ends, name), (count - one, at, name)]
         if layout.after or layout.rewards:
-            parts.append((one, at + count - 1, name if layout.rewards else AFTER_CHOSEN + name))
+            parts.append((one, at + count - 1, name if layout.rewards else codes + 1 + name))
     stacked = [
         np.stack([np.broadcast_to(x, (pairs, pieces)) for x in column], axis=2) for column in zip(*parts, strict=True)
     ]
@@ -461,14 +676,14 @@ def _targets(lengths: Lengths, runs: Runs, layout: Layout) -> tuple[np.ndarray, 
 
 
 def _outputs(
-    pair: Pair, layout: Layout, last: Callable[[np.ndarray], np.ndarray] = lambda response: response[-1:]
+    pair: Pair, layout: Layout, sides: int, last: Callable[[np.ndarray], np.ndarray] = lambda response: response[-1:]
 ) -> list[list[np.ndarray]]:
-    """The targets of each piece of a pair, in the order of `_targets`; `last` of a response is predicted after it."""
+    """The targets of each piece of a tree, in the order of `_targets`; `last` of a response is predicted after it."""
     pieces = []
-    for side, response in ((CHOSEN, pair.chosen), (REJECTED, pair.rejected))[: 1 + layout.rejected]:
-        if side == CHOSEN or not layout.tree:
+    for number, response in enumerate(pair.responses[:sides]):
+        if number == 0 or not layout.tree:
             pieces.append(out := [])
-        if layout.prompt and side == CHOSEN:
+        if layout.prompt and number == 0:
             out.append(pair.prompt[1:])
         if not layout.rewards:
             out.append(response)
@@ -477,12 +692,12 @@ def _outputs(
     return pieces
 
 
-def _weights(pair: Pair, layout: Layout) -> list[list[np.ndarray]]:
+def _weights(pair: Pair, layout: Layout, sides: int) -> list[list[np.ndarray]]:
     """By how much each of `_outputs` counts; what is predicted after a response always does."""
-    responses = [(ids, pair.weights(number)) for number, ids in enumerate(pair.responses)]
-    chosen, rejected = (np.ones(len(ids), np.float32) if x is None else x for ids, x in responses[:2])
-    weights = dataclasses.replace(pair, prompt=np.ones(len(pair.prompt), np.float32), chosen=chosen, rejected=rejected)
-    return _outputs(weights, layout, lambda response: np.ones_like(response[-1:]))
+    given = [(ids, pair.weights(number)) for number, ids in enumerate(pair.responses)]
+    chosen, rejected, *others = (np.ones(len(ids), np.float32) if x is None else x for ids, x in given)
+    weights = Pair(np.ones(len(pair.prompt), np.float32), chosen, rejected, others=tuple(others))
+    return _outputs(weights, layout, sides, lambda response: np.ones_like(response[-1:]))
 
 
 def round_up(x: int, multiple: int) -> int:
@@ -498,6 +713,8 @@ def choose_shapes(
     groups: int = 1,
     row_length: int | None = None,
     sequences: bool = False,
+    layout: Layout = Layout(),
+    sharing: Sharing | None = None,
 ) -> tuple[Shape, ...]:
     """A few shapes such that almost every batch of these pairs fits closely in one, and every batch fits in the last.
 
@@ -510,6 +727,8 @@ def choose_shapes(
       groups: G.
       row_length: tokens in a row; None gives each group one row, as long as it takes.
       sequences: whether the batches are to have them.
+      layout: of the pairs.
+      sharing: which of them share a prompt and responses; None for none.
 
     Returns:
       Shapes in increasing order.
@@ -526,6 +745,11 @@ def choose_shapes(
     pieces, blocks = batch_size * lengths.pieces.shape[1], -(-longest // TILE) + 1
     tiles = pieces * blocks * (blocks + 1) // 2
     trained = batch_size * int(lengths.trained.sum(1).max())
+    if sharing is not None:  # a tree is as long as all its pairs at most; each run sees its prompt and itself
+        prompt, runs = (-(-x // TILE) + 1 for x in (lengths.prompt, lengths.inputs))
+        seen = prompt * (prompt + 1) // 2 + (runs * (runs + 1) // 2 + runs * prompt[:, None]).sum(1)
+        tiles = max(tiles, batch_size * int(seen.max()))
+        longest *= batch_size
     if row_length is None:  # of n pieces in g groups one may get more than its share, where others are lighter
         share = batch_size * int(lengths.pieces.sum(1).max()) // groups + longest
         widest = Shape(1, round_up(share, TILE), trained, tiles)
@@ -533,9 +757,14 @@ def choose_shapes(
         widest = Shape(-(-pieces // groups), round_up(row_length, TILE), trained, tiles)
     if sequences:
         widest = widest._replace(sequences=batch_size * lengths.inputs.shape[1], span=round_up(_longest(lengths), TILE))
+
+    def of(batch: np.ndarray) -> Lengths:
+        some = lengths.of(batch)
+        return some if sharing is None else shared(None, some, sharing.of(batch), layout, 0, row_length).lengths
+
     shapes = []
     for number, batches in enumerate(trials):
-        needs = np.array([arrange(lengths.of(batch), groups, row_length, sequences).shape for batch in batches])
+        needs = np.array([arrange(of(batch), groups, row_length, sequences).shape for batch in batches])
         for quantile in (0.5, 1.0) if number == 0 else (1.0,):
             shapes.append(_rounded(np.quantile(needs, quantile, axis=0, method="higher"), widest))
     shapes = dict.fromkeys([*shapes, _rounded(widest, widest)])
@@ -570,6 +799,7 @@ def pack(
     means: np.ndarray | None = None,
     lengths: Lengths | None = None,
     own: Sequence[int] | None = None,
+    sharing: Sharing | None = None,
 ) -> PreferenceBatch:
     """Packs exactly `batch_size` pairs into `micro_steps` parts of one shape, the smallest that holds them.
 
@@ -585,6 +815,7 @@ def pack(
       means: as in `lay_out`; None computes it from these pairs.
       lengths: of these pairs under the layout; None measures them.
       own: as in `lay_out`.
+      sharing: of these pairs; None lays each down by itself.
 
     Returns:
       A `PreferenceBatch` of NumPy arrays with M as leading axis.
@@ -593,20 +824,18 @@ def pack(
     means = mean_tokens(pairs) if means is None else means
     lengths = lengths_of(pairs, layout) if lengths is None else lengths
     parts = [np.arange(m * share, min((m + 1) * share, len(pairs))) for m in range(micro_steps)]
-    plans = [arrange(lengths.of(part), groups, row_length, sequences) for part in parts]
+
+    def trees_of(part: np.ndarray) -> Trees:
+        some = [pairs[i] for i in part]
+        if sharing is None:
+            return plain(some, lengths.of(part), layout)
+        return shared(some, lengths.of(part), sharing.of(part), layout, share, row_length)
+
+    trees = list(map(trees_of, parts))
+    plans = [arrange(one.lengths, groups, row_length, sequences) for one in trees]
     shape = _smallest(shapes, Shape(*np.max([plan.shape for plan in plans], axis=0)))
     micro = [
-        lay_out(
-            plan,
-            shape,
-            [pairs[i] for i in part],
-            [index[i] for i in part],
-            share,
-            means,
-            lengths.of(part),
-            layout,
-            own,
-        )
-        for plan, part in zip(plans, parts, strict=True)
+        lay_out(plan, shape, one, [pairs[i] for i in part], [index[i] for i in part], share, means, layout, own)
+        for plan, one, part in zip(plans, trees, parts, strict=True)
     ]
     return jax.tree.map(lambda *arrays: np.stack(arrays), *micro)

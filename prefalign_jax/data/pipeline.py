@@ -15,18 +15,23 @@ from prefalign_jax.data.packing import (
     Layout,
     Lengths,
     Shape,
+    Sharing,
     choose_shapes,
     deal,
+    deal_whole,
     lengths_of,
     mean_tokens,
     pack,
     round_up,
+    shared,
+    sharing_of,
 )
 from prefalign_jax.data.pairs import Pairs, as_pairs
 from prefalign_jax.types import TILE, Pair, PairLogps, PreferenceBatch, UserError
 
 STRETCH = 4096  # pairs dealt to batches at once
 TRIALS = 48  # batches that shapes are chosen by
+WORTH = 0.1  # of the tokens of a batch: pairs share them by default if that saves so much
 
 
 class PairSet(NamedTuple):
@@ -43,6 +48,7 @@ class PairSet(NamedTuple):
       row_length: of packed rows; None gives each group one row, as long as it takes.
       reference: cached reference log-probabilities, each [len(pairs)], or None.
       own: the groups whose rows are laid out, those of this process's devices; None for all.
+      sharing: which pairs have a prompt and responses in common, stored and computed once in a batch; None for none.
     """
 
     pairs: Sequence[Pair]
@@ -55,6 +61,14 @@ class PairSet(NamedTuple):
     row_length: int | None = None
     reference: PairLogps | None = None
     own: Sequence[int] | None = None
+    sharing: Sharing | None = None
+
+    def laid_out(self, index: np.ndarray) -> Lengths:
+        """Of what a micro-batch of pairs with these numbers holds."""
+        lengths = self.lengths.of(index)
+        if self.sharing is None:
+            return lengths
+        return shared(None, lengths, self.sharing.of(index), self.layout, row_length=self.row_length).lengths
 
 
 def make_pair_set(
@@ -68,6 +82,7 @@ def make_pair_set(
     attends: str | None = None,
     own: Sequence[int] | None = None,
     context: int = 1,
+    group: bool | None = False,
 ) -> PairSet:
     """Chooses the shapes for these pairs, by batches as `train_batches` balances them and by others.
 
@@ -77,6 +92,8 @@ def make_pair_set(
         tokens, as its attention costs L^2.
       attends: of the model that is to take the batches; for 'sequences' they have those.
       context: devices that the tokens of a row are dealt over.
+      group: whether pairs with the same prompt come together, and a batch holds the prompt and each of their responses
+        once; None does it where that saves at least WORTH of the tokens. Groups of responses never share.
 
     Raises:
       UserError: there are no pairs, one is longer than `row_length`, or `context` does not divide what it has to.
@@ -90,21 +107,61 @@ def make_pair_set(
     if not pairs:
         raise UserError("no pairs to batch: every record was dropped")
     pairs = as_pairs(pairs)
-    layout = layout._replace(weighted=pairs.weighted)
+    layout = layout._replace(weighted=pairs.weighted, most=pairs.scores.shape[1])
     lengths, share = lengths_of(pairs, layout), batch_size // micro_steps
+    sharing = None if layout.group or group is False else sharing_of(pairs, layout)
     rng = np.random.default_rng(0)
-    some = rng.permutation(len(pairs))[:STRETCH]
+    some = _shuffled(sharing, len(pairs), rng)[:STRETCH]
+    if sharing is not None and not (group or _worth(sharing, lengths, layout, batch_size, some)):
+        sharing, some = None, rng.permutation(len(pairs))[:STRETCH]
+    if sharing is not None:
+        layout = layout._replace(most=max(2, _most_responses(sharing)))
     random = [rng.choice(len(pairs), share, replace=len(pairs) < share) for _ in range(TRIALS)]
-    batches = balanced(lengths.of(some), batch_size, micro_steps)
+    batches = balanced(lengths.of(some), batch_size, micro_steps, sharing and sharing.of(some), layout)
     dealt = [some[part] for batch in batches for part in np.split(batch, micro_steps)][:TRIALS]
     trials = [dealt, random] if dealt else [random]
     packing = dict(groups=groups, row_length=row_length, sequences=attends == "sequences")
-    shapes = choose_shapes(lengths, share, trials, **packing)
+    shapes = choose_shapes(lengths, share, trials, layout=layout, sharing=sharing, **packing)
     shapes = tuple(shape._replace(length=round_up(shape.length, TILE * context)) for shape in shapes)
-    return PairSet(pairs, batch_size, micro_steps, groups, layout, lengths, shapes, row_length, own=own)
+    return PairSet(
+        pairs, batch_size, micro_steps, groups, layout, lengths, shapes, row_length, own=own, sharing=sharing
+    )
 
 
-def balanced(lengths: Lengths, size: int, micro_steps: int = 1) -> list[np.ndarray]:
+def _shuffled(sharing: Sharing | None, count: int, rng: np.random.Generator) -> np.ndarray:
+    """The numbers of all pairs at random, those with the same prompt one after the other."""
+    if sharing is None:
+        return rng.permutation(count)
+    _, prompt = np.unique(sharing.prompt, return_inverse=True)
+    place = rng.permutation(prompt.max() + 1)
+    return np.argsort(place[prompt], kind="stable")
+
+
+def _worth(sharing: Sharing, lengths: Lengths, layout: Layout, size: int, some: np.ndarray) -> bool:
+    """Whether sharing saves enough tokens; it depends on no device and no micro-step."""
+    if len(np.unique(sharing.prompt)) == len(sharing.prompt):
+        return False
+    few = [some[batch] for batch in balanced(lengths.of(some), size, 1, sharing.of(some), layout)] or [some]
+    one_by_one = sum(lengths.of(batch).pieces.sum() for batch in few)
+    together = sum(shared(None, lengths.of(x), sharing.of(x), layout).lengths.pieces.sum() for x in few)
+    return together <= (1 - WORTH) * one_by_one
+
+
+def _most_responses(sharing: Sharing) -> int:
+    """How many different responses a prompt has at most."""
+    there = sharing.responses >= 0
+    prompts = np.broadcast_to(sharing.prompt[:, None], there.shape)[there]
+    _, first = np.unique(sharing.responses[there], return_index=True)
+    return int(np.unique(prompts[first], return_counts=True)[1].max())
+
+
+def balanced(
+    lengths: Lengths,
+    size: int,
+    micro_steps: int = 1,
+    sharing: Sharing | None = None,
+    layout: Layout = Layout(),
+) -> list[np.ndarray]:
     """Deals pairs to batches of exactly `size` that hold about as many tokens each; what is left over is left out.
 
     Which pairs share a batch does not depend on `micro_steps`: a batch is dealt first, and then to its micro-steps.
@@ -113,17 +170,27 @@ def balanced(lengths: Lengths, size: int, micro_steps: int = 1) -> list[np.ndarr
       lengths: of the pairs.
       size: pairs in a batch.
       micro_steps: parts of a batch, which hold about as many tokens each too.
+      sharing: of the pairs; those with the same prompt come together then, as far as batches have room.
+      layout: of the pairs.
 
     Returns:
       [size] numbers of pairs for each batch, one micro-step after the other.
     """
-    tokens = lengths.pieces.sum(1)
-    count = len(tokens) // size
-    batches = [np.array(batch) for batch in deal(tokens[: count * size].tolist(), count, size)] if count else []
-    if micro_steps == 1:
-        return batches
-    parts = (deal(tokens[batch].tolist(), micro_steps, size // micro_steps) for batch in batches)
-    return [batch[np.concatenate(part)] for batch, part in zip(batches, parts, strict=True)]
+    count = len(lengths.prompt) // size
+
+    def dealt(some: np.ndarray, bins: int) -> list[np.ndarray]:
+        if sharing is None:
+            return [some[part] for part in deal(lengths.pieces[some].sum(1).tolist(), bins, len(some) // bins)]
+        trees = shared(None, lengths.of(some), sharing.of(some), layout)
+        order = np.argsort(trees.tree, kind="stable")
+        units = np.split(some[order], np.cumsum(np.bincount(trees.tree))[:-1])
+        loads = trees.lengths.pieces.sum(1).tolist()
+        return [np.array(part) for part in deal_whole([x.tolist() for x in units], loads, bins, len(some) // bins)]
+
+    if not count:
+        return []
+    batches = dealt(np.arange(count * size), count)
+    return batches if micro_steps == 1 else [np.concatenate(dealt(batch, micro_steps)) for batch in batches]
 
 
 def batch_of(data: PairSet, index: np.ndarray, means: np.ndarray | None = None) -> PreferenceBatch:
@@ -150,6 +217,7 @@ def batch_of(data: PairSet, index: np.ndarray, means: np.ndarray | None = None) 
         means=means,
         lengths=data.lengths.of(index),
         own=data.own,
+        sharing=data.sharing and data.sharing.of(index),
     )
     if data.reference is None:
         return batch
@@ -234,18 +302,29 @@ def train_batches(
     Returns:
       An iterator that packs ahead in a thread.
     """
-    pairs = len(data.pairs)
+    pairs, size = len(data.pairs), data.batch_size
     order = grain.MapDataset.source(range(pairs)).seed(seed)
     if shuffle:
         order = order.shuffle()
-    order = order.repeat(1 + stop * data.batch_size // pairs)  # endless would overflow Grain's lengths
-    size = data.batch_size
+    order = order.repeat(1 + stop * size // pairs)  # endless would overflow Grain's lengths
+
+    @functools.lru_cache(maxsize=2)
+    def of_epoch(epoch: int) -> np.ndarray:
+        """The order of prompts whose pairs come together."""
+        return _shuffled(data.sharing, pairs, np.random.default_rng((seed, epoch)))
+
+    def drawn(first: int, last: int) -> np.ndarray:
+        """The numbers of the pairs first ... last - 1 of the stream."""
+        if data.sharing is None or not shuffle:
+            return np.array([order[slot] for slot in range(first, last)])
+        return np.array([of_epoch(slot // pairs)[slot % pairs] for slot in range(first, last)])
 
     @functools.lru_cache(maxsize=2)
     def stretch(begin: int, end: int) -> list[np.ndarray]:
         """Batches begin ... end - 1, dealt."""
-        numbers = np.array([order[slot] for slot in range(begin * size, end * size)])
-        batches = balanced(data.lengths.of(numbers), size, data.micro_steps)
+        numbers = drawn(begin * size, end * size)
+        sharing = data.sharing and data.sharing.of(numbers)
+        batches = balanced(data.lengths.of(numbers), size, data.micro_steps, sharing, data.layout)
         # The heaviest pairs went to the first ones: those come in any order.
         return [numbers[batches[i]] for i in np.random.default_rng((seed, begin)).permutation(len(batches))]
 
@@ -253,7 +332,7 @@ def train_batches(
         epoch = step * size // pairs
         first, after = -(-epoch * pairs // size), (epoch + 1) * pairs // size  # the batches that lie in one epoch
         if not (shuffle if balance is None else balance) or not first <= step < after:
-            return np.array([order[slot] for slot in range(step * size, (step + 1) * size)])
+            return drawn(step * size, (step + 1) * size)
         most = max(1, STRETCH // size)
         begin = first + (step - first) // most * most
         return stretch(begin, min(begin + most, after))[step - begin]

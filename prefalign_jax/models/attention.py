@@ -241,7 +241,8 @@ def sequence_attend(
     groups, count, span = sequences.index.shape
     index = sequences.index.reshape(groups, 1, -1)
     place = jnp.moveaxis(sequences.place, -1, 1)
-    own = jnp.where(place[:, :1] >= 0, place[:, :1], place[:, 1:])  # a prompt's tokens are read in the chosen text
+    # A prompt's tokens are read in the first text that has them.
+    own = functools.reduce(lambda first, then: jnp.where(first >= 0, first, then), jnp.split(place, place.shape[1], 1))
     read = _blocks(own[:, 0], index[:, 0]) == jnp.arange(count * span)[None]
     lengths = jnp.maximum(jnp.sum(sequences.index >= 0, axis=-1, dtype=jnp.int32), 1).reshape(-1)
 
