@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from prefalign_jax.data.chat import load_tokenizer
 from prefalign_jax.data.pairs import digest_of
-from prefalign_jax.data.pipeline import PairSet, make_pair_set
+from prefalign_jax.data.pipeline import PairSet, make_pair_set, tokens_shared
 from prefalign_jax.experiment import Experiment
 from prefalign_jax.load_data import Data
 from prefalign_jax.models.decoder import DecoderConfig, Placement, cast, make_decoder
@@ -170,8 +170,12 @@ def pair_sets(
     """(training, held out or None): pairs that know how to make batches for this model and mesh."""
     config = experiment.config
     packing = dict(layout=experiment.layout, row_length=config.data.row_length, attends=model.attends)
-    packing |= packing_of(mesh)
+    packing |= packing_of(mesh) | dict(group=experiment.group)
     training = make_pair_set(data.training, config.batch_size, micro_steps=config.micro_steps, **packing)
+    if training.sharing is not None:
+        prompts, (one_by_one, together) = len(np.unique(training.sharing.prompt)), tokens_shared(training)
+        saved = f"{1 - together / one_by_one:.0%} of the tokens are saved"
+        note(f"pairs with the same prompt come together: {len(training.pairs)} of {prompts} prompts; {saved}")
     share = config.batch_size // config.micro_steps
     return training, make_pair_set(data.held_out, share, **packing) if data.held_out else None
 
@@ -194,6 +198,7 @@ def with_reference(
         share = data.batch_size // data.micro_steps
         layout = data.layout._replace(prompt=False, after=False)
         packing = packing_of(mesh) | dict(row_length=config.data.row_length, attends=model.attends)
+        packing["group"] = data.sharing is not None
         plain = make_pair_set(data.pairs, share, layout=layout, **packing)
         with Progress(len(data.pairs), "reference pair") as progress:
             options = dict(mesh=mesh, chunk=config.vocabulary_chunk, progress=progress.update, needs=needs)

@@ -19,10 +19,10 @@ from prefalign_jax.data.chat import TOO_LONG
 from prefalign_jax.data.cleaning import BoundStep, cleaning_steps
 from prefalign_jax.data.memory import MemoryRows, RowsOrPath, as_source
 from prefalign_jax.data.mixture import Source, sources_of
-from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pairing import LABELS, PAIRINGS
 from prefalign_jax.data.records import TRAIN_ON
 from prefalign_jax.data.template import CHAT_FIELDS, ChatOptions, chat_options, template_kwargs
+from prefalign_jax.data.trees import Layout
 from prefalign_jax.files import read_json
 from prefalign_jax.losses import BoundLoss, make_loss, ties_as_trl
 from prefalign_jax.models import quantize
@@ -40,6 +40,8 @@ MOVING = {"mixup": 0.6, "every": 512}  # TRL's defaults for a moving reference
 # What each job reads: data to train on, or prompts to sample from. The quickstart makes its own.
 JOBS = {"train": "data", "sft_first": "data", "pairs": "prompts", "rounds": "prompts", "quickstart": "nothing"}
 LEAKS = ("drop", "report")
+# What a loss may need that depends on which two responses are compared, so that pairs cannot share their tokens.
+UNSHARED = frozenset({"shared", "sampled", "after", "group"})
 # What a field may be, beside None where that is its default.
 CHOICES: dict[str, Sequence[str] | Mapping[str, Any]] = {
     "dtype": DTYPES,
@@ -49,6 +51,7 @@ CHOICES: dict[str, Sequence[str] | Mapping[str, Any]] = {
     "data.layout": ("tree", "ordinary"),
     "data.leaks": LEAKS,
     "data.train_on": TRAIN_ON,
+    "data.mean_over": ("comparisons", "prompts"),
     "checkpoint.best_mode": ("min", "max"),
     "accuracy_ties": ("half", "trl"),
     "model.remat": REMAT,
@@ -116,13 +119,18 @@ class Experiment:
     @property
     def layout(self) -> Layout:
         """What of a pair the loss has laid out."""
-        parts = {name: name in self.loss.needs for name in ("rejected", "prompt", "after")}
+        parts = {name: name in self.loss.needs for name in ("rejected", "prompt", "after", "group")}
         return Layout(tree=self.config.data.layout == "tree", rewards="reward" in self.loss.needs, **parts)
 
     @property
     def record_kind(self) -> dict[str, Any]:
         """Which records it takes, as options of `data.records.read_records`."""
         return {**self.loss.record_kind, "train_on": self.config.data.train_on}
+
+    @property
+    def group(self) -> bool | None:
+        """Whether pairs with the same prompt come together, see `pipeline.make_pair_set`."""
+        return False if UNSHARED & self.loss.needs else self.config.data.group
 
     @property
     def chat(self) -> ChatOptions:
@@ -377,6 +385,10 @@ def _check_data(experiment: Experiment) -> None:
     data, loss = experiment.config.data, experiment.loss
     if data.balance and not data.shuffle:
         raise UserError("data.balance=True deals pairs anew and data.shuffle=False keeps their order; set one of them")
+    if data.group and not experiment.group:
+        raise UserError(f"data.group=True: loss {loss.name!r} reads of a response what depends on the other; unset it")
+    if data.mean_over == "prompts" and "group" in loss.needs:
+        raise UserError(f"data.mean_over='prompts' is for comparisons; loss {loss.name!r} is of whole prompts anyway")
     if data.leaks is not None and not (experiment.held_out or experiment.sources_for("test")):
         raise UserError(f"data.leaks={data.leaks!r} is set without held-out data")
     for step in experiment.cleaning:

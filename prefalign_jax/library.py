@@ -22,12 +22,12 @@ from prefalign_jax.config import defaults
 from prefalign_jax.data.chat import tokenize_prompts
 from prefalign_jax.data.counts import TRAINING, added, listed
 from prefalign_jax.data.memory import MemoryRows, RowsOrPath, as_source
-from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pairs import Pairs, as_pairs
 from prefalign_jax.data.pipeline import eval_batches, make_pair_set, mismatched
 from prefalign_jax.data.records import Text
 from prefalign_jax.data.remarks import lines
 from prefalign_jax.data.template import CHAT_FIELDS, chat_options
+from prefalign_jax.data.trees import Layout
 from prefalign_jax.experiment import read
 from prefalign_jax.generation import generate
 from prefalign_jax.generation.sampling import Sampling

@@ -33,6 +33,7 @@ from prefalign_jax.data.remarks import Remarks, lines
 from prefalign_jax.data.rows import content_digest, count_rows, files_left_out
 from prefalign_jax.data.template import prints_date
 from prefalign_jax.data.token_cache import Made, cached_tokens, token_key
+from prefalign_jax.data.trees import over_prompts
 from prefalign_jax.experiment import Experiment
 from prefalign_jax.files import user_cache
 from prefalign_jax.processes import note
@@ -131,6 +132,8 @@ def load_pairs(experiment: Experiment, tokenizer: Any) -> Data:
         raise UserError(f"{where}: no held-out {unit} left; dropped {reasons[HELD_OUT]}")
     if "mismatched" in experiment.loss.needs:
         training, held_out = mismatched(training, config.max_length), mismatched(held_out, config.max_length)
+    if data.mean_over == "prompts":
+        training, held_out = over_prompts(training), over_prompts(held_out)
     places = read_places(experiment, read)
     return Data(training, held_out, dropped, about, places, stages, counts.chatted > 0, noticed, unread, notes)
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pipeline import batch_of, make_pair_set
+from prefalign_jax.data.trees import Layout
 from prefalign_jax.logps import preference_logps
 from prefalign_jax.models.decoder import DecoderConfig, make_decoder
 from prefalign_jax.types import Pair

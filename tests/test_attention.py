@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prefalign_jax.data.packing import Layout
+from prefalign_jax.data.trees import Layout
 from prefalign_jax.models.attention import attend, gathered, sequence_attend, tiled_attend, tree_mask, tree_tiles
 from prefalign_jax.types import Pair
 from small import first, make_pairs, packed

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefalign_jax.data.packing import Layout
+from prefalign_jax.data.trees import Layout
 from prefalign_jax.inspection.data_page import Branch, Shown, Token, page, pictures, shown_pairs, visible, written_pair
 from prefalign_jax.tables import Table
 from prefalign_jax.types import Pair

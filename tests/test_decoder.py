@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prefalign_jax.data.packing import Layout
+from prefalign_jax.data.trees import Layout
 from prefalign_jax.logps import preference_logps
 from prefalign_jax.losses.reward import bradley_terry
 from prefalign_jax.models.decoder import REMAT, cast, make_decoder

@@ -14,8 +14,8 @@ from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from prefalign_jax.data.chat import tokenize_records
-from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.records import Record
+from prefalign_jax.data.trees import Layout
 from prefalign_jax.export import (
     export,
     how_to_score,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from conftest import longer
-from prefalign_jax.data.packing import Layout
+from prefalign_jax.data.trees import Layout
 from prefalign_jax.generation import generate
 from prefalign_jax.generation.generate import sample, stream
 from prefalign_jax.generation.sampling import Sampling

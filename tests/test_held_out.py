@@ -12,9 +12,9 @@ import pytest
 
 from prefalign_jax import commands
 from prefalign_jax.data.chat import load_tokenizer, tokenize_records
-from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pipeline import make_pair_set
 from prefalign_jax.data.records import Record, read_records
+from prefalign_jax.data.trees import Layout
 from prefalign_jax.evaluation.held_out import (
     by_slice,
     changes,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from prefalign_jax.data.packing import Layout
+from prefalign_jax.data.trees import Layout
 from prefalign_jax.logps import (
     draws,
     places,

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prefalign_jax.data.packing import Layout
+from prefalign_jax.data.trees import Layout
 from prefalign_jax.losses import make_loss
 from prefalign_jax.losses.orpo import log_odds, orpo
 from prefalign_jax.types import Pair, PairLogps

@@ -2,8 +2,9 @@ import jax
 import numpy as np
 import pytest
 
-from prefalign_jax.data.packing import Layout, Shape, arrange, fill_rows, lengths_of, mean_tokens, pack
+from prefalign_jax.data.packing import Shape, arrange, fill_rows, mean_tokens, pack
 from prefalign_jax.data.pipeline import batch_of, make_pair_set
+from prefalign_jax.data.trees import Layout, lengths_of
 from prefalign_jax.models.attention import tree_mask
 from prefalign_jax.types import CHOSEN, PROMPT, REJECTED, SIDES, TILE, Pair, UserError
 from small import FULL, ORDINARY, first, make_pairs, packed

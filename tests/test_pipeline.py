@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from prefalign_jax.data.packing import Layout, mean_tokens
+from prefalign_jax.data.packing import mean_tokens
 from prefalign_jax.data.pairs import digest_of
 from prefalign_jax.data.pipeline import batch_of, eval_batches, make_pair_set, mismatched, train_batches
+from prefalign_jax.data.trees import Layout
 from prefalign_jax.types import CHOSEN, REJECTED, SIDES, Pair, PairLogps, UserError
 from small import make_pairs
 

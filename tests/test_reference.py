@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pipeline import make_pair_set
+from prefalign_jax.data.trees import Layout
 from prefalign_jax.files import sealed
 from prefalign_jax.logps import preference_logps
 from prefalign_jax.models.decoder import make_decoder

@@ -9,8 +9,8 @@ from jax.sharding import PartitionSpec as P
 
 from conftest import longer
 from prefalign_jax.cost.collectives import collectives
-from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pipeline import batch_of, make_pair_set
+from prefalign_jax.data.trees import Layout
 from prefalign_jax.losses import make_loss
 from prefalign_jax.models.decoder import Placement, make_decoder
 from prefalign_jax.models.lora import Lora, init_adapters

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prefalign_jax.data.packing import Layout, deal_whole, sharing_of
+from prefalign_jax.data.packing import deal_whole
 from prefalign_jax.data.pairs import Origin, as_pairs, from_list
 from prefalign_jax.data.pipeline import batch_of, eval_batches, make_pair_set, train_batches
+from prefalign_jax.data.trees import Layout, sharing_of
 from prefalign_jax.reference import compute
 from prefalign_jax.types import Pair
 from small import FULL, MODEL, ORDINARY, first, logps_of, make_pairs, make_params, packed

@@ -9,8 +9,9 @@ import optax
 import pytest
 
 from conftest import longer
-from prefalign_jax.data.packing import Layout, pack
+from prefalign_jax.data.packing import pack
 from prefalign_jax.data.pipeline import make_pair_set
+from prefalign_jax.data.trees import Layout
 from prefalign_jax.losses import make_loss
 from prefalign_jax.reference import mover
 from prefalign_jax.sharding import groups_of, make_mesh, param_shardings

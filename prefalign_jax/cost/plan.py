@@ -20,7 +20,6 @@ from prefalign_jax.cost.flops import count_flops
 from prefalign_jax.cost.shapes import SHAPES
 from prefalign_jax.data.pipeline import batch_of, make_pair_set
 from prefalign_jax.experiment import Experiment, read
-from prefalign_jax.logps import REFERENCE_NEEDS
 from prefalign_jax.models.decoder import DecoderConfig, cast
 from prefalign_jax.models.families import from_hf
 from prefalign_jax.models.loading import drawn_params
@@ -29,7 +28,7 @@ from prefalign_jax.options import choose, given
 from prefalign_jax.processes import note
 from prefalign_jax.sharding import packing_of, shapes_of, state_shardings, what_stays_whole
 from prefalign_jax.tables import aligned
-from prefalign_jax.types import Pair, PairLogps, Params, PreferenceBatch, Sides, TrainState, UserError
+from prefalign_jax.types import Pair, PairLogps, Params, PreferenceBatch, Responses, Sides, TrainState, UserError
 
 GB = 1e9
 ROOM = 0.92  # of a device's memory that a program gets: the rest is the runtime's and lost to fragmentation
@@ -160,7 +159,9 @@ def blank_batch(experiment: Experiment, mesh: Mesh, prompt: int, response: int) 
     batch = shapes_of(batch_of(data, np.arange(config.batch_size)))
     if config.reference.kind == "cached":
         pair = jax.ShapeDtypeStruct(batch.weight.shape, jnp.float32)
-        sides = {name: Sides(pair, pair) for name in experiment.loss.needs & REFERENCE_NEEDS}
+        sides = {name: Sides(pair, pair) for name in ("shared", "sampled") if name in experiment.loss.needs}
+        if "group" in experiment.loss.needs:
+            sides["responses"] = Responses(*[shapes_of(batch.scores)] * 4)
         batch = batch._replace(reference=PairLogps(pair, pair, pair, pair, **sides))
     return batch
 

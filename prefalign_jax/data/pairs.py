@@ -167,6 +167,11 @@ class Pairs(Sequence[Pair]):
         """Those with these numbers, in this order."""
         return dataclasses.replace(self, **{name: getattr(self, name)[index] for name in COLUMNS})
 
+    def reweighted(self, weight: np.ndarray) -> Pairs:
+        """The same with other weights, [P]."""
+        changed = dataclasses.replace(self, weight=weight)
+        return dataclasses.replace(changed, digest=_digests(changed))
+
     def with_rejected(self, other: np.ndarray, most: np.ndarray) -> Pairs:
         """Each with the chosen response of another as its rejected one.
 

@@ -12,21 +12,24 @@ import numpy as np
 
 from prefalign_jax.data.packing import (
     TILES_MULTIPLE,
-    Layout,
-    Lengths,
     Shape,
-    Sharing,
     choose_shapes,
     deal,
     deal_whole,
-    lengths_of,
     mean_tokens,
     pack,
     round_up,
+)
+from prefalign_jax.data.pairs import Pairs, as_pairs
+from prefalign_jax.data.trees import (
+    Layout,
+    Lengths,
+    Sharing,
+    lengths_of,
+    most_responses,
     shared,
     sharing_of,
 )
-from prefalign_jax.data.pairs import Pairs, as_pairs
 from prefalign_jax.types import TILE, Pair, PairLogps, PreferenceBatch, UserError
 
 STRETCH = 4096  # pairs dealt to batches at once
@@ -110,12 +113,13 @@ def make_pair_set(
     layout = layout._replace(weighted=pairs.weighted, most=pairs.scores.shape[1])
     lengths, share = lengths_of(pairs, layout), batch_size // micro_steps
     sharing = None if layout.group or group is False else sharing_of(pairs, layout)
+    if sharing is not None and group is None:
+        one_by_one, together = _tokens_shared(sharing, lengths, layout, batch_size)
+        sharing = sharing if together <= (1 - WORTH) * one_by_one else None
+    if sharing is not None:
+        layout = layout._replace(most=max(2, most_responses(sharing)))
     rng = np.random.default_rng(0)
     some = _shuffled(sharing, len(pairs), rng)[:STRETCH]
-    if sharing is not None and not (group or _worth(sharing, lengths, layout, batch_size, some)):
-        sharing, some = None, rng.permutation(len(pairs))[:STRETCH]
-    if sharing is not None:
-        layout = layout._replace(most=max(2, _most_responses(sharing)))
     random = [rng.choice(len(pairs), share, replace=len(pairs) < share) for _ in range(TRIALS)]
     batches = balanced(lengths.of(some), batch_size, micro_steps, sharing and sharing.of(some), layout)
     dealt = [some[part] for batch in batches for part in np.split(batch, micro_steps)][:TRIALS]
@@ -137,22 +141,17 @@ def _shuffled(sharing: Sharing | None, count: int, rng: np.random.Generator) -> 
     return np.argsort(place[prompt], kind="stable")
 
 
-def _worth(sharing: Sharing, lengths: Lengths, layout: Layout, size: int, some: np.ndarray) -> bool:
-    """Whether sharing saves enough tokens; it depends on no device and no micro-step."""
-    if len(np.unique(sharing.prompt)) == len(sharing.prompt):
-        return False
+def tokens_shared(data: PairSet) -> tuple[int, int]:
+    """(tokens of some batches if each pair were by itself, tokens that these hold)."""
+    return _tokens_shared(data.sharing, data.lengths, data.layout, data.batch_size)
+
+
+def _tokens_shared(sharing: Sharing, lengths: Lengths, layout: Layout, size: int) -> tuple[int, int]:
+    """The same; it depends on no device and no micro-step."""
+    some = _shuffled(sharing, len(sharing.prompt), np.random.default_rng(0))[:STRETCH]
     few = [some[batch] for batch in balanced(lengths.of(some), size, 1, sharing.of(some), layout)] or [some]
-    one_by_one = sum(lengths.of(batch).pieces.sum() for batch in few)
-    together = sum(shared(None, lengths.of(x), sharing.of(x), layout).lengths.pieces.sum() for x in few)
-    return together <= (1 - WORTH) * one_by_one
-
-
-def _most_responses(sharing: Sharing) -> int:
-    """How many different responses a prompt has at most."""
-    there = sharing.responses >= 0
-    prompts = np.broadcast_to(sharing.prompt[:, None], there.shape)[there]
-    _, first = np.unique(sharing.responses[there], return_index=True)
-    return int(np.unique(prompts[first], return_counts=True)[1].max())
+    together = (shared(None, lengths.of(x), sharing.of(x), layout).lengths.pieces.sum() for x in few)
+    return sum(int(lengths.of(batch).pieces.sum()) for batch in few), sum(map(int, together))
 
 
 def balanced(

@@ -11,9 +11,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pipeline import PairSet, eval_batches, make_pair_set
 from prefalign_jax.data.records import Record
+from prefalign_jax.data.trees import Layout
 from prefalign_jax.intervals import Interval, bootstrap_difference, bootstrap_mean, share_interval, wilson
 from prefalign_jax.logps import VOCABULARY_CHUNK, target_logps
 from prefalign_jax.losses import BoundLoss

@@ -109,7 +109,9 @@ def measure_models(
             _load(experiment, path, tokenizer, mesh) if path else None
             for path in (config.model.path, reference, before)
         )
-        packing = dict(**packing_of(mesh), layout=experiment.layout, attends=policy.model.attends)
+        packing = dict(
+            **packing_of(mesh), layout=experiment.layout, attends=policy.model.attends, group=experiment.group
+        )
         data = make_pair_set(pairs, config.batch_size, **packing)
         if frozen:
             data = data._replace(reference=compute(frozen.model, frozen.params, data, mesh=mesh, needs=loss.needs))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import matplotlib.figure
 import numpy as np
 
-from prefalign_jax.data.packing import Layout
+from prefalign_jax.data.trees import Layout
 from prefalign_jax.pages.frame import render
 from prefalign_jax.pages.palette import INK
 from prefalign_jax.pages.pictures import styled, svg

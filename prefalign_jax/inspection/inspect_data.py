@@ -76,6 +76,7 @@ def inspect(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     unlimited = iter_pairs(records, tokenizer, **how | {"max_length": NO_LIMIT})
     full = [pair for _, pair in unlimited if not isinstance(pair, str)]
     options = dict(micro_steps=config.micro_steps, layout=layout, row_length=config.data.row_length)
+    options["group"] = experiment.group
     pairs = make_pair_set(data.training, config.batch_size, **options)
     scores = scores_of(config, sources)
     stages = {part: [stage._asdict() for stage in some] for part, some in data.stages.items()}

@@ -11,11 +11,11 @@ import jax
 import numpy as np
 
 from prefalign_jax.data.chat import iter_pairs
-from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pairs import digest_of
 from prefalign_jax.data.pipeline import eval_batches, make_pair_set
 from prefalign_jax.data.records import Prompt, Record, Text, told_by
 from prefalign_jax.data.template import chat_options
+from prefalign_jax.data.trees import Layout
 from prefalign_jax.judges.cache import Cache, open_cache
 from prefalign_jax.judges.judge import Scorer, Scores
 from prefalign_jax.logps import preference_logps

@@ -15,9 +15,9 @@ import tokenizers
 import transformers
 from safetensors.numpy import save_file
 
-from prefalign_jax.data.packing import Layout, lengths_of
 from prefalign_jax.data.pipeline import balanced
 from prefalign_jax.data.records import read_records
+from prefalign_jax.data.trees import Layout, lengths_of
 from prefalign_jax.files import whole, write_json
 from prefalign_jax.models import families, hf_io
 from prefalign_jax.models.decoder import DecoderConfig, make_decoder

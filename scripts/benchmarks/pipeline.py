@@ -19,8 +19,8 @@ from benchmarks.inputs import pairs_for, write_pairs
 from benchmarks.measuring import GIB, measured
 from prefalign_jax.config import defaults
 from prefalign_jax.data.chat import load_tokenizer
-from prefalign_jax.data.packing import Layout, lengths_of
 from prefalign_jax.data.pipeline import balanced, batch_of, make_pair_set, train_batches
+from prefalign_jax.data.trees import Layout, lengths_of
 from prefalign_jax.experiment import read
 from prefalign_jax.load_data import load_pairs
 from prefalign_jax.types import Pair, UserError

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 from jax_device import device_figures
 
-from prefalign_jax.data.packing import Layout
 from prefalign_jax.data.pipeline import make_pair_set, train_batches
+from prefalign_jax.data.trees import Layout
 from prefalign_jax.losses import make_loss
 from prefalign_jax.models import hf_io
 from prefalign_jax.models.decoder import cast, make_decoder
