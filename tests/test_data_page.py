@@ -1,3 +1,4 @@
+import dataclasses
 import html.parser
 
 import numpy as np
@@ -38,9 +39,13 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("how", [{}, {"micro_steps": 2, "groups": 2}, {"row_length": 64}], ids=str)
+@pytest.mark.parametrize("how", [{}, {"micro_steps": 2, "groups": 2, "group": True}, {"row_length": 64}], ids=str)
 def test_what_is_shown_is_what_was_packed(layout, how):
     pairs = with_eos(make_pairs(6, seed=len(how)))
+    if how.get("group") and not layout.after:  # three pairs with one prompt, and two responses that come twice
+        same = dict(prompt=pairs[0].prompt, chosen=pairs[0].chosen)
+        pairs[1] = dataclasses.replace(pairs[1], **same)
+        pairs[2] = dataclasses.replace(pairs[2], prompt=pairs[0].prompt, rejected=pairs[0].chosen)
     batch = packed(pairs, layout=layout, **how)
     shown = {one.index: one for one in shown_pairs(batch, layout, EOS)}
     assert sorted(shown) == list(range(6))
@@ -64,6 +69,18 @@ def test_what_is_shown_is_what_was_packed(layout, how):
             assert [t.position for t in branch.prompt + branch.response] == list(range(len(pair.prompt) + len(ids)))
         prompt = [t.role for t in one.branches[0].prompt]
         assert prompt == ["prompt", *(["trained" if layout.prompt else "prompt"] * (len(pair.prompt) - 1))]
+
+
+@pytest.mark.parametrize("tree", [True, False])
+def test_all_responses_of_a_group_are_shown(tree):
+    pairs = with_eos(make_pairs(4))
+    groups = [
+        dataclasses.replace(pairs[0], others=(pairs[1].chosen, pairs[1].rejected), scores=(4.0, 3.0, 2.0, 1.0)),
+        dataclasses.replace(pairs[2], scores=(1.0, 0.0)),
+    ]
+    layout = Layout(tree=tree, group=True)
+    for one, group in zip(shown_pairs(packed(groups, layout=layout), layout, EOS), groups, strict=True):
+        assert [[t.id for t in branch.response] for branch in one.branches] == [x.tolist() for x in group.responses]
 
 
 @settings(max_examples=15, deadline=None)

@@ -390,10 +390,13 @@ def test_responses_of_weight_zero_are_not_displaced():
 # Single tokens
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tree=False), Layout(prompt=True, after=True)])
-def test_every_token_has_its_own_log_probability(layout):
+@pytest.mark.parametrize(
+    ("layout", "group"),
+    [(Layout(), False), (Layout(), True), (Layout(tree=False), True), (Layout(prompt=True, after=True), False)],
+)
+def test_every_token_has_its_own_log_probability(layout, group):
     """Ten pairs in batches of four, against a model that sees one response a row."""
-    found = response_logps(MODEL, PARAMS, make_pair_set(PAIRS, 4, layout=layout))
+    found = response_logps(MODEL, PARAMS, make_pair_set(PAIRS, 4, layout=layout, group=group))
     assert len(found) == 10
     for side, expected in enumerate(plain_token_logps("policy")):
         np.testing.assert_allclose(found[side // 2][side % 2], expected, rtol=2e-4, atol=2e-5)

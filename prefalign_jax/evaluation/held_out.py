@@ -328,7 +328,8 @@ def response_logps(
         order = np.argsort(slots, kind="stable")
         ends = np.cumsum(np.bincount(slots, minlength=SIDES * real))
         parts = np.split(values[order], ends[: SIDES * real])
-        out += [Sides(*parts[SIDES * pair : SIDES * pair + 2]) for pair in range(real)]
+        own = np.arange(SIDES * real).reshape(real, SIDES) if batch.slots is None else batch.slots[0]
+        out += [Sides(*(parts[slot] for slot in own[pair, :2])) for pair in range(real)]
     return out
 
 

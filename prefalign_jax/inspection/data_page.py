@@ -16,7 +16,7 @@ from prefalign_jax.pages.pictures import styled, svg
 from prefalign_jax.pages.plots import BAD, GOOD, edges_around_zero
 from prefalign_jax.pages.token_page import pieces_of
 from prefalign_jax.tables import Table
-from prefalign_jax.types import AFTER_CHOSEN, CHOSEN, PROMPT, REJECTED, SIDES, PreferenceBatch
+from prefalign_jax.types import AFTER_CHOSEN, PROMPT, PreferenceBatch
 
 NAMES = {
     "pairs": ("chosen", "rejected"),
@@ -61,6 +61,9 @@ class Shown(NamedTuple):
     label: bool
 
 
+_UNREAD = ("reference", "sequences")  # fields of a batch that are trees themselves
+
+
 def shown_pairs(batch: PreferenceBatch, layout: Layout, eos: int) -> Iterator[Shown]:
     """Reads pairs back from a packed batch: what is not in there is not shown, and what is shown is what is trained.
 
@@ -73,10 +76,12 @@ def shown_pairs(batch: PreferenceBatch, layout: Layout, eos: int) -> Iterator[Sh
       ValueError: a target is not the token that follows its source, so the batch is wrong.
     """
     for micro in range(batch.tokens.shape[0]):
-        part = PreferenceBatch(*(None if x is None else x[micro] for x in batch[:12]), batch.mean_tokens)
+        fields = {name: x[micro] for name, x in batch._asdict().items() if x is not None and name not in _UNREAD}
+        part = PreferenceBatch(**fields)
         for number, index in enumerate(part.index.tolist()):
             if index >= 0:
-                sides = (CHOSEN, REJECTED)[: 1 + layout.rejected]
+                there = [True, layout.rejected] if part.scores is None else ~np.isnan(part.scores[number])
+                sides = np.flatnonzero(there).tolist()
                 branches = [_branch(part, number, side, layout, eos) for side in sides]
                 about = part.weight[number].item(), part.margin[number].item(), bool(part.label[number])
                 yield Shown(index, branches, *about)
@@ -91,21 +96,26 @@ def _branch(batch: PreferenceBatch, pair: int, side: int, layout: Layout, eos: i
     tokens, positions, branches = (by_group(x) for x in (batch.tokens, batch.positions, batch.branches))
     rows = np.arange(batch.tokens.size).reshape(groups, -1) // batch.tokens.shape[1]
     segments = by_group(batch.segments)
-    wanted = [SIDES * pair + slot for slot in (side, PROMPT, AFTER_CHOSEN + side)]
+    most = 2 if batch.scores is None else batch.scores.shape[1]
+    wanted = [(2 * most + 1) * pair + code for code in (side, most, most + 1 + side)]
+    if batch.slots is not None:
+        wanted = batch.slots[pair, [side, PROMPT, AFTER_CHOSEN + side]]
     group, at = np.nonzero(np.isin(batch.slot, wanted))
-    own = batch.slot[group, at] == SIDES * pair + side
+    own = batch.slot[group, at] == wanted[0]
     home, first = group[own][0], batch.source[group, at][own][0]  # the piece of this side
     here = (rows[home] == rows[home, first]) & (segments[home] == segments[home, first])
-    here &= np.isin(branches[home], [0, side + 1])
+    branch = side + 1 if batch.slots is None else branches[home, batch.source[group, at][own]].max()
+    here &= np.isin(branches[home], [0, branch])
     held = dict(zip(positions[home, here].tolist(), tokens[home, here].tolist(), strict=True))
     length = int((branches[home, here] == 0).sum())  # of the prompt
 
     trained, read = {}, set()
     for g, t in zip(group.tolist(), at.tolist(), strict=True):
         source, target = int(batch.source[g, t]), int(batch.target[g, t])
-        if g != home or not here[source]:
+        shared = batch.slots is not None and batch.slot[g, t] == wanted[1]
+        if not shared and (g != home or not here[source]):
             continue  # the prompt's tokens are targets in one of its copies alone
-        place = int(positions[home, source])
+        place = int(positions[g, source])
         if layout.rewards:
             read.add(place)
         elif held.get(place + 1, target) != target:
