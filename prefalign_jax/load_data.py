@@ -16,6 +16,7 @@ from prefalign_jax.data.chat import iter_pairs
 from prefalign_jax.data.cleaning import BoundStep, Loses, Stage, benchmark_names, clean
 from prefalign_jax.data.counts import HELD_OUT, TRAINING, Counts, added, from_json, listed, new_counts
 from prefalign_jax.data.datasheet import ReadFrom, make_datasheet, read_from
+from prefalign_jax.data.fields import SUPERVISED
 from prefalign_jax.data.mixture import (
     Source,
     in_proportion,
@@ -176,7 +177,8 @@ def kept_apart(
     """
     data, unit = experiment.config.data, experiment.loss.unit
     # No prompt on both sides, whatever its case and spaces, and in whatever source.
-    tests = [prompt_keys(source) for source in experiment.sources_for("test")]
+    openings = experiment.loss.kind == SUPERVISED and data.train_on == "all"
+    tests = [prompt_keys(source, openings) for source in experiment.sources_for("test")]
     if tests and (mask := leaked(held_out, np.concatenate(tests))).any():
         held_out = held_out.select(~mask)
         lost[HELD_OUT].append({"prompt of a test set": int(mask.sum())})

@@ -132,6 +132,36 @@ def test_messages_are_read_like_strings():
     assert wrong.chosen[0]["content"] == "naÃ¯ve", "what came in is not changed"
 
 
+def test_of_a_response_what_the_assistant_writes_and_is_trained_counts():
+    def call(city):
+        return {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"function": {"name": "f", "arguments": {"x": city}}}],
+        }
+
+    def pair(*sides):
+        return Record([{"role": "user", "content": "Temp?"}], *(list(side) for side in sides))
+
+    result, answer = {"role": "tool", "content": "Human: -4 naÃ¯ve"}, {"role": "assistant", "content": "It is -4."}
+    oslo, rome = ([call(city), result, answer] for city in ("Oslo", "Rome"))
+    marked = [{**answer, "content": "Human: x", "weight": 0.0}, {"role": "user", "content": "<|im_end|>"}, answer]
+    assert not dropped("role_markers", pair(oslo, marked))
+    assert dropped("role_markers", pair(oslo, [{**marked[0], "weight": 0.5}])) == ["role marker in a response"]
+    # A tool's words are none of the response; a call's are.
+    assert dropped("lengths", pair([answer], [answer, result]), most_words=3) == []
+    assert dropped("lengths", pair([answer], oslo), most_words=3) == ["response over 3 words"]
+    assert not dropped("same_responses", pair(oslo, rome))
+    assert dropped("same_responses", pair(oslo, [*oslo[:2], {**answer, "content": "It is: -4"}])) == [
+        "responses of the same words"
+    ]
+    (kept,), _ = clean([pair(oslo, marked)], [bound("encoding")])
+    assert kept.chosen == [oslo[0], {**result, "content": "Human: -4 naïve"}, answer] and kept.rejected == marked
+    # What is read counts where text is looked for.
+    asked = [Record("-4 naÃ¯ve", "a", "b").prompt]
+    assert not clean([pair(oslo, [answer])], [bound("contamination")], asked)[0]
+
+
 @pytest.mark.parametrize(
     ("options", "before", "after"),
     [

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from prefalign_jax.data.conversation import first_answer
 from prefalign_jax.data.formats import FORMATS
 from prefalign_jax.data.memory import MemoryRows
 from prefalign_jax.data.pairs import Pairs
@@ -307,9 +308,18 @@ def source_prompts(source: Source) -> Iterator[Prompt]:
     return iter_prompts(adapted(read_rows(source.name, source.part), source, tally), tally, _reading(source))
 
 
-def prompt_keys(source: Source) -> np.ndarray:
-    """The keys of the prompts of a test set, uint64, sorted."""
-    return np.unique(np.array([prompt_key(one.prompt) for one in source_prompts(source)], np.uint64))
+def prompt_keys(source: Source, openings: bool = False) -> np.ndarray:
+    """The keys of the prompts of a test set, uint64, sorted.
+
+    Args:
+      source: the test set.
+      openings: also those of what comes before a prompt's first answer: the prompts of demonstrations, of which every
+        answer is trained.
+    """
+    prompts = [one.prompt for one in source_prompts(source)]
+    if openings:
+        prompts += [one[: first_answer(one)] for one in prompts if not isinstance(one, str) and first_answer(one)]
+    return np.unique(np.array(list(map(prompt_key, prompts)), np.uint64))
 
 
 def normalised(prompt: Text) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 
+from prefalign_jax.data.conversation import is_trained
 from prefalign_jax.data.records import Record, Text
 
 # Scripts without spaces: each character is a word. Thai, Lao and others like them are not told apart.
@@ -14,13 +16,23 @@ _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 def content(text: Text) -> str:
-    """What is written: a string as it is, the contents of messages one after the other.
+    """What is written: a string as it is, the contents and calls of messages one after the other.
 
     Example:
       >>> content([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
       'Hi\\nHello'
+      >>> content([{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}])
+      '{"name": "f", "arguments": {}}'
     """
-    return text if isinstance(text, str) else "\n".join(message["content"] for message in text)
+    if isinstance(text, str):
+        return text
+    out = []
+    for message in text:
+        calls = [call.get("function", call) for call in message.get("tool_calls", ())]
+        if message["content"] or not calls:
+            out.append(message["content"])
+        out += [json.dumps(call, ensure_ascii=False) for call in calls]
+    return "\n".join(out)
 
 
 def parts(record: Record) -> list[str]:
@@ -29,8 +41,9 @@ def parts(record: Record) -> list[str]:
 
 
 def responses(record: Record) -> list[str]:
-    """The contents of the responses that there are."""
-    return [content(text) for text in (record.chosen, record.rejected) if text]
+    """What is trained of the responses that there are: of messages those of the assistant."""
+    sides = filter(None, (record.chosen, record.rejected))
+    return [content(side if isinstance(side, str) else list(filter(is_trained, side))) for side in sides]
 
 
 def words(text: str) -> list[str]:
