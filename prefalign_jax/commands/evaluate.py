@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 LENGTH = 1024  # tokens, where the models have as many positions
 FIELDS = ("too_long", "seed", "batch_size", "dtype")  # options that are fields of an experiment
-DATA_FIELDS = ("split", "format", "limit", "eval_fraction", "chat_template", "ascii_quotes", "keep_end")
+DATA_FIELDS = ("split", "format", "limit", "eval_fraction", "chat_template", "ascii_quotes", "train_on", "keep_end")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -79,6 +79,7 @@ def _parser() -> Parser:
     add("--special_in_text", help="special tokens that rows spell: keep as tokens, split (default: the run's, or keep)")
     add("--date", metavar="DAY", help="YYYY-MM-DD, for templates that print the date (default: the run's, or today)")
     parser.add_truth("--ascii_quotes", help="curly quotes and dashes to ASCII, as data.ascii_quotes of the run")
+    add("--train_on", default="all", help="assistant messages of a response that count: all (default), last")
     parser.add_truth("--keep_end", help="count what the template writes after the end of turn, as data.keep_end")
     add("--batch_size", type=int, default=16, metavar="N", help="pairs at once (default: 16)")
     add("--dtype", default="float32", help="of activations: float32 (default) or bfloat16")
