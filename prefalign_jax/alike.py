@@ -18,7 +18,8 @@ from prefalign_jax.options import flatten
 from prefalign_jax.processes import check_alike
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "transformers")
-MODELS = ("model.path", "reference.path", "samples.reference")  # fields of a config that name a model
+# Fields of a config that name a model.
+MODELS = ("model.path", "reference.path", "samples.reference", "token_weights.positive", "token_weights.negative")
 
 
 def check_config(config: ConfigDict) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ from prefalign_jax.progress import Progress
 from prefalign_jax.reference import cache_key, cached, compute, mover, params_digest
 from prefalign_jax.sharding import born, deal_experts, packing_of, param_shardings, spread, what_stays_whole
 from prefalign_jax.train_step import make_train_step
-from prefalign_jax.types import LanguageModel, PairLogps, Params, UserError
+from prefalign_jax.types import LanguageModel, Pair, PairLogps, Params, UserError
 
 
 class Assembled(NamedTuple):
@@ -124,17 +124,29 @@ def _check_alike(path: str, other: LanguageModel, model: LanguageModel, tokenize
             raise UserError(
                 f"reference.path={path!r} has {field.name}={theirs!r} where model.path has {ours!r}; they must match"
             )
+    check_tokenizer("reference.path", path, tokenizer, data.training)
+
+
+def check_tokenizer(field: str, path: str, tokenizer: Any, pairs: Sequence[Pair]) -> None:
+    """Refuses a model whose tokens mean other texts than the policy's.
+
+    Args:
+      field: of the config, that names the model.
+      path: of the model.
+      tokenizer: of the policy.
+      pairs: a few of them are read by both.
+    """
     try:
-        reference_tokenizer = load_tokenizer(path)
+        other = load_tokenizer(path)
     except UserError:
-        note(f"reference.path={path!r} has no tokenizer, so that nobody can tell whether its tokens are the same")
+        note(f"{field}={path!r} has no tokenizer, so that nobody can tell whether its tokens are the same")
         return
-    for pair in itertools.islice(data.training, 16):
+    for pair in itertools.islice(pairs, 16):
         text = tokenizer.decode(np.concatenate([pair.prompt, pair.chosen]), skip_special_tokens=True)
-        ids = [one(text, add_special_tokens=False).input_ids for one in (tokenizer, reference_tokenizer)]
+        ids = [one(text, add_special_tokens=False).input_ids for one in (tokenizer, other)]
         if ids[0] != ids[1]:
             raise UserError(
-                f"reference.path={path!r} has another tokenizer than model.path: it reads {pair.where} as other tokens"
+                f"{field}={path!r} has another tokenizer than model.path: it reads {pair.where} as other tokens"
             )
 
 

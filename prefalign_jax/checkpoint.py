@@ -49,8 +49,10 @@ IDENTITY = (
     "dtype",
     "matmul_precision",
     "data",
+    "token_weights",
 )
 FREE = ("data.eval_path", "data.eval_split", "data.eval_limit", "data.cache_dir", "reference.cache_dir")
+FREE += ("token_weights.cache_dir",)
 # Fields that may change when a run is resumed and change what comes: each change is said and kept in the history.
 TOLD = ("steps", "examples", "epochs", "learning_rate", "schedule", "warmup_steps", "warmup_examples", "warmup_epochs")
 TOLD += ("grad_clip", "micro_steps", "mesh", "vocabulary_chunk", "accuracy_ties", "samples")

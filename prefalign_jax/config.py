@@ -143,6 +143,18 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     c.data.mean_over = "comparisons"  # What counts equally in the mean: comparisons, or prompts with all of theirs.
     c.data.row_length = maybe(int)  # Tokens in a packed row; None gives each device one row, as long as it takes.
 
+    # By how much tokens of the responses count in the sums of the loss; where none of these is set, all count once.
+    c.token_weights = ConfigDict()
+    c.token_weights.decay = maybe(float)  # Token t of a response counts decay^t, from t = 0 (D2PO); 0.98 is usual.
+    # Two models whose log-ratio weights the tokens (TIS-DPO).
+    c.token_weights.positive = maybe(str)  # Directory or hub name of the one that writes the better responses.
+    c.token_weights.negative = maybe(str)  # Directory or hub name of the one that writes the worse responses.
+    c.token_weights.k = maybe(float)  # What the weights by two models are multiplied by; None is 1.
+    c.token_weights.mu = maybe(float)  # Weights are k exp(mu ratio), in rejected responses k exp(-mu ratio); None is 1.
+    c.token_weights.low = maybe(float)  # Ratios below this count as this; None is -0.5.
+    c.token_weights.high = maybe(float)  # Ratios above this count as this; None is 1.5.
+    c.token_weights.cache_dir = maybe(str)  # Directory of the ratios; None is WORKDIR/token_weights.
+
     # Samples of the policy, drawn and measured at every evaluation.
     c.samples = ConfigDict()
     c.samples.prompts = maybe(str)  # File of rows with a `prompt`; None draws no samples.

@@ -22,6 +22,7 @@ from prefalign_jax.data.mixture import Source, sources_of
 from prefalign_jax.data.pairing import LABELS, PAIRINGS
 from prefalign_jax.data.records import TRAIN_ON
 from prefalign_jax.data.template import CHAT_FIELDS, ChatOptions, chat_options, template_kwargs
+from prefalign_jax.data.token_weights import contrasted
 from prefalign_jax.data.trees import Layout
 from prefalign_jax.files import read_json
 from prefalign_jax.losses import BoundLoss, make_loss, ties_as_trl
@@ -29,7 +30,7 @@ from prefalign_jax.models import quantize
 from prefalign_jax.models.decoder import ATTENTION, REMAT
 from prefalign_jax.models.hf_io import DTYPES as STORED
 from prefalign_jax.optim import SCHEDULES, make_optimizer, make_schedule
-from prefalign_jax.options import DTYPES, choose, flatten, given
+from prefalign_jax.options import DTYPES, choose, flatten, given, hyper_parameters
 from prefalign_jax.processes import agreed
 from prefalign_jax.types import UserError, one_line
 
@@ -137,6 +138,12 @@ class Experiment:
         """What the chat template is told, and what it may leave out."""
         data = self.plain["data"]
         return chat_options(**{name: data[name] for name in CHAT_FIELDS})
+
+    @property
+    def contrast(self) -> dict[str, float]:
+        """How two models weight tokens: options of `data.token_weights.contrasted`."""
+        known = hyper_parameters(contrasted)
+        return known | {name: value for name, value in given(self.config.token_weights).items() if name in known}
 
     def dated(self, workdir: Path) -> Experiment:
         """The experiment with a date, for templates that print one: the day that the run in a directory began."""
@@ -455,6 +462,34 @@ def _check_reference(experiment: Experiment) -> None:
             raise UserError(f"reference.{name} applies to reference.kind=moving, not {kind!r}")
 
 
+def _check_token_weights(experiment: Experiment) -> None:
+    loss, fields = experiment.loss, experiment.config.token_weights
+    if fields.decay is not None:
+        if not 0 < fields.decay <= 1:
+            raise UserError(f"token_weights.decay={fields.decay} must lie in (0, 1]")
+        if loss.kind == "supervised" or "reward" in loss.needs:
+            raise UserError(
+                f"token_weights.decay={fields.decay} is for losses of preferences between log-probabilities; "
+                f"loss {loss.name!r} is none"
+            )
+    models = [name for name in ("positive", "negative") if fields[name]]
+    for name, value in fields.items():
+        if value is not None and name != "decay" and len(models) < 2:
+            raise UserError(
+                f"token_weights.{name}={value!r} is for weights by two models; "
+                "set token_weights.positive and token_weights.negative"
+            )
+    if not models:
+        return
+    if loss.kind != "pairs" or {"reward", "group"} & loss.needs:
+        raise UserError(f"token_weights.positive and .negative weight pairs; loss {loss.name!r} is trained on others")
+    k, mu, low, high = (experiment.contrast[name] for name in ("k", "mu", "low", "high"))
+    if not (0 < k < math.inf and math.isfinite(mu)):
+        raise UserError(f"token_weights.k={k} must be a positive number, and token_weights.mu={mu} a number")
+    if not -math.inf < low <= high < math.inf:
+        raise UserError(f"token_weights.low={low} and token_weights.high={high} are no range to clamp ratios to")
+
+
 def _check_ends_of_responses(experiment: Experiment) -> None:
     loss, config = experiment.loss, experiment.config
     if {"after", "reward"} & loss.needs and config.too_long == "truncate_response":
@@ -507,6 +542,7 @@ CHECKS: tuple[Callable[[Experiment], None], ...] = (
     _check_adapters,
     _check_export,
     _check_reference,
+    _check_token_weights,
     _check_ends_of_responses,
     _check_job,
     _check_evaluation,

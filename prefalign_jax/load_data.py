@@ -34,6 +34,7 @@ from prefalign_jax.data.remarks import Remarks, lines
 from prefalign_jax.data.rows import content_digest, count_rows, files_left_out
 from prefalign_jax.data.template import prints_date
 from prefalign_jax.data.token_cache import Made, cached_tokens, token_key
+from prefalign_jax.data.token_weights import decayed
 from prefalign_jax.data.trees import over_prompts
 from prefalign_jax.experiment import Experiment
 from prefalign_jax.files import user_cache
@@ -131,6 +132,8 @@ def load_pairs(experiment: Experiment, tokenizer: Any) -> Data:
     if (others or data.eval_fraction) and not held_out:
         where = ", ".join(source.name for source in others) or name
         raise UserError(f"{where}: no held-out {unit} left; dropped {reasons[HELD_OUT]}")
+    if (gamma := config.token_weights.decay) is not None:
+        training, held_out = decayed(training, gamma), decayed(held_out, gamma)
     if "mismatched" in experiment.loss.needs:
         training, held_out = mismatched(training, config.max_length), mismatched(held_out, config.max_length)
     if data.mean_over == "prompts":

@@ -275,7 +275,7 @@ def _pairs_of(batch: PreferenceBatch) -> tuple[jax.Array, jax.Array]:
 
 def _shorter(batch: PreferenceBatch) -> jax.Array:
     """[G T] float32: tokens of the shorter response of each trained token's pair."""
-    counts = token_counts(batch)
+    counts = token_counts(batch._replace(token_weight=None))  # of tokens, however much each counts
     return jnp.minimum(counts[:, CHOSEN], counts[:, REJECTED])[_pairs_of(batch)[0]]
 
 

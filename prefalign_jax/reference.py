@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import zipfile
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -127,46 +128,71 @@ def cached(path: Path, make: Callable[[], PairLogps]) -> PairLogps:
     Returns:
       `PairLogps` of NumPy arrays.
     """
-    stored = _read(path)
+    return cached_arrays(path, lambda: _as_arrays(make()), _as_logps, "the reference's log-probabilities are")
+
+
+T = TypeVar("T")
+
+
+def cached_arrays(
+    path: Path, make: Callable[[], Mapping[str, np.ndarray]], read: Callable[[Mapping[str, np.ndarray]], T], what: str
+) -> T:
+    """As `cached`, of any arrays.
+
+    Args:
+      path: .npz file, named by a key.
+      make: computes what is missing, by name.
+      read: what they mean; a KeyError or ValueError says that the file is damaged.
+      what: they are, with the verb, for the note that they are computed anew.
+    """
+    stored = _read(path, read, what)
     if all_have(stored is not None):
         return stored
-    logps = make()
-    by_first(lambda: _write(path, logps))
-    return logps
+    arrays = make()
+    by_first(lambda: _write(path, arrays))
+    return read(arrays)
 
 
 _SUMS = ("chosen", "rejected", "chosen_tokens", "rejected_tokens")
 _RECORDS = {"shared": Sides, "sampled": Sides, "responses": Responses}  # fields that are there only for some losses
 
 
-def _read(path: Path) -> PairLogps | None:
-    if not path.exists():
-        return None
-    try:
-        if not intact(path):
-            raise ValueError
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            records = {
-                name: kind(*(stored[f"{name}.{field}"] for field in kind._fields))
-                for name, kind in _RECORDS.items()
-                if f"{name}.{kind._fields[0]}" in stored
-            }
-            return PairLogps(*(stored[name] for name in _SUMS), **records)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        note(f"{path} is damaged; the reference's log-probabilities are computed anew")
-        return None
-
-
-def _write(path: Path, logps: PairLogps) -> None:
-    remove_parts(path.parent)
+def _as_arrays(logps: PairLogps) -> dict[str, np.ndarray]:
     records = {
         f"{name}.{field}": value
         for name in _RECORDS
         if getattr(logps, name) is not None
         for field, value in getattr(logps, name)._asdict().items()
     }
+    return {name: getattr(logps, name) for name in _SUMS} | records
+
+
+def _as_logps(arrays: Mapping[str, np.ndarray]) -> PairLogps:
+    records = {
+        name: kind(*(arrays[f"{name}.{field}"] for field in kind._fields))
+        for name, kind in _RECORDS.items()
+        if f"{name}.{kind._fields[0]}" in arrays
+    }
+    return PairLogps(*(arrays[name] for name in _SUMS), **records)
+
+
+def _read(path: Path, read: Callable[[Mapping[str, np.ndarray]], T], what: str) -> T | None:
+    if not path.exists():
+        return None
+    try:
+        if not intact(path):
+            raise ValueError
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            return read(stored)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        note(f"{path} is damaged; {what} computed anew")
+        return None
+
+
+def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    remove_parts(path.parent)
     with sealed(path) as part, part.open("wb") as file:
-        np.savez(file, **{name: getattr(logps, name) for name in _SUMS}, **records)
+        np.savez(file, **arrays)
 
 
 def mover(mixup: float, every: int) -> Callable[[jax.Array, Params, Params], Params]:

@@ -22,6 +22,7 @@ from prefalign_jax.data.datasheet import as_markdown, write_datasheet
 from prefalign_jax.data.memory import RowsOrPath
 from prefalign_jax.data.pipeline import train_batches
 from prefalign_jax.data.template import prints_date
+from prefalign_jax.evaluation.contrast import weigh_tokens
 from prefalign_jax.evaluation.held_out import evaluate, summary
 from prefalign_jax.evaluation.policy_samples import make_sampler
 from prefalign_jax.experiment import Experiment, read
@@ -94,6 +95,7 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
     mesh = make_mesh(config.mesh)
     data = load_pairs(experiment, tokenizer)
     check_inputs(experiment, data)
+    data = weigh_tokens(experiment, data, tokenizer, mesh, workdir)
     total = experiment.total_steps(len(data.training))
 
     # Policy and reference, and batches for them.

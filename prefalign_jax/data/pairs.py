@@ -172,6 +172,11 @@ class Pairs(Sequence[Pair]):
         changed = dataclasses.replace(self, weight=weight)
         return dataclasses.replace(changed, digest=_digests(changed))
 
+    def with_token_weights(self, weights: Sequence[np.ndarray | None]) -> Pairs:
+        """The same with other weights of their tokens, for each of `buffers`."""
+        changed = dataclasses.replace(self, token_weights=tuple(weights))
+        return dataclasses.replace(changed, digest=_digests(changed))
+
     def with_rejected(self, other: np.ndarray, most: np.ndarray) -> Pairs:
         """Each with the chosen response of another as its rejected one.
 

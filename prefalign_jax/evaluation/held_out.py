@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from prefalign_jax.logps import VOCABULARY_CHUNK, target_logps
 from prefalign_jax.losses import BoundLoss
 from prefalign_jax.reference import compute
 from prefalign_jax.sharding import packing_of, place_batch
-from prefalign_jax.types import SIDES, LanguageModel, Pair, PairLogps, Params, Sides, UserError
+from prefalign_jax.types import SIDES, LanguageModel, Pair, PairLogps, Params, PreferenceBatch, Sides, UserError
 
 FEW = 20  # prompts that an interval of a mean takes; fewer do not show what a resample could
 MOST_SLICES = 50  # values that a column to slice by may have
@@ -303,6 +304,7 @@ def response_logps(
     *,
     mesh: Mesh | None = None,
     chunk: int = VOCABULARY_CHUNK,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> list[Sides]:
     """Log-probability of every token of every response; a response's sum is that of `preference_logps`.
 
@@ -312,17 +314,21 @@ def response_logps(
       data: the pairs, with micro_steps 1.
       mesh: deals the rows of a batch to its devices; None computes on one.
       chunk: columns of logits at once.
+      progress: called with the number of pairs done.
 
     Returns:
-      For each pair (chosen, rejected), [tokens] float32 each, rejected empty where the layout has none.
+      For each pair (chosen, rejected), [tokens] float32 each, rejected empty where the layout has none; of tokens whose
+      weight is 0 there is nothing.
     """
-    logps = jax.jit(
-        lambda params, batch: target_logps(model, params, jax.tree.map(lambda x: x[0], batch), chunk),
-        out_shardings=mesh and NamedSharding(mesh, P()),
-    )
+
+    @functools.partial(jax.jit, out_shardings=mesh and NamedSharding(mesh, P()))
+    def logps(params: Params, batch: PreferenceBatch) -> tuple[jax.Array, jax.Array]:
+        batch = jax.tree.map(lambda x: x[0], batch)
+        return target_logps(model, params, batch, chunk), batch.slot  # of all groups, wherever their rows lie
+
     out: list[Sides] = []
     for batch in eval_batches(data):
-        values, slots = np.asarray(logps(params, place_batch(mesh, batch))).ravel(), batch.slot[0].ravel()
+        values, slots = (np.asarray(x).ravel() for x in logps(params, place_batch(mesh, batch)))
         real = int((batch.index[0] >= 0).sum())
         # A slot's tokens lie in order, and a stable sort keeps them so.
         order = np.argsort(slots, kind="stable")
@@ -330,6 +336,7 @@ def response_logps(
         parts = np.split(values[order], ends[: SIDES * real])
         own = np.arange(SIDES * real).reshape(real, SIDES) if batch.slots is None else batch.slots[0]
         out += [Sides(*(parts[slot] for slot in own[pair, :2])) for pair in range(real)]
+        progress(len(out))
     return out
 
 

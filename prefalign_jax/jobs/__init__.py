@@ -40,6 +40,7 @@ def run_sft_first(config: ConfigDict, workdir: Path) -> int:
         first.steps, first.examples, first.epochs, first.profile_steps = None, None, config.sft.epochs, None
         first.learning_rate = config.sft.learning_rate
         first.data.flip_labels = 0.0
+        first.token_weights = dict.fromkeys(config.token_weights)
         supervised = [step.name for step in steps if "supervised" in step.step.kinds]
         first.data.clean = ",".join(supervised) or None
         for step in steps:

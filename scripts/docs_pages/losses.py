@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 
+from prefalign_jax.data.token_weights import contrasted, decayed
 from prefalign_jax.losses import LOSSES, MIXTURES, MODIFIERS, NEEDS, BoundLoss, hyper_of, make_loss
 from prefalign_jax.options import hyper_parameters
 from prefalign_jax.pages.palette import INK, PALETTE
@@ -103,6 +104,28 @@ def page() -> str:
     lines += prose(
         "The reference moves with the policy under `--config.reference.kind=moving` (TR-DPO, arXiv 2404.09656): "
         "reference <- mixup policy + (1 - mixup) reference every so many steps; mixup=1 is the hard update."
+    )
+    lines += ["## Weights of tokens", ""]
+    lines += prose(
+        "Each token of a response has a weight, which is 1 unless something gives it another. Every sum over tokens is "
+        "then a weighted sum, of policy and reference alike. So a token count n is the sum of the weights, and a mean "
+        "per token (ORPO, SimPO, IPO per token, ...) a weighted mean. A token of weight 0 is read and not trained. Two "
+        "options compute weights, for training and held-out data alike; both together multiply:"
+    )
+    for option, function in (
+        ("token_weights.decay=0.98", decayed),
+        ("token_weights.positive=DIR --config.token_weights.negative=DIR", contrasted),
+    ):
+        first, more = textwrap.dedent("    " + function.__doc__).split("\n\n")[:2]
+        source = paragraph(function.__doc__, "Source").rstrip(".")
+        about = f"- `--config.{option}`: {first} {more} Source: {source}."
+        lines += textwrap.wrap(about, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    lines += [""]
+    lines += prose(
+        "The two models of the second may be fine-tuned on the chosen and on the rejected responses, or trained by DPO "
+        "on the pairs and on the pairs turned round: `--config.data.columns=chosen=rejected,rejected=chosen`. They "
+        "share the policy's tokenizer. Before training each makes one pass over the data; its log-probabilities are "
+        "kept in WORKDIR/token_weights. A response's `ld_alpha` and `sampled` tokens are counted, not weighed."
     )
     lines += ["## What a loss may read", ""]
     lines += [markdown(("name", "what"), [(f"`{name}`", what) for name, what in NEEDS.items()]), ""]
