@@ -109,6 +109,9 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     c.data.format = maybe(str)  # Format of the rows, a key of data/formats.py; None tells it from their fields.
     c.data.columns = maybe(object)  # What rows call things: prompt=info.post,chosen=good, or a dict of these.
     c.data.map_fn = maybe(str)  # module:function, from a row to a row, a list of rows, or None to leave it out.
+    # Which pairs of a prompt's responses are trained on. best_worst: one; all: each better one over each worse one;
+    # adjacent: each over those of the next lower score; random:N: N of all, drawn by the seed. Listed ones stay.
+    c.data.pairs = "best_worst"
     c.data.ignore = maybe(str)  # Fields with a meaning that are left out, with commas; message.FIELD for messages.
     c.data.mix = maybe(tuple)  # Several sources instead of a path: dicts of the fields of data/mixture.py's `Source`.
     # What happens to training pairs whose prompt is held out: drop, report. None drops them; beside a data.eval_path of

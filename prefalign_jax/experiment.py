@@ -19,7 +19,7 @@ from prefalign_jax.data.chat import TOO_LONG
 from prefalign_jax.data.cleaning import BoundStep, cleaning_steps
 from prefalign_jax.data.memory import MemoryRows, RowsOrPath, as_source
 from prefalign_jax.data.mixture import Source, sources_of
-from prefalign_jax.data.pairing import LABELS, PAIRINGS
+from prefalign_jax.data.pairing import LABELS, PAIRINGS, WHICH_PAIRS, check_pairs
 from prefalign_jax.data.records import TRAIN_ON
 from prefalign_jax.data.template import CHAT_FIELDS, ChatOptions, chat_options, template_kwargs
 from prefalign_jax.data.token_weights import contrasted
@@ -126,7 +126,8 @@ class Experiment:
     @property
     def record_kind(self) -> dict[str, Any]:
         """Which records it takes, as options of `data.records.read_records`."""
-        return {**self.loss.record_kind, "train_on": self.config.data.train_on}
+        data = self.config.data
+        return {**self.loss.record_kind, "train_on": data.train_on, "pairs": data.pairs}
 
     @property
     def group(self) -> bool | None:
@@ -398,10 +399,14 @@ def _check_data(experiment: Experiment) -> None:
         raise UserError(f"data.mean_over='prompts' is for comparisons; loss {loss.name!r} is of whole prompts anyway")
     if data.leaks is not None and not (experiment.held_out or experiment.sources_for("test")):
         raise UserError(f"data.leaks={data.leaks!r} is set without held-out data")
+    check_pairs("data.pairs", data.pairs)
+    if data.pairs != WHICH_PAIRS[0] and (loss.kind != "pairs" or loss.record_kind.get("groups")):
+        read = "whole groups" if loss.kind == "pairs" else f"{loss.kind} data"
+        raise UserError(f"data.pairs={data.pairs!r} applies to losses of pairs; loss {loss.name!r} reads {read}")
     for step in experiment.cleaning:
         if step.options.get("held_out_too") and not experiment.held_out:
             raise UserError(f"data.cleaning.{step.name}.held_out_too is set without held-out data")
-    if data.flip_labels and ("rejected" not in loss.needs or {"label", "margin"} & loss.needs):
+    if data.flip_labels and ("rejected" not in loss.needs or {"label", "margin", "group"} & loss.needs):
         raise UserError(f"data.flip_labels applies to pairs without scores; loss {loss.name!r} reads others")
     if experiment.sources_for("eval") and data.eval_fraction:
         one = "data.eval_path" if data.eval_path else "data.mix (use='eval')"

@@ -27,6 +27,7 @@ from prefalign_jax.data.mixture import (
     source_digest,
     source_prompts,
 )
+from prefalign_jax.data.pairing import WHICH_PAIRS
 from prefalign_jax.data.pairs import Origin, Pairs, digest_of, from_list
 from prefalign_jax.data.pipeline import PairSet, mismatched
 from prefalign_jax.data.records import Prompt, Record, ascii_quotes, draw_number, flip_labels, read_prompts
@@ -232,7 +233,7 @@ def tokenized_sources(
         what = dict(
             sources=list(map(source_digest, sources)), kind=kind, drawn=drawn, ascii=data.ascii_quotes, **options
         )
-        if any(drawn) or any(source.fraction < 1 for source in sources):
+        if any(drawn) or any(source.fraction < 1 for source in sources) or data.pairs != WHICH_PAIRS[0]:
             what["seed"] = config.seed, held_out_seed(experiment)
         if steps:
             others = [source_digest(source) for source in experiment.sources_for("eval")]

@@ -211,6 +211,25 @@ PAIRS = {
         BAD,
         5.0,
     ),
+    "berkeley-nest/Nectar": (
+        "nectar",
+        {
+            "prompt": f"\n\nHuman: {Q}\n\nAssistant: ",
+            "answers": [
+                {"answer": "Water.", "model": "llama-2-7b-chat", "rank": 2.0},
+                {"answer": "Air scatters blue.", "model": "gpt-4", "rank": 1.0},
+                {"answer": "Paint.", "model": "gpt-3.5-turbo", "rank": 3.0},
+            ],
+            "turns": 1,
+            "num_responses": 3,
+            "source": ["lmsys-chat-1m"],
+            "good_natured": True,
+        },
+        f"\n\nHuman: {Q}\n\nAssistant:",
+        " Air scatters blue.",
+        " Paint.",
+        2.0,
+    ),
     "PKU-Alignment/PKU-SafeRLHF": ("pku_saferlhf", SAFE, ASKED, GOOD, BAD, None),
     "nvidia/HelpSteer2, preference": (
         "helpsteer2_preference",
@@ -430,6 +449,10 @@ def helpsteer(prompt, response, helpfulness):
         "complexity": 2,
         "verbosity": 1,
     }
+
+
+def sample(prompt, response, reward):
+    return {"prompt": prompt, "response": response, "model": "mine", "step": 10, "seed": 0, "reward": reward}
 
 
 KTO = {"prompt": ORPO_TURNS, "completion": [assistant("Air scatters blue.")], "label": True}

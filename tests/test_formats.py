@@ -261,6 +261,6 @@ def test_a_file_may_mix_formats(tmp_path):
 
 
 def test_every_format_is_tested():
-    tested = {name for name, *_ in PAIRS.values()} | {"pandalm", "alpaca_eval", "alpaca", "helpsteer"}
+    tested = {name for name, *_ in PAIRS.values()} | {"pandalm", "alpaca_eval", "alpaca", "helpsteer", "samples"}
     tested |= {"instruction", "instruction_response", "question"}
     assert tested | {"pku_saferlhf_safer"} == set(FORMATS)

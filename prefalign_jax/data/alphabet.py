@@ -53,7 +53,7 @@ class Alphabet:
 
     def loses(self, record: Record) -> bool:
         """Whether a character of a record does not come back."""
-        return bool(self.lost(*strings_of([record.prompt, record.chosen, record.rejected, record.tools])))
+        return bool(self.lost(*strings_of([record.prompt, *record.responses, record.tools])))
 
     def _try(self, character: str) -> None:
         """Tries a character alone, and twice: some tokenizers make one space of several."""

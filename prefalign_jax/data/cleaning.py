@@ -72,7 +72,7 @@ def ties(records: Iterable[Record]) -> Cleaned:
 
 
 def same_responses(records: Iterable[Record]) -> Cleaned:
-    """Drops pairs whose responses differ in case, punctuation and white space alone.
+    """Drops pairs whose responses differ in case, punctuation and white space alone, and groups of such responses.
 
     Example:
       >>> same_responses([Record("a", "Yes, it is.", "yes it is"), Record("a", "1", "2"), Record("a", "?", "!")])[1]
@@ -80,8 +80,8 @@ def same_responses(records: Iterable[Record]) -> Cleaned:
     """
 
     def reason(record: Record) -> str | None:
-        chosen, rejected = (words(text) for text in parts(record)[1:])
-        return "responses of the same words" if chosen == rejected and chosen else None
+        first, *others = (words(text) for text in parts(record)[1:])
+        return "responses of the same words" if first and all(other == first for other in others) else None
 
     return _without(records, reason, "responses of the same words")
 
@@ -213,6 +213,7 @@ def encoding(records: Iterable[Record], *, html: bool = False, plain_quotes: boo
     out, repaired = [], 0
     for record in records:
         sides = {name: repair(getattr(record, name)) for name in ("prompt", "chosen", "rejected")}
+        sides["others"] = tuple(map(repair, record.others))
         new = record._replace(**sides)
         changed = any(side != getattr(record, name) for name, side in sides.items())
         repaired += changed

@@ -27,7 +27,7 @@ def exact_duplicates(records: Iterable[Record]) -> tuple[list[Record], dict[str,
     """
     seen, kept, dropped = set(), [], 0
     for record in records:
-        texts = [record.prompt, record.chosen, record.rejected]
+        texts = [record.prompt, record.chosen, record.rejected, *record.others]
         key = _digest([*texts, record.label, record.tools, record.chat_template_kwargs])
         if key in seen:
             dropped += 1
@@ -40,6 +40,8 @@ def exact_duplicates(records: Iterable[Record]) -> tuple[list[Record], dict[str,
 def contradictions(records: Iterable[Record]) -> tuple[list[Record], dict[str, int]]:
     """Drops all pairs of a prompt and two responses that are each preferred once, and completions labelled both ways.
 
+    Of groups those go that have the same responses in another order.
+
     Who is right is not known, so none stays. Texts are compared letter by letter. Both orders from one and the same row
     are a soft preference, which stays and contradicts nothing.
 
@@ -49,12 +51,12 @@ def contradictions(records: Iterable[Record]) -> tuple[list[Record], dict[str, i
     """
     rows, keys, said = [], [], collections.defaultdict(set)
     for record in records:
-        sides = [json.dumps(side, sort_keys=True) for side in (record.chosen, record.rejected)]
+        sides = [json.dumps(side, sort_keys=True) for side in (record.chosen, record.rejected, *record.others)]
         key = _digest([record.prompt, sorted(sides)])
         where = record.where if record.where.row else len(rows)  # what comes from nowhere shares its row with none
         rows.append(record)
         keys.append((key, where))
-        said[key, where].add((sides[0] < sides[1], record.label))
+        said[key, where].add((tuple(sorted(range(len(sides)), key=sides.__getitem__)), record.label))
     hard = collections.defaultdict(set)
     for (key, _), directions in said.items():
         if len(directions) == 1:
@@ -122,7 +124,8 @@ def near_duplicates(
         for other in sorted(index.query(signature)):
             if group(other) == group(number) or rows[other].label != record.label:
                 continue
-            if all(jaccard(a, b) >= threshold for a, b in zip(sets_of(number), sets_of(other), strict=True)):
+            ours, theirs = sets_of(number), sets_of(other)
+            if len(ours) == len(theirs) and all(jaccard(*both) >= threshold for both in zip(ours, theirs, strict=True)):
                 first, second = sorted((group(other), group(number)))
                 parent[second] = first
         index.insert(number, signature)

@@ -16,6 +16,8 @@ from prefalign_jax.data.messages import KNOWN, WEIGHT
 from prefalign_jax.data.values import Malformed, empty, name_of, texts
 
 PAIRS, UNPAIRED, SUPERVISED, PROMPTS = "pairs", "unpaired", "supervised", "prompts"  # what rows are read as
+# What every kind of row may have beside its responses.
+BESIDE = ("prompt", "system", "history", "tools", "chat_template_kwargs", "weight")
 _TRAINED = (PAIRS, UNPAIRED, SUPERVISED)
 _ALL = (*_TRAINED, PROMPTS)
 
@@ -42,6 +44,10 @@ _TURNS = Meaning("a conversation", "messages", _ALL)
 _BETTER = Meaning("the preferred response", "chosen", _TRAINED)
 _WORSE = Meaning("the response that is not preferred", "rejected", (PAIRS, UNPAIRED))
 _RESPONSE = Meaning("a response", "completion", _TRAINED)
+_RESPONSES = Meaning("several responses", "responses", _TRAINED)
+_COMPARED = Meaning("which responses are preferred", "comparisons", (PAIRS, UNPAIRED))
+_SCORES = Meaning("scores of several responses", "scores", ())
+_RANKS = Meaning("ranks of several responses", "ranks", ())
 _REASONING = Meaning("the reasoning before a response", "", _TRAINED)
 _LABEL = Meaning("whether the response is desirable", "label", _TRAINED, text=False)
 _WINNER = Meaning("which response is preferred", "", (PAIRS, UNPAIRED), text=False)
@@ -109,6 +115,10 @@ MEANINGS: dict[str, Meaning] = {
     "output": _RESPONSE,
     "answer": _RESPONSE,
     "text": _RESPONSE,
+    "responses": _RESPONSES,
+    "scores": _SCORES,
+    "ranks": _RANKS,
+    "comparisons": _COMPARED,
     "thinking": _REASONING,
     "reasoning": _REASONING,
     "reasoning_content": _REASONING,

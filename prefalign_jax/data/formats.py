@@ -1,7 +1,8 @@
 """The formats of published data sets, each a small function: a row as it is published -> rows of the common format.
 
 The common format is what `records.read_records` takes: prompt, chosen and rejected as text or messages (or a completion
-with a label), a `margin` by which the chosen response is better, a `weight`. FORMATS is in the order in which a row's
+with a label, or several `responses` with what tells which is better, see groups.py), a `margin` by which the chosen
+response is better, a `weight`. FORMATS is in the order in which a row's
 fields are compared; a row that has all fields of one, and none that it excludes, is of that format, and every other row
 is taken for the common one. So a file may mix formats: each row is told apart by itself.
 
@@ -23,8 +24,19 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from prefalign_jax.data.groups import check_alike, read_list
 from prefalign_jax.data.messages import read_text
-from prefalign_jax.data.values import Dropped, Malformed, choice, empty, expected, missing, name_of, number, string
+from prefalign_jax.data.values import (
+    Dropped,
+    Malformed,
+    choice,
+    empty,
+    expected,
+    missing,
+    name_of,
+    number,
+    string,
+)
 
 Row = Mapping[str, Any]
 
@@ -41,6 +53,8 @@ class Format(NamedTuple):
       without: and none of these.
       also: fields that it reads where a row has them.
       group: consecutive rows with the same value in this field are read together.
+      gather: the pairs of consecutive rows with the same values in these fields are one group, where groups are wanted.
+      answers: what the field or fields with its responses are called, for what is left out of them.
       pairs: it makes pairs of what are demonstrations as they stand, so it is detected only where pairs are wanted.
     """
 
@@ -50,6 +64,8 @@ class Format(NamedTuple):
     without: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
     group: str | None = None
+    gather: tuple[str, ...] = ()
+    answers: str = ""
     pairs: bool = False
 
 
@@ -95,11 +111,7 @@ def in_common(name: str, row: Row, rows: Sequence[Row]) -> list[Row]:
         return [row]
     others = {field: value for field, value in row.items() if field not in (*form.fields, *form.also)}
     for other in rows[1:]:
-        for field in ("weight", "system", "history", "tools", "chat_template_kwargs"):
-            if other.get(field) != row.get(field):
-                raise Malformed(
-                    f"field {field!r}: rows with the same {form.group!r} are read together, and differ in it"
-                )
+        check_alike(row, other, [form.group])
     out = []
     for one in form.read(rows if form.group else row):
         for field in others.keys() & one.keys():
@@ -150,30 +162,20 @@ def soft(row: Row, prompt: Any, names: Sequence[str], first: float) -> list[Row]
     ]
 
 
-def best_and_worst(prompt: Any, texts: Sequence[Any], scores: Sequence[float], field: str) -> list[Row]:
-    """The pair of the answers with the highest and the lowest score; of equal ones the first."""
+def several(prompt: Any, texts: Sequence[Any], scores: Sequence[float], field: str, by: str = "scores") -> list[Row]:
+    """A group of answers that are strings, with their scores, or with ranks."""
     if len(scores) < 2:
         raise Dropped("fewer than two answers")
-    best, worst = scores.index(max(scores)), scores.index(min(scores))
-    if best == worst:
-        raise Dropped("tie")
-    pair = {"prompt": prompt, "chosen": _assistant(texts[best], field), "rejected": _assistant(texts[worst], field)}
-    return [{**pair, "margin": scores[best] - scores[worst]}]
+    responses = [_assistant(text, f"{field}[{i}]") for i, text in enumerate(texts)]
+    return [{"prompt": prompt, "responses": responses, by: [*scores]}]
 
 
 def _objects(row: Row, field: str, keys: Sequence[str]) -> list[Mapping]:
-    value = row.get(field)
-    if not isinstance(value, list):
-        raise expected("a list", value, field)
+    value = read_list(row.get(field), field)
     for i, item in enumerate(value):
         if not isinstance(item, Mapping) or any(key not in item for key in keys):
             raise expected(f"an object with {', '.join(map(repr, keys))}", item, f"{field}[{i}]")
     return value
-
-
-def _between(items: Sequence[Any], field: str) -> Row:
-    """The mark of answers that are in no pair."""
-    return {f"{field}[] between best and worst": True} if len(items) > 2 else {}
 
 
 def _left(items: Iterable[Mapping], field: str, keys: Sequence[str]) -> Row:
@@ -193,7 +195,7 @@ def _instruction(row: Row, field: str = "instruction") -> str:
 
 
 def ultrafeedback(row: Row) -> list[Row]:
-    """openbmb/UltraFeedback: best and worst of the completions by `fine-grained_score`, the mean of the ratings.
+    """openbmb/UltraFeedback: the completions by `fine-grained_score`, the mean of the ratings.
 
     Not by `overall_score`, which is 10 where 1 was meant in known rows; it is read only where the other is missing.
     """
@@ -205,9 +207,18 @@ def ultrafeedback(row: Row) -> list[Row]:
             texts.append(one["response"])
             scores.append(number(one[names[0]], f"completions[{i}].{names[0]}"))
         left.append(_left([one], "completions", ("response", *names)))
+    unscored = {"completions[] without a score": True} if len(texts) < len(rated) else {}
     prompt = _user(string(row.get("instruction"), "instruction"))
-    pairs = best_and_worst(prompt, texts, scores, "completions.response")
-    return _with(pairs, *left, _between(rated, "completions"))
+    return _with(several(prompt, texts, scores, "completions.response"), *left, unscored)
+
+
+def nectar(row: Row) -> list[Row]:
+    """berkeley-nest/Nectar: answers by `rank`, 1 is best; plain text, since the prompt is a transcript as HH-RLHF's."""
+    given = _objects(row, "answers", ("answer", "rank"))
+    texts = [" " + string(one["answer"], f"answers[{i}].answer").strip() for i, one in enumerate(given)]
+    ranks = [number(one["rank"], f"answers[{i}].rank", "a rank, 1 for the best", 0.0) for i, one in enumerate(given)]
+    prompt = string(row.get("prompt"), "prompt").rstrip()
+    return _with([{"prompt": prompt, "responses": texts, "ranks": ranks}], _left(given, "answers", ("answer", "rank")))
 
 
 def shp(row: Row) -> list[Row]:
@@ -224,12 +235,12 @@ def stack_exchange_paired(row: Row) -> list[Row]:
 
 
 def stack_exchange(row: Row) -> list[Row]:
-    """HuggingFaceH4/stack-exchange-preferences: best and worst answer by `pm_score`."""
+    """HuggingFaceH4/stack-exchange-preferences: the answers by `pm_score`."""
     given = _objects(row, "answers", ("text", "pm_score"))
     scores = [number(one["pm_score"], f"answers[{i}].pm_score") for i, one in enumerate(given)]
     prompt = _user(string(row.get("question"), "question"))
-    pairs = best_and_worst(prompt, [one["text"] for one in given], scores, "answers.text")
-    return _with(pairs, _left(given, "answers", ("text", "pm_score")), _between(given, "answers"))
+    group = several(prompt, [one["text"] for one in given], scores, "answers.text")
+    return _with(group, _left(given, "answers", ("text", "pm_score")))
 
 
 def pandalm(row: Row) -> list[Row]:
@@ -267,10 +278,23 @@ def pku_saferlhf_safer(row: Row) -> list[Row]:
 
 
 def helpsteer(rows: Sequence[Row]) -> list[Row]:
-    """nvidia/HelpSteer and HelpSteer2: consecutive responses to one prompt, best and worst by `helpfulness`."""
+    """nvidia/HelpSteer and HelpSteer2: consecutive responses to one prompt, by `helpfulness`."""
     scores = [number(row.get("helpfulness"), "helpfulness") for row in rows]
     prompt = _user(string(rows[0].get("prompt"), "prompt"))
-    return best_and_worst(prompt, [row.get("response") for row in rows], scores, "response")
+    return several(prompt, [row.get("response") for row in rows], scores, "response")
+
+
+def samples(rows: Sequence[Row]) -> list[Row]:
+    """Samples with rewards, as runs write them (WORKDIR/samples/STEP.jsonl): consecutive responses to one prompt.
+
+    A sample without a reward, which is null or NaN, is left out and counted.
+    """
+    scored = [row for row in rows if not missing(row.get("reward"))]
+    if len(scored) < 2:
+        raise Dropped("fewer than two answers")
+    group = {"prompt": rows[0]["prompt"], "responses": [row["response"] for row in scored]}
+    group["scores"] = [number(row["reward"], "reward") for row in scored]
+    return [group | ({"samples without a reward": True} if len(scored) < len(rows) else {})]
 
 
 def _strength(row: Row, field: str, prompt: Any, names: Sequence[str]) -> list[Row]:
@@ -397,12 +421,30 @@ def sharegpt(row: Row) -> list[Row]:
 
 _SIDES = ("chosen", "rejected")
 FORMATS: dict[str, Format] = {
-    "ultrafeedback": Format(ultrafeedback, ("instruction", "completions"), without=_SIDES),
-    "shp": Format(shp, ("history", "human_ref_A", "human_ref_B", "labels"), also=("score_ratio",)),
+    "ultrafeedback": Format(ultrafeedback, ("instruction", "completions"), without=_SIDES, answers="completions"),
+    "shp": Format(
+        shp,
+        ("history", "human_ref_A", "human_ref_B", "labels"),
+        also=("score_ratio",),
+        gather=("post_id", "history"),
+    ),
     "stack_exchange_paired": Format(stack_exchange_paired, ("question", "response_j", "response_k")),
-    "stack_exchange": Format(stack_exchange, ("question", "answers"), signs=("qid",), without=_SIDES),
-    "pandalm": Format(pandalm, ("instruction", "response1", "response2", "annotator1"), also=("input",)),
-    "alpaca_eval": Format(alpaca_eval, ("instruction", "output_1", "output_2", "preference"), also=("input",)),
+    "stack_exchange": Format(
+        stack_exchange, ("question", "answers"), signs=("qid",), without=_SIDES, answers="answers"
+    ),
+    "nectar": Format(nectar, ("prompt", "answers"), signs=("turns",), without=_SIDES, answers="answers"),
+    "pandalm": Format(
+        pandalm,
+        ("instruction", "response1", "response2", "annotator1"),
+        also=("input",),
+        gather=("instruction", "input"),
+    ),
+    "alpaca_eval": Format(
+        alpaca_eval,
+        ("instruction", "output_1", "output_2", "preference"),
+        also=("input",),
+        gather=("instruction", "input"),
+    ),
     "pku_saferlhf": Format(pku_saferlhf, ("prompt", "response_0", "response_1", "better_response_id")),
     "helpsteer2_preference": Format(
         helpsteer2_preference, ("prompt", "response_1", "response_2", "preference_strength")
@@ -413,6 +455,13 @@ FORMATS: dict[str, Format] = {
         ("prompt", "response", "helpfulness"),
         signs=("verbosity",),
         without=("chosen", "label"),
+        group="prompt",
+        pairs=True,
+    ),
+    "samples": Format(
+        samples,
+        ("prompt", "response", "reward"),
+        without=(*_SIDES, "label", "kto_tag", "completion", "messages"),
         group="prompt",
         pairs=True,
     ),
@@ -433,5 +482,5 @@ FORMATS: dict[str, Format] = {
     "question": Format(instruction, ("question", "completion"), without=("prompt", "chosen"), also=("input",)),
     # Of rows with the fields of an earlier one; to be named.
     "pku_saferlhf_safer": Format(pku_saferlhf_safer, ("prompt", "response_0", "response_1", "safer_response_id")),
-    "common": Format(lambda row: [row], ()),
+    "common": Format(lambda row: [row], (), answers="responses"),
 }

@@ -279,18 +279,18 @@ def read_source(source: Source, number: int, tally: Tally, *, seed: int = 0, **k
       source: where from.
       number: of the source, for `Record.source`.
       tally: what is left out, and what is not read, is counted here as the iterator goes on.
-      seed: of what a fraction takes; a record's fate depends on its texts and the seed alone.
+      seed: of what a fraction takes, and of random pairs; a record's fate depends on its texts and the seed alone.
       **kind: options of `iter_records`.
 
     Returns:
       An iterator over the records, those of use='eval' marked as held out.
     """
     rows = adapted(read_rows(source.name, source.part), source, tally)
-    records = iter_records(rows, tally, **_reading(source, **kind)._asdict())
+    records = iter_records(rows, tally, **_reading(source, seed=seed, **kind)._asdict())
 
     def taken() -> Iterator[Record]:
         for record in records:
-            texts = [record.prompt, record.chosen, record.rejected]
+            texts = [record.prompt, record.chosen, record.rejected, *record.others]
             if source.fraction < 1 and draw_number(f"fraction {seed}", texts) >= source.fraction:
                 tally.dropped["left out by the fraction"] += 1
             else:

@@ -1,10 +1,15 @@
-"""Scored responses of one prompt -> preference pairs."""
+"""Scored responses of one prompt -> preference pairs.
+
+`choose_pairs` takes the pairs that the scores of data say. `pair_up` compares samples; its labels may be noisy, so that
+a tie may be a pair too.
+"""
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +29,57 @@ class Choice(NamedTuple):
 
     chosen: int
     rejected: int
+
+
+WHICH_PAIRS = ("best_worst", "all", "adjacent", "random:N")  # which pairs of a group there are
+_RANDOM = re.compile(r"random:([1-9][0-9]{0,8})")
+
+
+def check_pairs(field: str, how: str) -> None:
+    """Refuses what `choose_pairs` does not know, in the name of a config's field."""
+    if how not in WHICH_PAIRS[:-1] and not _RANDOM.fullmatch(how):
+        raise UserError(
+            f"{field}={how!r} is unknown; write one of {', '.join(WHICH_PAIRS)}, with a number from 1 on for N"
+        )
+
+
+def choose_pairs(scores: Sequence[float], how: str, draw: Callable[[Choice], float]) -> tuple[list[Choice], int]:
+    """Chooses which responses of a prompt are compared.
+
+    Args:
+      scores: of the responses, more is better; no response is better than one of the same score.
+      how: 'best_worst', the first of the best over the first of the worst; 'all', every response over each that is
+        worse; 'adjacent', every response over each of the next lower score; 'random:N', N of all.
+      draw: a pair -> a number in [0, 1); 'random:N' takes the N lowest.
+
+    Returns:
+      (the pairs, those of better responses first; how many were left out because the two are equally good). Of
+      'best_worst' that is one or none.
+
+    Example:
+      >>> choose_pairs([1.0, 3.0, 2.0], "adjacent", lambda pair: 0.0)
+      ([Choice(chosen=1, rejected=2), Choice(chosen=2, rejected=0)], 0)
+    """
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    if how == "best_worst":
+        pairs = [Choice(order[0], scores.index(scores[order[-1]]))]
+    else:
+        pairs = [Choice(*two) for two in itertools.combinations(order, 2)]
+    better = [pair for pair in pairs if scores[pair.chosen] > scores[pair.rejected]]
+    ties = len(pairs) - len(better)
+    if how == "adjacent":
+        levels = sorted(set(scores), reverse=True)
+        below = dict(itertools.pairwise(levels))
+        better = [pair for pair in better if below[scores[pair.chosen]] == scores[pair.rejected]]
+    return draw_some(better, how, draw), ties
+
+
+def draw_some(pairs: list[Choice], how: str, draw: Callable[[Choice], float]) -> list[Choice]:
+    """The N pairs with the lowest numbers for 'random:N', in their order; all of them for another `how`."""
+    if not (drawn := _RANDOM.fullmatch(how)):
+        return pairs
+    lowest = sorted(range(len(pairs)), key=lambda i: draw(pairs[i]))[: int(drawn[1])]
+    return [pairs[i] for i in sorted(lowest)]
 
 
 def _best_worst(scores: np.ndarray) -> Iterable[tuple[int, int]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -29,8 +30,18 @@ from prefalign_jax.data.conversation import (
     until_last_answer,
     untrained,
 )
-from prefalign_jax.data.fields import PAIRS, PROMPTS, SUPERVISED, UNPAIRED, account, account_messages, mapping
-from prefalign_jax.data.formats import FORMATS, detect, in_common
+from prefalign_jax.data.fields import BESIDE, PAIRS, PROMPTS, SUPERVISED, UNPAIRED, account, account_messages, mapping
+from prefalign_jax.data.formats import FORMATS, Format, detect, in_common
+from prefalign_jax.data.groups import (
+    BEST_WORST,
+    GROUP_FIELDS,
+    gathered,
+    is_group,
+    pairs_of,
+    read_group,
+    scores_of,
+    unread_of,
+)
 from prefalign_jax.data.messages import (
     FLAGS,
     Messages,
@@ -40,6 +51,7 @@ from prefalign_jax.data.messages import (
     read_text,
     read_tools,
 )
+from prefalign_jax.data.pairing import check_pairs
 from prefalign_jax.data.rows import read_rows
 from prefalign_jax.data.template import not_to_be_set
 from prefalign_jax.data.values import (
@@ -71,8 +83,7 @@ _BETWEEN = re.compile(r"\b(human|user|assistant|system|im_start|im_end|inst)\b|[
 _LABELS = ("label", "kto_tag")  # what rows may call the label
 _SCORES = ("score_{}", "{}_score", "rating_{}", "{}-rating")  # of a response
 _MESSAGE = "message."  # begins the name of a field of messages
-# What every kind of row may have beside its responses.
-_BESIDE = frozenset(("prompt", "system", "history", "tools", "chat_template_kwargs", "weight"))
+_BESIDE = frozenset(BESIDE)
 
 _ASCII = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "..."})
 
@@ -133,6 +144,9 @@ def read_records(
     format: str | None = None,
     ignore: Sequence[str] = (),
     train_on: str = "all",
+    groups: bool = False,
+    pairs: str = BEST_WORST,
+    seed: int = 0,
 ) -> tuple[list[Record], dict[str, int]]:
     """Reads preference pairs, demonstrations or labelled completions from a file, a directory or the Hugging Face hub.
 
@@ -141,6 +155,7 @@ def read_records(
       the same as lists of messages, or a string prompt (one user message) with lists of messages;
       chosen and rejected as whole conversations: what they share is the prompt, the rest of each its response;
       chosen and rejected as HH-RLHF transcripts: the prompt ends with the last '\\n\\nAssistant:' of each;
+      several `responses` to a prompt with scores, ranks or comparisons, see groups.py;
       and the published ones of `formats.FORMATS`, which are first brought into one of these.
     Supervised rows (one name in `responses`) may also call the response 'completion' or 'response', be a conversation
     called 'messages', or have nothing but a 'text'.
@@ -178,6 +193,10 @@ def read_records(
       ignore: fields that are read as if they were not there; 'message.FIELD' is one of every message.
       train_on: 'all' trains every assistant message of a response, 'last' the last alone: without a rejected response
         all before it becomes the prompt, in a pair the others are read.
+      groups: a record holds all responses of a group, best first, with a score each. A pair is a group of two, with the
+        scores that it has, or with 1 and 0. Without this option a group becomes pairs.
+      pairs: which ones, see `pairing.choose_pairs`. For unpaired and supervised data those are best and worst.
+      seed: of pairs='random:N'; which pairs those are depends on the texts and the seed alone.
 
     Returns:
       The records in the order of the rows, and the number of rows dropped for each reason.
@@ -187,7 +206,7 @@ def read_records(
     """
     tally = Tally()
     options = dict(responses=responses, unpaired=unpaired, margin=margin, columns=columns, format=format, ignore=ignore)
-    options["train_on"] = train_on
+    options |= dict(train_on=train_on, groups=groups, pairs=pairs, seed=seed)
     records = list(itertools.islice(iter_records(read_rows(path, split), tally, **options), limit))
     if not records:
         counts = ", ".join(f"{reason}: {n}" for reason, n in tally.dropped.items()) or "there was no row"
@@ -209,6 +228,9 @@ class Reading(NamedTuple):
     ignore: Sequence[str] = ()
     beside: Sequence[str] = ()  # fields that something else reads, such as a filter
     train_on: str = "all"
+    groups: bool = False
+    pairs: str = BEST_WORST
+    seed: int = 0
 
     @property
     def kind(self) -> str:
@@ -225,7 +247,8 @@ def iter_records(rows: Rows, tally: Tally, **options: Any) -> Iterator[Record]:
     Args:
       rows: with their places.
       tally: what gives no record, and what is not read, is counted here as the iterator goes on.
-      **options: responses, unpaired, margin, columns, format, ignore, train_on, as in `read_records`.
+      **options: responses, unpaired, margin, columns, format, ignore, train_on, groups, pairs, seed, as in
+        `read_records`.
 
     Raises:
       UserError: an option does not apply, or, from the iterator, a row is malformed.
@@ -237,6 +260,11 @@ def iter_records(rows: Rows, tally: Tally, **options: Any) -> Iterator[Record]:
         raise UserError(f"train_on: expected one of {', '.join(TRAIN_ON)}, found {reading.train_on!r}")
     if reading.margin and reading.kind != PAIRS:
         raise UserError(f"margin: applies to pairs; leave it out for {reading.kind} data")
+    check_pairs("pairs", reading.pairs)
+    if reading.groups and reading.kind != PAIRS:
+        raise UserError(f"groups: applies to pairs; leave it out for {reading.kind} data")
+    if reading.pairs != BEST_WORST and (reading.groups or reading.kind != PAIRS):
+        raise UserError(f"pairs={reading.pairs!r}: applies to pairs; leave it out for groups and other data")
     return _records(rows, tally, reading)
 
 
@@ -247,6 +275,8 @@ def _records(rows: Rows, tally: Tally, reading: Reading) -> Iterator[Record]:
             try:
                 if reading.unpaired:
                     records = _unpaired(one, reading, tally)
+                elif reading.groups:
+                    records = [_group(one, responses, reading, tally)]
                 else:
                     records = [_record(one, responses, reading, tally)]
                 kept = tuple((name, scalar(row.get(name), name)) for name in reading.columns)
@@ -287,45 +317,84 @@ def common_rows(
     Returns:
       An iterator over (its place, the row, its rows in the common format); of a group the first row.
     """
-    group: list[tuple[Place, Mapping]] = []
-    pairs = (kind or reading.kind) in (PAIRS, UNPAIRED)
+    kind = kind or reading.kind
+    whole = reading.groups and kind == PAIRS
+    how = reading.pairs if kind == PAIRS else BEST_WORST
+    draw = functools.partial(draw_number, f"pairs {reading.seed}")
+
+    def joins(form: Format) -> tuple[str, ...]:
+        """The fields that are the same in the rows of a group."""
+        if form.group:
+            return (form.group,)
+        return form.gather if whole or how != BEST_WORST else ()
+
+    def gather(name: str, given: Sequence[tuple[Place, Mapping]]) -> list[Mapping]:
+        """The groups of rows that are pairs."""
+        rows = []
+        for _, row in given:
+            with _counted(tally):
+                rows.append(in_common(name, row, [row]))
+        out, identical = gathered(rows, FORMATS[name].gather)
+        tally.dropped.update(["identical responses"] * identical)
+        return out
+
+    def in_pairs(name: str, row: Mapping) -> Sequence[Mapping]:
+        """The row, or the pairs of its group where those are wanted."""
+        if whole or not is_group(row):
+            return (row,)
+        out, ties = pairs_of(row, how, draw, named=FORMATS[name].answers, margins=reading.margin)
+        tally.dropped.update(["tie"] * ties)
+        return out
 
     def read(name: str, given: Sequence[tuple[Place, Mapping]]) -> tuple[Place, Mapping, Sequence[Mapping]]:
-        (where, row), fields = given[0], (*FORMATS[name].fields, *FORMATS[name].signs)
+        (where, row), form, out = given[0], FORMATS[name], []
+        fields = (*form.fields, *form.signs)
         try:
-            if any(row.get(field) is None for field in fields):
-                raise Malformed(f"format {name!r} has the fields {', '.join(fields)}, found {names(row)}")
-            return where, row, in_common(name, row, [row for _, row in given])
+            with _counted(tally):
+                if any(row.get(field) is None for field in fields):
+                    raise Malformed(f"format {name!r} has the fields {', '.join(fields)}, found {names(row)}")
+                one_by_one = form.group or not joins(form)
+                common = in_common(name, row, [row for _, row in given]) if one_by_one else gather(name, given)
+                out = [one for each in common for one in in_pairs(name, each)]
         except Malformed as error:
             raise UserError(f"{where}: {error}") from None
-        except Dropped as reason:
-            tally.dropped[str(reason)] += 1
-            return where, row, ()
+        return where, row, out
 
-    def read_group() -> tuple[Place, Mapping, Sequence[Mapping]]:
+    def read_all() -> tuple[Place, Mapping, Sequence[Mapping]]:
         given = group.copy()
         group.clear()
-        if len(given) > 2:
-            tally.dropped["neither best nor worst of its prompt"] += len(given) - 2
+        if FORMATS[grouped].group and not whole and how == BEST_WORST:
+            tally.dropped.update(["neither best nor worst of its prompt"] * (len(given) - 2))
         return read(grouped, given)
 
-    grouped = ""
+    group: list[tuple[Place, Mapping]] = []
+    grouped, same = "", None
     for where, row in _without(rows, reading, tally.unread):
         if not isinstance(row, Mapping):
             raise UserError(f"{where}: {expected('a JSON object', row)}")
-        name = reading.format or detect(row, pairs)
-        field = FORMATS[name].group
-        if group and (name != grouped or row.get(field) != group[0][1].get(field)):
-            yield read_group()
-        if field:
-            grouped = name
+        name = reading.format or detect(row, pairs=kind in (PAIRS, UNPAIRED))
+        fields = joins(FORMATS[name])
+        values = [None if missing(row.get(field)) else row[field] for field in fields]
+        if group and (name, values) != (grouped, same):
+            yield read_all()
+        if fields:
+            grouped, same = name, values
             group.append((where, row))
-        elif name == "common":
+        elif name == "common" and not is_group(row):
             yield where, row, (row,)
         else:
             yield read(name, [(where, row)])
     if group:
-        yield read_group()
+        yield read_all()
+
+
+@contextlib.contextmanager
+def _counted(tally: Tally) -> Iterator[None]:
+    """Counts what is left out by its reason."""
+    try:
+        yield
+    except Dropped as reason:
+        tally.dropped[str(reason)] += 1
 
 
 class Prompt(NamedTuple):
@@ -426,7 +495,9 @@ def ascii_quotes(record: Record) -> Record:
             return text.translate(_ASCII)
         return [{**message, "content": message["content"].translate(_ASCII)} for message in text]
 
-    return record._replace(prompt=fold(record.prompt), chosen=fold(record.chosen), rejected=fold(record.rejected))
+    others = tuple(map(fold, record.others))
+    sides = dict(prompt=fold(record.prompt), chosen=fold(record.chosen), rejected=fold(record.rejected))
+    return record._replace(**sides, others=others)
 
 
 def split_by_prompt(records: Iterable[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
@@ -525,18 +596,79 @@ def _record(
     _check_answers(sides)
     if margin < 0:
         raise Dropped("rejected scores higher")
-    if not isinstance(prompt, str):
-        if reading.train_on == "last":
-            prompt, sides = _last_alone(prompt, sides)
-        if reading.kind == SUPERVISED and any(map(is_answer, prompt)):
-            tally.notes["with earlier answers, which are not trained"] += 1
-        answers = [message for side in sides for message in side if is_answer(message)]
-        if not all(map(is_trained, answers)):
-            tally.notes["with answers that are read and not trained"] += 1
-        if any(sum(map(is_trained, side)) > 1 for side in sides):
-            tally.notes["with several answers that are trained"] += 1
+    prompt, sides = _trained(prompt, sides, reading, tally)
     rejected = sides[1] if len(sides) == 2 else type(sides[0])()
     return Record(prompt, sides[0], rejected, 1.0 if weight is None else weight, margin, **told)
+
+
+def _trained(prompt: Text, sides: list[Text], reading: Reading, tally: Tally) -> tuple[Text, list[Text]]:
+    """(prompt, responses) of which what `train_on` asks for is trained; notes what is read or trained besides."""
+    if isinstance(prompt, str):
+        return prompt, sides
+    if reading.train_on == "last":
+        prompt, sides = _last_alone(prompt, sides)
+    if reading.kind == SUPERVISED and any(map(is_answer, prompt)):
+        tally.notes["with earlier answers, which are not trained"] += 1
+    answers = [message for side in sides for message in side if is_answer(message)]
+    if not all(map(is_trained, answers)):
+        tally.notes["with answers that are read and not trained"] += 1
+    if any(sum(map(is_trained, side)) > 1 for side in sides):
+        tally.notes["with several answers that are trained"] += 1
+    return prompt, sides
+
+
+def _group(row: Mapping, responses: Sequence[str], reading: Reading, tally: Tally) -> Record:
+    """The record of a group in the common format, or of a pair, which is a group of two.
+
+    Args:
+      row: the row.
+      responses: the names of a pair's two.
+      reading: how it is read.
+      tally: for what is read in part or not at all.
+    """
+    weight = _number(row, "weight", "a positive finite number", above=0.0)
+    whole = is_group(row)
+    if whole:
+        group = read_group(row)
+        scores, read = scores_of(group), GROUP_FIELDS
+        tally.unread.update(unread_of(row))
+        responses = [f"responses[{i}]" for i in range(len(scores))]
+        row = {**row, **dict(zip(responses, group.responses, strict=True))}
+    else:
+        scores, read = _two_scores(row, responses)
+    prompt, sides = _conversation(row, responses, reading, tally)
+    used = {*_BESIDE, *responses, *read, *reading.columns, *reading.beside}
+    account(row, used, PAIRS, [prompt, *sides], tally.unread)
+    told = read_told(row, prompt)
+    if not whole:
+        _check_answers(sides)
+        if scores[0] < scores[1]:
+            raise Dropped("rejected scores higher")
+    ranked = sorted(zip(scores, sides, strict=True), key=lambda one: (-one[0], draw_number("tie", _bare(one[1]))))
+    filled = [one for one in ranked if _is_trainable(one[1])]
+    kept = [one for i, one in enumerate(filled) if all(_bare(one[1]) != _bare(side) for _, side in filled[:i])]
+    if len(kept) < 2:
+        raise Dropped("fewer than two different responses")
+    if kept[0][0] == kept[-1][0]:
+        raise Dropped("tie")
+    tally.notes.update(["without the empty responses of a group"] * (len(filled) < len(ranked)))
+    tally.notes.update(["with one of a group's equal responses"] * (len(kept) < len(filled)))
+    scores, sides = zip(*kept, strict=True)
+    prompt, (chosen, rejected, *others) = _trained(prompt, list(sides), reading, tally)
+    margin = scores[0] - scores[-1] if reading.margin else math.nan
+    weight = 1.0 if weight is None else weight
+    return Record(prompt, chosen, rejected, weight, margin, others=tuple(others), scores=scores, **told)
+
+
+def _two_scores(row: Mapping, responses: Sequence[str]) -> tuple[tuple[float, float], tuple[str, ...]]:
+    """(the scores of a pair, the fields that say them)."""
+    for form in _SCORES:
+        fields = tuple(form.format(name) for name in responses)
+        scores = [_number(row, name) for name in fields]
+        if None not in scores:
+            return tuple(scores), fields
+    margin = _number(row, "margin")
+    return ((1.0, 0.0), ()) if margin is None else ((margin, 0.0), ("margin",))
 
 
 def _conversation(
@@ -557,8 +689,9 @@ def _conversation(
     sides = [read_text(row[name], name) for name in fields]
     asked = None if missing(row.get("prompt")) else read_text(row["prompt"], "prompt")
     prompt = "" if fields == ["text"] else asked
-    if len({type(side) for side in sides}) > 1:
-        raise expected(f"{kind(sides[0])}, as in {fields[0]!r}", row[fields[1]], fields[1])
+    for name, side in zip(fields, sides, strict=True):
+        if type(side) is not type(sides[0]):
+            raise expected(f"{kind(sides[0])}, as in {fields[0]!r}", row[name], name)
 
     before = _before(row)
     strings = [*sides, *([] if prompt is None else [prompt])]
@@ -819,6 +952,15 @@ def _check_answers(sides: Sequence[Text]) -> None:
     )
     if not all(map(_says_something, trained)):
         raise Dropped("nothing of a response is trained")
+
+
+def _is_trainable(side: Text) -> bool:
+    """Whether there is something of a response to train."""
+    try:
+        _check_answers([side])
+    except Dropped:
+        return False
+    return True
 
 
 def _bare(side: Text) -> Text:

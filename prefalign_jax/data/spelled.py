@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 _BREAK, _OURS = "\ufdd2", "\ufdd3"
 MARKS = frozenset((_BREAK, _OURS))
 
-_WRITTEN = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")  # what of a record may be in its text
+_WRITTEN = (
+    "prompt",
+    "chosen",
+    "rejected",
+    "others",
+    "tools",
+    "chat_template_kwargs",
+)  # what of a record may be in its text
 
 
 class Written(str):

@@ -36,13 +36,13 @@ def content(text: Text) -> str:
 
 
 def parts(record: Record) -> list[str]:
-    """The contents of prompt, chosen and rejected; of unpaired and supervised data the last is empty."""
-    return [content(text) for text in (record.prompt, record.chosen, record.rejected)]
+    """The contents of prompt, chosen, rejected and a group's others; without a rejected response that one is empty."""
+    return [content(text) for text in (record.prompt, record.chosen, record.rejected, *record.others)]
 
 
 def responses(record: Record) -> list[str]:
     """What is trained of the responses that there are: of messages those of the assistant."""
-    sides = filter(None, (record.chosen, record.rejected))
+    sides = record.responses
     return [content(side if isinstance(side, str) else list(filter(is_trained, side))) for side in sides]
 
 

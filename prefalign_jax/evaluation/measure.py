@@ -148,7 +148,13 @@ def held_out_pairs(
     config, loss = experiment.config, experiment.loss
     data = config.data
     records, dropped = read_records(
-        data.path, split=data.split, format=data.format, limit=data.limit, columns=columns, **experiment.record_kind
+        data.path,
+        split=data.split,
+        format=data.format,
+        limit=data.limit,
+        columns=columns,
+        seed=config.seed,
+        **experiment.record_kind,
     )
     if data.eval_fraction:
         records = split_by_prompt(records, data.eval_fraction, config.seed)[1]
