@@ -120,10 +120,15 @@ def make_pair_set(
         layout = layout._replace(most=max(2, most_responses(sharing)))
     rng = np.random.default_rng(0)
     some = _shuffled(sharing, len(pairs), rng)[:STRETCH]
-    random = [rng.choice(len(pairs), share, replace=len(pairs) < share) for _ in range(TRIALS)]
+    if sharing is None:
+        other = [rng.choice(len(pairs), share, replace=len(pairs) < share) for _ in range(TRIALS)]
+    else:  # as they come, shuffled or not
+        streams = _shuffled(sharing, len(pairs), rng), np.arange(len(pairs))
+        starts = rng.integers(len(pairs), size=TRIALS)
+        other = [np.take(x, np.arange(start, start + share), mode="wrap") for x in streams for start in starts]
     batches = balanced(lengths.of(some), batch_size, micro_steps, sharing and sharing.of(some), layout)
     dealt = [some[part] for batch in batches for part in np.split(batch, micro_steps)][:TRIALS]
-    trials = [dealt, random] if dealt else [random]
+    trials = [dealt, other] if dealt else [other]
     packing = dict(groups=groups, row_length=row_length, sequences=attends == "sequences")
     shapes = choose_shapes(lengths, share, trials, layout=layout, sharing=sharing, **packing)
     shapes = tuple(shape._replace(length=round_up(shape.length, TILE * context)) for shape in shapes)
