@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ SHAPES = {
     "llama-7b": DecoderConfig(32000, 4096, 11008, 32, num_heads=32, num_kv_heads=32, head_dim=128),
 }
 FIXED = re.compile(r"(\d+)\+(\d+)")  # --lengths of random tokens, else a source of pairs
+GROUPS = re.compile(r"(\d+)\+(\d+)x(\d+)")  # the same by medians, of so many responses to a prompt
+SPREAD = 0.5  # of the logarithm of lengths around their medians
 EOS = 0  # of the pairs below
 
 
@@ -60,6 +63,22 @@ def pairs_for(lengths: str, vocabulary: int, size: int, steps: int, max_length: 
             return [*rng.integers(2, vocabulary, count - len(end)).tolist(), *end]
 
         drawn = [(ids(prompt, []), ids(response, [EOS]), ids(response, [EOS])) for _ in range(size * steps)]
+    elif several := GROUPS.fullmatch(lengths):
+        prompt, response, count = map(int, several.groups())
+        if size % (count * (count - 1) // 2):
+            raise UserError(
+                f"--pairs={size} is no multiple of the {count * (count - 1) // 2} pairs of {count} responses"
+            )
+        rng, drawn = np.random.default_rng(0), []
+
+        def around(median: int, most: int) -> int:
+            return int(np.clip(median * np.exp(SPREAD * rng.normal()), 2, most))
+
+        while len(drawn) < size * steps:
+            asked = rng.integers(2, vocabulary, around(prompt, max_length // 2)).tolist()
+            room = max_length - len(asked)
+            answers = [rng.integers(2, vocabulary, around(response, room) - 1).tolist() + [EOS] for _ in range(count)]
+            drawn += [(asked, *pair) for pair in itertools.combinations(answers, 2)]
     else:
         records, _ = read_records(lengths)
         texts = [(record.prompt, record.chosen, record.rejected) for record in records]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.inputs import EOS, FIXED, SHAPES, pairs_for, random_params
+from benchmarks.inputs import EOS, FIXED, GROUPS, SHAPES, pairs_for, random_params
 from benchmarks.measuring import GIB
 from prefalign_jax.data.rows import content_digest
 from prefalign_jax.files import whole
@@ -25,7 +25,7 @@ from prefalign_jax.types import UserError
 
 SIDES = Path(__file__).parent / "sides"
 REFERENCES = ("copy", "cached")
-OURS = (*REFERENCES, "none")  # peers that are this package itself, or nobody
+OURS = (*REFERENCES, "separate", "none")  # peers that are this package itself, or nobody
 SCRIPTS = {name: f"{name}_side.py" for name in ("trl", "tunix", "easydel")} | dict.fromkeys(OURS, "our_side.py")
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda"}  # --device -> what JAX calls it
 
@@ -56,11 +56,13 @@ def train(
     """Training steps beside a peer's in turn: the same weights, pairs, precision and optimizer, in separate processes.
 
     Args:
-      peer: trl, tunix, easydel, or ours with another reference, cached or copy, or without a peer: none.
+      peer: trl, tunix, easydel, or ours with another reference, cached or copy, or with every pair by itself: separate,
+        or without a peer: none.
       python: the interpreter of the peer's environment; see docs/performance.md.
       loss: dpo or orpo.
       shape: of the model, a key of SHAPES; its weights are random.
-      lengths: P+R, tokens of every prompt and response, or a file of preference pairs, whose text is tokenized by a
+      lengths: P+R, tokens of every prompt and response, or P+RxK, medians of those of groups of K responses, of which
+        all pairs are taken and share their tokens, or a file of preference pairs, whose text is tokenized by a
         byte-level BPE trained on it, as large as the model's vocabulary.
       pairs: in a batch.
       max_length: longer pairs of a file are left out.
@@ -90,8 +92,9 @@ def train(
         spec |= dict(dtype=dtype, param_dtype=param_dtype, lora=lora, learning_rate=learning_rate, eos=EOS)
         spec |= dict(vocabulary=SHAPES[shape].vocab_size, threads=len(os.sched_getaffinity(0)))
         spec |= dict(attention=attention, head=peer_head)
-        ours = spec | dict(remat=remat, reference=reference)
+        ours = spec | dict(remat=remat, reference=reference, group=bool(GROUPS.fullmatch(lengths)))
         theirs = spec | dict(remat=peer_remat, reference=peer if peer in REFERENCES else reference)
+        theirs["group"] = ours["group"] and peer != "separate"
         turns: list[dict[str, dict[str, Any]]] = []
         for number in range(rounds):
             turn = {"ours": side(sys.executable, "our_side.py", ours, device)}
@@ -109,6 +112,7 @@ def refuse_options(
     python: str,
     loss: str,
     shape: str,
+    lengths: str,
     pairs: int,
     max_length: int,
     steps: int,
@@ -140,6 +144,8 @@ def refuse_options(
     choose("--peer_remat", peer_remat, REMAT if peer in OURS else dict.fromkeys(("none", "full")))
     if reference == "cached" and peer not in OURS:
         raise UserError("--reference=cached leaves out a pass that the peer makes; compare it with --peer=copy or none")
+    if peer == "separate" and not GROUPS.fullmatch(lengths):
+        raise UserError("--peer=separate is for pairs of groups; write --lengths=P+RxK")
     if python != sys.executable and peer in OURS:
         raise UserError(f"--python is the peer's, and --peer={peer} runs in this environment")
     if loss == "orpo" and (reference == "cached" or peer in REFERENCES):
@@ -154,7 +160,7 @@ def write_inputs(
 ) -> tuple[Path, Path]:
     """(directory of the model, file of the pairs), made unless they are there."""
     config, drawn_from = SHAPES[shape], lengths
-    if not FIXED.fullmatch(lengths):
+    if not (FIXED.fullmatch(lengths) or GROUPS.fullmatch(lengths)):
         drawn_from = f"{Path(lengths).name}-{content_digest(lengths)[:8]}"
     model = scratch / f"{shape}-{dtype}"
     data = scratch / f"{pairs}x{steps}-{max_length}-{config.vocab_size}-{drawn_from}.json"

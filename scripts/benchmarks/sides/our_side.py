@@ -64,8 +64,12 @@ def main() -> None:
     pairs = pairs_of(spec["pairs"])
     used = spec["steps"] * spec["size"]
     layout = Layout(prompt="prompt" in loss.needs)
-    data = make_pair_set(pairs, spec["size"], layout=layout, attends=model.attends)  # shapes are those of the whole set
-    data = data._replace(pairs=pairs[:used], lengths=data.lengths.of(np.arange(used)))
+    options = dict(layout=layout, attends=model.attends, group=spec["group"])
+    data = make_pair_set(pairs, spec["size"], **options)  # shapes are those of the whole set
+    kept = np.arange(used)
+    data = data._replace(
+        pairs=pairs[:used], lengths=data.lengths.of(kept), sharing=data.sharing and data.sharing.of(kept)
+    )
     frozen = None
     if "reference" in loss.needs:
         if spec["reference"] == "cached":
@@ -94,7 +98,7 @@ def main() -> None:
         cold.append(len(compiled) > compiled_before)
         tokens.append(int(np.count_nonzero(batch.segments)))
         positions.append(batch.segments.size)
-        trained.append(int(data.lengths.trained[batch.index.reshape(-1)].sum()))
+        trained.append(int(data.laid_out(batch.index.reshape(-1)).trained.sum()))
     # 2 operations a parameter and token: forward 1, backward 2 units; the frozen reference one more, adapters none for
     # the kernels' gradients. The head counts on trained tokens alone, attention and what is padding not at all.
     leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(model.init, jax.random.key(0)))
