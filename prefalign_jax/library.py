@@ -253,7 +253,8 @@ def _layout(policy: Policy, pairs: Pairs, needs: Set[str]) -> Layout:
     if rows is not None and largest >= rows:
         raise UserError(f"logps: token {largest} is beyond the model's {rows}; tokenize with policy.tokenizer")
     prompt = bool({"prompt", "after"} & needs)
-    return Layout(rejected=bool(rejected.all()), prompt=prompt, after="after" in needs, rewards=rewards)
+    parts = dict(prompt=prompt, after="after" in needs, group="group" in needs)
+    return Layout(rejected=bool(rejected.all()), rewards=rewards, **parts)
 
 
 def _pairs(pairs: Any) -> Pairs:
