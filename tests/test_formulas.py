@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from prefalign_jax.losses import LOSSES, make_loss
-from prefalign_jax.types import PairLogps, Sides
+from prefalign_jax.types import PairLogps, Responses, Sides
 
 # Three pairs: chosen, rejected under policy (lw, ll) and reference (rw, rl), tokens (nw, nl), and the rest by name.
 PAIRS = [
@@ -24,11 +24,20 @@ for p in PAIRS:
     p |= dict(dw=0.5 * p["lw"], dl=0.4 * p["ll"], drw=0.3 * p["rw"], drl=0.2 * p["rl"])
     p |= dict(kw=0.3 * p["nw"], kl=0.7 * p["nl"], qw=-0.9 * p["nw"], ql=-1.1 * p["nl"])
     p |= dict(ew=-0.4, el=-0.9, text=p["lp"] + 0.9 * p["lw"], text_n=p["np"] + p["nw"] - 1)
+    # A group of three: log-probability, the reference's, tokens, score; the second is best, the last worst.
+    p["group"] = [(p["ll"], p["rl"], p["nl"], 0.5), (p["lw"], p["rw"], p["nw"], 1.0), (p["lp"], -4.5, p["np"], 0.2)]
 
 
 def column(*names):
     columns = tuple(np.array([float(pair[name]) for pair in PAIRS]) for name in names)
     return columns[0] if len(columns) == 1 else Sides(*columns)
+
+
+def responses(logp):
+    """All groups, with one more response that is filler."""
+    logps, tokens, scores = (np.array([[float(one[x]) for one in p["group"]] for p in PAIRS]) for x in (logp, 2, 3))
+    filled = [np.pad(values, ((0, 0), (0, 1)), constant_values=-1.0) for values in (logps, tokens, scores)]
+    return Responses(*filled, present=np.array([[1.0, 1.0, 1.0, 0.0]] * 3))
 
 
 MEAN_PROMPT, MEAN_CHOSEN = column("np").mean(), column("nw").mean()
@@ -50,6 +59,7 @@ POLICY = PairLogps(
     after=column("ew", "el"),
     text=column("text"),
     text_tokens=column("text_n"),
+    responses=responses(0),
     running={"shift": np.array(0.05), "steps": np.array(1.0), "mean_margin": np.array(0.3)},
 )
 REFERENCE = PairLogps(
@@ -59,6 +69,7 @@ REFERENCE = PairLogps(
     rejected_tokens=column("nl"),
     shared=column("srw", "srl"),
     sampled=column("drw", "drl"),
+    responses=responses(1),
 )
 
 
@@ -109,6 +120,42 @@ def beta_dpo(p, beta=0.1, alpha=0.6, running=0.3):
     kept = sorted(PAIRS, key=lambda q: abs(q["h"] - running))[:2]
     adapted = max(1e-3, beta * (1 + alpha * (mean([q["h"] for q in kept]) - running)))
     return -ls(adapted * p["h"]) * 3 / 2 if p in kept else 0.0
+
+
+def ratios(p, beta=1.0):
+    """beta times the log-ratios of the best, the second and the worst response of the group."""
+    one, best, worst = (beta * (logp - ref) for logp, ref, _, _ in p["group"])
+    return best, one, worst
+
+
+def plackett_luce(best, one, worst):
+    """Minus the log of the chance to draw the best first, then the second."""
+    first = math.exp(best) / (math.exp(best) + math.exp(one) + math.exp(worst))
+    return -math.log(first) - math.log(math.exp(one) / (math.exp(one) + math.exp(worst)))
+
+
+def lipo(p, beta=0.05):
+    r, scores = ratios(p, beta), (1.0, 0.5, 0.2)
+    discounts = [1 / math.log2(2 + sum(other > x for other in r)) for x in r]
+    return -sum(
+        (2 ** scores[i] - 2 ** scores[j]) * abs(discounts[i] - discounts[j]) * ls(r[i] - r[j])
+        for i, j in ((0, 1), (0, 2), (1, 2))
+    )
+
+
+def softmax(values):
+    return [math.exp(x) / sum(math.exp(y) for y in values) for x in values]
+
+
+def sppo(p, beta=0.1):
+    scores = (1.0, 0.5, 0.2)
+    rates = [mean([s(x - y) for y in scores]) for x in scores]
+    return sum((a - (rate - 0.5) / beta) ** 2 for a, rate in zip(ratios(p), rates, strict=True))
+
+
+def rrhf(p):
+    one, best, worst = (logp / tokens for logp, _, tokens, _ in p["group"])
+    return max(0, one - best) + max(0, worst - best) + max(0, worst - one) - 0.3 * p["lw"]
 
 
 # (loss, hyper-parameters, its formula of a pair)
@@ -235,6 +282,31 @@ FORMULAS = [
         "bradley_terry",
         {"margin": 0.5, "centre": 0.01},
         lambda p: -ls(p["lw"] - p["ll"] - 0.5 * p["m"]) + 0.01 * (p["lw"] + p["ll"]) ** 2,
+    ),
+    ("plackett_luce", {"beta": 0.3}, lambda p: plackett_luce(*ratios(p, 0.3))),
+    ("lipo", {}, lipo),
+    (
+        "info_nca",
+        {"alpha": 0.4},
+        lambda p: (
+            -sum(w * math.log(q) for w, q in zip(softmax([2.5, 1.25, 0.5]), softmax(ratios(p, 0.1)), strict=True))
+        ),
+    ),
+    (
+        "nca_group",
+        {"alpha": 0.4},
+        lambda p: -sum(w * ls(r) + ls(-r) / 3 for w, r in zip(softmax([2.5, 1.25, 0.5]), ratios(p, 0.1), strict=True)),
+    ),
+    ("sppo_group", {"beta": 0.1}, sppo),
+    ("rrhf_group", {"lam": 0.3}, rrhf),
+    ("tpo", {"alpha": 0.7}, lambda p: -ls(0.01 * (p["ll"] - p["lp"])) - 0.7 * p["mw"]),
+    ("tpo", {"nll_mean": "batch"}, lambda p: -ls(0.01 * (p["ll"] - p["lp"])) - p["lw"] / MEAN_CHOSEN),
+    ("tpo_l", {"gamma": 0.5}, lambda p: -ls(2 * (p["ml"] - p["lp"] / p["np"]) - 0.5) - p["mw"]),
+    ("reward_ranking", {}, lambda p: plackett_luce(p["lw"], p["ll"], p["lp"])),
+    (
+        "reward_ranking",
+        {"likelihood": "comparisons"},
+        lambda p: -(ls(p["lw"] - p["ll"]) + ls(p["lw"] - p["lp"]) + ls(p["ll"] - p["lp"])) / 3,
     ),
 ]
 

@@ -8,7 +8,7 @@ from jax.test_util import check_grads
 
 from prefalign_jax.losses import LOSSES, MIXTURES, NEEDS, Loss, hyper_of, make_loss
 from prefalign_jax.losses.ratios import log_ratios
-from prefalign_jax.types import PairLogps, Sides, UserError
+from prefalign_jax.types import PairLogps, Responses, Sides, UserError
 
 # Every loss with its defaults, and every option that changes what is computed.
 CASES = {
@@ -77,10 +77,25 @@ CASES = {
     "bco_unpaired": {},
     "bradley_terry": {},
     "bradley_terry margin": {"margin": 0.5, "centre": 0.1},
+    "plackett_luce": {},
+    "lipo": {"beta": 0.5},
+    "lipo score": {"gain": "score"},
+    "lipo unweighted": {"gain": "none", "discount": "none"},
+    "info_nca": {"alpha": 0.5},
+    "nca_group": {"alpha": 2.0},
+    "sppo_group": {"beta": 0.1},
+    "sppo_group ranks": {"beta": 0.1, "win_rate": "ranks", "own": False},
+    "rrhf_group": {"lam": 0.5},
+    "tpo": {"beta": 0.1},
+    "tpo as TRL": {"beta": 0.1, "nll_mean": "batch"},
+    "tpo_l": {"gamma": 0.5},
+    "reward_ranking": {"centre": 0.1},
+    "reward_ranking comparisons": {"likelihood": "comparisons"},
     "mpo": {"beta": 0.2},
 }
 BOUND = {case: make_loss(case.split()[0], **hyper) for case, hyper in CASES.items()}
 all_losses = pytest.mark.parametrize("case", CASES)
+PAIRED = [case for case in CASES if "group" not in BOUND[case].needs]  # what groups do is in test_group_losses.py
 
 LENGTHS = ("chosen_tokens", "rejected_tokens", "prompt_tokens", "text_tokens")
 
@@ -96,6 +111,7 @@ def draw(pairs: int, seed: int = 0, dtype=np.float64, filler: int = 0) -> tuple[
 
     def one(scale: float) -> PairLogps:
         chosen, rejected, prompt = -rng.gamma(2.0, scale, (3, size)).astype(dtype)
+        others = -np.random.default_rng(seed + 1).gamma(2.0, scale, (2, size)).astype(dtype)
         return PairLogps(
             chosen=chosen,
             rejected=rejected,
@@ -114,20 +130,37 @@ def draw(pairs: int, seed: int = 0, dtype=np.float64, filler: int = 0) -> tuple[
             after=sides(-rng.gamma(1.0, 1.0, (2, size))),
             text=(prompt + chosen * 0.8).astype(dtype),
             text_tokens=tokens[2] + tokens[0] - 1,
+            responses=Responses(np.stack([chosen, rejected, *others], axis=1), **of_groups(size, tokens)),
         )
 
     return one(4.0), one(1.0)
 
 
+def of_groups(size: int, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """What groups of 2 to 4 responses have besides log-probabilities; the best comes first, some are alike."""
+    scores = np.resize([[1.5, 0.5, 0.25, 0.0], [1.0, 0.0, 0.0, -1.0], [2.0, -1.0, 0.0, 0.0]], (size, 4))
+    present = np.resize([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]], (size, 4))
+    lengths = np.stack([tokens[0], tokens[1], tokens[2], tokens[0] + 1], axis=1)
+    return {
+        "tokens": lengths,
+        "scores": (scores * present).astype(tokens.dtype),
+        "present": present.astype(tokens.dtype),
+    }
+
+
 def call(loss, policy, reference, **changes):
     """The loss of these records, with what it carries from step to step in the middle of a run."""
     running = {name: jnp.asarray(0.2 + index) for index, name in enumerate(loss.running)}
+    if "group" in changes:
+        changes = {"responses": policy.responses._replace(logps=changes["group"])}
     policy = policy._replace(running=running, **changes)
     return loss(policy, reference if "reference" in loss.needs else None)
 
 
 def live(loss, policy: PairLogps) -> dict:
     """The fields that gradients pass through, which are those of the model that the loss reads."""
+    if "group" in loss.needs:
+        return {"group": jnp.asarray(policy.responses.logps)}
     names = {"chosen", *({"rejected", "prompt", "shared", "sampled", "token_kl"} & loss.needs)}
     names |= {"after", "text"} if "after" in loss.needs else set()
     return {name: jax.tree.map(jnp.asarray, getattr(policy, name)) for name in names}
@@ -173,7 +206,7 @@ TARGETS = (
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in CASES if "label" not in BOUND[c].needs and not any(word in c for word in TARGETS)]
+    "case", [c for c in PAIRED if "label" not in BOUND[c].needs and not any(word in c for word in TARGETS)]
 )
 def test_raising_the_chosen_never_raises_the_loss_and_lowering_the_rejected_neither(case):
     loss = BOUND[case]
@@ -197,7 +230,7 @@ def test_no_gradient_reaches_the_reference(case):
     policy, reference = draw(8, dtype=np.float32)
     grads = jax.grad(lambda r: call(loss, policy, r)[0].sum())(reference)
     jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0.0), grads)
-    lower = {name: getattr(reference, name) for name in ("chosen", "shared", "sampled")}
+    lower = {name: getattr(reference, name) for name in ("chosen", "shared", "sampled", "responses")}
     moved = call(loss, policy, reference._replace(**jax.tree.map(lambda x: 2 * x, lower)))[0]
     assert (moved != call(loss, policy, reference)[0]).any()  # and yet it is read
 
@@ -230,12 +263,21 @@ def test_finite_value_and_gradient_for_every_finite_log_probability(case):
             after=sides,
             text=chosen,
             text_tokens=tokens,
+            responses=Responses(
+                np.stack([chosen, rejected, (chosen + rejected) / 2, np.full(size, np.nan, np.float32)], axis=1),
+                tokens=np.stack([tokens] * 4, axis=1),
+                scores=np.resize(np.float32([[2, 1, 0, 9], [1, 1, 1, 1], [0, 90, -90, 0], [0, 0, 1, 0]]), (size, 4)),
+                present=np.resize(np.float32([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 0]]), (size, 4)),
+            ),
         )
         reference = policy._replace(
             chosen=ref_chosen,
             rejected=ref_rejected,
             shared=Sides(ref_chosen / 2, ref_rejected),
             sampled=Sides(ref_chosen, ref_rejected / 2),
+            responses=policy.responses._replace(
+                logps=np.stack([ref_chosen, ref_rejected, ref_chosen, np.full(size, np.nan, np.float32)], axis=1)
+            ),
         )
 
         def f(free, policy=policy, reference=reference):
@@ -246,7 +288,8 @@ def test_finite_value_and_gradient_for_every_finite_log_probability(case):
         assert np.isfinite(losses).all()
         jax.tree.map(lambda g: np.testing.assert_array_equal(np.isfinite(g), True), grads)
         for name, value in metrics.items():
-            silent = np.isnan(value) if "label" in loss.needs else False  # the metric is of the other label
+            # The metric is of the other label, or of comparisons that a group has none of.
+            silent = np.isnan(value) if {"label", "group"} & loss.needs else False
             assert (np.isfinite(value) | silent).all(), name
 
 
@@ -265,7 +308,10 @@ def test_jit_permutation_filler_and_shapes(case):
     np.testing.assert_allclose(call(loss, shuffle(policy), shuffle(reference))[0], losses[order], rtol=1e-5)
 
     # What filler holds matters to no pair; neither does whether it is there.
-    worse = lambda record: jax.tree.map(lambda x: np.where(policy.weight > 0, x, -77) if len(x) == 12 else x, record)  # noqa: E731
+    real = policy.weight > 0
+    worse = lambda record: jax.tree.map(  # noqa: E731
+        lambda x: np.where(real.reshape(-1, *[1] * (x.ndim - 1)), x, -77) if len(x) == 12 else x, record
+    )
     filled = worse(policy)._replace(weight=policy.weight)
     np.testing.assert_array_equal(call(loss, filled, worse(reference))[0][:9], losses[:9])
     without = [jax.tree.map(lambda x: x[:9] if len(x) == 12 else x, record) for record in (policy, reference)]
@@ -342,7 +388,7 @@ def test_the_loss_is_the_same_where_both_log_ratios_change_places_and_sign(case)
         )
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if "rejected" in BOUND[c].needs and "label" not in BOUND[c].needs])
+@pytest.mark.parametrize("case", [c for c in PAIRED if "rejected" in BOUND[c].needs and "label" not in BOUND[c].needs])
 def test_swapping_the_sides_turns_the_margin_and_the_accuracy(case):
     loss = BOUND[case]
     policy, reference = draw(8, dtype=np.float32)
@@ -371,6 +417,10 @@ def test_swapping_the_sides_turns_the_margin_and_the_accuracy(case):
         ("cpo", {"surrogate": "hinge", "label_smoothing": 0.1}, "applies to surrogate=sigmoid"),
         ("dpo", {"reference_free": True, "divergence": "js"}, "compares with a reference, and it has none"),
         ("0.5*dpo+kto", {}, "different kinds of data"),
+        ("plackett_luce+dpo", {}, "'dpo' compares two responses and 'plackett_luce' all of a group; add losses of"),
+        ("plackett_luce+reward_ranking", {}, "different kinds of data"),
+        ("info_nca", {"alpha": 0.0}, "alpha=0.0 is out of range"),
+        ("lipo", {"gain": "linear"}, "one of exponential, score, none"),
         ("0.5*dpo+*", {}, r"cannot read '\*'"),
         ("0.5*dpo+sft", {"tau": 0.1}, "no term has a hyper-parameter 'tau'"),
         ("0.5*dpo+sfft", {}, "did you mean 'sft'"),
@@ -412,6 +462,7 @@ def test_a_loss_reads_nothing_but_what_it_declares(case):
         "rejected": ("rejected", "rejected_tokens"),
         "after": ("after", "text", "text_tokens"),
         "batch": ("weight",),
+        "group": ("responses",),
         **{name: (name,) for name in ("shared", "sampled", "token_kl", "sum_squares", "margin", "label")},
     }
     unread = {field: None for need in fields.keys() - loss.needs for field in fields[need]}

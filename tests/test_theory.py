@@ -96,6 +96,52 @@ def test_dpo_pulls_at_no_prompt_of_the_closed_form_and_back_to_it_from_beside_it
     assert (np.sum(jax.grad(f)(beside) * (beside - closed), axis=-1) > 1e-3).all()
 
 
+RANKINGS = tabular.rankings(PROBLEM)
+
+
+def test_rankings_are_drawn_as_often_as_their_pairs_are():
+    """Of every two responses the first comes before the second as often as Bradley and Terry say."""
+    np.testing.assert_allclose(RANKINGS.weights.sum(), 1.0, rtol=1e-12)
+    place = np.argsort(RANKINGS.responses, axis=1)
+    before = place[:, :, None] < place[:, None, :]
+    for x, often in enumerate(PROBLEM.prompts):
+        chance = np.tensordot(RANKINGS.weights * (RANKINGS.prompt == x), before, 1) / often
+        np.testing.assert_allclose(chance, BRADLEY_TERRY[x] * (1 - np.eye(K)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.1, 2.0])
+def test_plackett_luce_finds_the_optimum_of_reward_under_a_kl_penalty(beta):
+    """arXiv 2305.18290 appendix A.3: rankings lead to the same pi_ref exp(r / beta) / Z as pairs."""
+    f = tabular.population_of_groups(make_loss("plackett_luce", beta=beta), RANKINGS, PROBLEM.tokens, REFERENCE)
+    closed = REFERENCE + REWARD / beta
+    assert np.abs(jax.grad(f)(closed)).max() < 1e-14
+    optimum = minimum(f)
+    np.testing.assert_allclose(np.exp(optimum), softmax(closed, axis=-1), rtol=0, atol=1e-8)
+    # A likelihood: what is left is the rankings' own entropy.
+    chance = RANKINGS.weights / PROBLEM.prompts[RANKINGS.prompt]
+    np.testing.assert_allclose(f(optimum), -np.sum(RANKINGS.weights * np.log(chance)), rtol=1e-10)
+
+
+def test_gradient_descent_on_rankings_ends_at_the_optimum():
+    f = tabular.population_of_groups(make_loss("plackett_luce", beta=1.0), RANKINGS, PROBLEM.tokens, REFERENCE)
+    path, wanted = descend(f, 300, 3.0), softmax(REFERENCE + REWARD, axis=-1)
+    assert np.abs(np.exp(path[0]) - wanted).max() > 0.1
+    np.testing.assert_allclose(np.exp(path[-1]), wanted, rtol=0, atol=1e-4)
+    assert (expected_reward(path) <= frontier(divergence(path)) + 1e-9).all()
+
+
+@pytest.mark.parametrize(("beta", "alpha"), [(1.0, 1.0), (0.5, 2.0)])
+def test_info_nca_finds_the_optimum_from_the_rewards_themselves(beta, alpha):
+    """arXiv 2402.05369: pi_ref exp(r / (alpha beta)) / Z, with no preferences between."""
+    every = np.tile(np.arange(K), (X, 1))
+    groups = tabular.Groups(np.arange(X), every, REWARD, PROBLEM.prompts)
+    loss = make_loss("info_nca", beta=beta, alpha=alpha)
+    optimum = minimum(tabular.population_of_groups(loss, groups, PROBLEM.tokens, REFERENCE))
+    np.testing.assert_allclose(
+        np.exp(optimum), softmax(REFERENCE + REWARD / (alpha * beta), axis=-1), rtol=0, atol=1e-8
+    )
+
+
 LEARNERS = {
     "dpo beta=0.05": ("dpo", {"beta": 0.05}, 4e3),
     "dpo beta=0.5": ("dpo", {"beta": 0.5}, 40.0),

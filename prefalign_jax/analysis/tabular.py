@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 from scipy.special import expit, log_softmax, softmax
 
 from prefalign_jax.losses import BoundLoss
-from prefalign_jax.types import PairLogps
+from prefalign_jax.types import PairLogps, Responses
 
 
 class Problem(NamedTuple):
@@ -86,6 +87,69 @@ def population(
     def expected(theta):
         losses, _ = loss(pairs(jax.nn.log_softmax(theta)), None if reference is None else pairs(reference))
         return jnp.vdot(weights[x, w, l], losses)
+
+    return expected
+
+
+class Groups(NamedTuple):
+    """N groups of K responses each, and how often each group is drawn.
+
+    Attributes:
+      prompt: [N], of the group.
+      responses: [N, K], numbers of the responses.
+      scores: [N, K], more is better.
+      weights: [N], how often; they sum to 1.
+    """
+
+    prompt: np.ndarray
+    responses: np.ndarray
+    scores: np.ndarray
+    weights: np.ndarray
+
+
+def rankings(problem: Problem) -> Groups:
+    """All rankings of all responses to each prompt, drawn by Plackett and Luce's model of the true reward.
+
+    The best is drawn first, in proportion to exp(reward), then the best of the rest, and so on.
+    """
+    prompts, k = problem.reward.shape
+    orders = np.array(list(itertools.permutations(range(k))))
+    ranked = problem.reward[:, orders]  # [X, K!, K], the best first
+    rest = np.logaddexp.accumulate(ranked[..., ::-1], axis=-1)[..., ::-1]
+    weights = problem.prompts[:, None] * np.exp(np.sum(ranked - rest, axis=-1))
+    scores = np.broadcast_to(np.arange(k, 0, -1.0), (weights.size, k))
+    return Groups(np.repeat(np.arange(prompts), len(orders)), np.tile(orders, (prompts, 1)), scores, weights.ravel())
+
+
+def population_of_groups(
+    loss: BoundLoss, groups: Groups, tokens: np.ndarray, reference: np.ndarray | None = None
+) -> Callable[[jax.Array], jax.Array]:
+    """The expected loss as a function of the policy's logits [X, K].
+
+    Args:
+      loss: of groups.
+      groups: how often each is drawn.
+      tokens: [X, K] lengths.
+      reference: [X, K] log-probabilities, None for a loss without one.
+
+    Returns:
+      The function, differentiable.
+    """
+    prompt, numbers = groups.prompt[:, None], groups.responses
+    lengths, present = tokens[prompt, numbers], np.ones(numbers.shape)
+    best = np.argmax(groups.scores, axis=1, keepdims=True)
+    best_tokens = np.take_along_axis(lengths, best, axis=1)[:, 0]
+    mean_tokens = np.array([0.0, np.average(best_tokens, weights=groups.weights)])
+
+    def record(logps):
+        responses = Responses(logps[prompt, numbers], lengths, groups.scores, present)
+        sides = (responses.logps[:, 0], responses.logps[:, 1], lengths[:, 0], lengths[:, 1])
+        return PairLogps(*sides, mean_tokens=mean_tokens, responses=responses)
+
+    @jax.jit
+    def expected(theta):
+        losses, _ = loss(record(jax.nn.log_softmax(theta)), None if reference is None else record(reference))
+        return jnp.vdot(groups.weights, losses)
 
     return expected
 

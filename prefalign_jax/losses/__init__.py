@@ -18,18 +18,20 @@ from collections.abc import Callable, Mapping, Set
 from typing import TYPE_CHECKING, Any
 
 from prefalign_jax.callable_module import make_callable
-from prefalign_jax.losses import absolute, margin, reward, transport, unpaired
+from prefalign_jax.losses import absolute, groups, margin, reward, transport, unpaired
 from prefalign_jax.losses import dpo as _dpo
 from prefalign_jax.losses import orpo as _orpo
 from prefalign_jax.losses import sft as _sft
 from prefalign_jax.losses import simpo as _simpo
 from prefalign_jax.losses.absolute import SHIFTS
+from prefalign_jax.losses.groups import DISCOUNTS, GAINS, WIN_RATES
 from prefalign_jax.losses.loss import NEEDS, WEIGHTINGS, BoundLoss, Loss, bind, known_hyper, ties_as_trl
 from prefalign_jax.losses.margin import SURROGATES
 from prefalign_jax.losses.mixture import Term, mix, terms
 from prefalign_jax.losses.modifiers import DIVERGENCES, MODIFIERS
 from prefalign_jax.losses.named import Call, named
 from prefalign_jax.losses.orpo import RATIOS
+from prefalign_jax.losses.reward import LIKELIHOODS
 from prefalign_jax.losses.sft import MEAN, OVER
 from prefalign_jax.losses.simpo import CPO_SURROGATES
 from prefalign_jax.options import Checks, choose, did_you_mean, read_as
@@ -45,6 +47,7 @@ __all__ = ["LOSSES", "MIXTURES", "MODIFIERS", "NEEDS", "BoundLoss", "Loss", "hyp
 
 _PAIR, _FREE = frozenset({"rejected", "reference"}), frozenset({"rejected"})
 _BATCH, _UNPAIRED = _PAIR | {"batch"}, frozenset({"label", "reference"})
+_GROUP, _FREE_GROUP = _PAIR | {"group"}, _FREE | {"group"}
 _RATIOS = ("ld_alpha", "sampled", "weighting")  # for what reads log-ratios alone
 _SUMS = _RATIOS[:2]  # where a weight would not stay with its pair
 _MARGIN = (*_RATIOS, "divergence", "divergence_alpha")  # for what reads their difference alone
@@ -110,8 +113,18 @@ LOSSES: dict[str, Loss] = {
     "kto": Loss(unpaired.kto, _UNPAIRED | {"rejected", "mismatched", "batch"}),
     "apo_zero_unpaired": Loss(unpaired.apo_zero_unpaired, _UNPAIRED),
     "bco_unpaired": Loss(unpaired.bco_unpaired, _UNPAIRED | {"batch"}, (), _shift, unpaired.advance_bco_unpaired),
+    # Groups of responses to one prompt.
+    "plackett_luce": Loss(groups.plackett_luce, _GROUP),
+    "lipo": Loss(groups.lipo, _GROUP),
+    "info_nca": Loss(groups.info_nca, _GROUP),
+    "nca_group": Loss(groups.nca_group, _GROUP),
+    "sppo_group": Loss(groups.sppo_group, _GROUP),
+    "rrhf_group": Loss(groups.rrhf_group, _FREE_GROUP),
+    "tpo": Loss(groups.tpo, _FREE_GROUP),
+    "tpo_l": Loss(groups.tpo_l, _FREE_GROUP),
     # Reward models.
     "bradley_terry": Loss(reward.bradley_terry, lambda h: {"rejected", "reward", *(["margin"] if h["margin"] else [])}),
+    "reward_ranking": Loss(reward.reward_ranking, _FREE_GROUP | {"reward"}),
 }
 
 # Weighted sums that have a name of their own.
@@ -134,6 +147,8 @@ VALID: Checks = {
     "lam": _AT_LEAST_0,
     "alpha": _AT_LEAST_0,
     "unlikelihood.alpha": (lambda x: 0 <= x <= 1, "a number in [0, 1]"),
+    "info_nca.alpha": _POSITIVE,
+    "nca_group.alpha": _POSITIVE,
     "gamma": _AT_LEAST_0,
     "delta": _AT_LEAST_0,
     "margin": _AT_LEAST_0,
@@ -158,6 +173,10 @@ VALID: Checks = {
     "cpo.surrogate": _one_of(CPO_SURROGATES),
     "shift": _one_of(SHIFTS),
     "weighting": _one_of(WEIGHTINGS),
+    "gain": _one_of(GAINS),
+    "discount": _one_of(DISCOUNTS),
+    "win_rate": _one_of(WIN_RATES),
+    "likelihood": _one_of(LIKELIHOODS),
 }
 
 # Hyper-parameters that only some values of another give a meaning to: (name, the other, those values).

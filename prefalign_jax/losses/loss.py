@@ -30,6 +30,7 @@ NEEDS = {
     "mismatched": "a completion of another prompt beside each completion",
     "batch": "all pairs of the global batch at once, and their weights",
     "reward": "a reward head: rewards in place of log-probabilities",
+    "group": "all responses to a prompt, with their scores",
 }
 # The fields of PairLogps that are there only for a loss that needs them.
 FIELDS = {
@@ -37,6 +38,7 @@ FIELDS = {
     "prompt": ("prompt", "prompt_tokens"),
     "after": ("after", "text", "text_tokens"),
     "batch": ("weight",),
+    "group": ("responses",),
     **{name: (name,) for name in ("shared", "sampled", "token_kl", "sum_squares", "margin", "label")},
 }
 # What makes no sense without something else.
@@ -45,6 +47,7 @@ _IMPLIED = {
     "shared": {"rejected"},
     "sampled": {"rejected"},
     "mismatched": {"label", "rejected"},
+    "group": {"rejected"},
 }
 RESERVED = ("loss", "grad_norm", "learning_rate")  # metrics that the step writes
 
@@ -101,8 +104,8 @@ class BoundLoss(NamedTuple):
 
     @property
     def unit(self) -> str:
-        """What it counts: pairs, or the completions of unpaired data."""
-        return "completions" if "label" in self.needs else "pairs"
+        """What it counts: pairs, the completions of unpaired data, or groups of responses to one prompt."""
+        return "completions" if "label" in self.needs else "groups" if "group" in self.needs else "pairs"
 
     @property
     def record_kind(self) -> dict[str, Any]:
@@ -119,7 +122,15 @@ class BoundLoss(NamedTuple):
 
 
 def ties_as_trl(loss: BoundLoss) -> BoundLoss:
-    """The loss with the accuracy as TRL counts it: 0 for a pair whose rewards are equal, and not one half."""
+    """The loss with the accuracy as TRL counts it: 0 for a pair whose rewards are equal, and not one half.
+
+    Raises:
+      UserError: it is a loss of groups, whose accuracy is a share of many comparisons.
+    """
+    if "group" in loss.needs:
+        raise UserError(
+            f"accuracy_ties=trl: {loss.name!r} counts all comparisons of a group, which TRL does not; set it to half"
+        )
 
     def function(policy: PairLogps, reference: PairLogps | None) -> tuple[Array, dict[str, Array]]:
         values, metrics = loss.function(policy, reference)

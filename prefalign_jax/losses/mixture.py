@@ -71,10 +71,17 @@ def mix(name: str, text: str, weights: Sequence[float], parts: Sequence[BoundLos
       A loss with the metrics of all its parts, on a clash those of the first, and each part's loss as loss/NAME.
 
     Raises:
-      UserError: the parts train on different kinds of data.
+      UserError: the parts train on different kinds of data, or some compare pairs and others whole groups.
     """
     if len({("label" in part.needs, "reward" in part.needs) for part in parts}) > 1:
         raise UserError(f"loss {name!r}: its terms train on different kinds of data and cannot be added")
+    whole = [part.name for part in parts if "group" in part.needs]
+    two = [part.name for part in parts if "rejected" in part.needs and "group" not in part.needs]
+    if whole and two:  # of a group it would read the best two, and leave the rest out in silence
+        raise UserError(
+            f"loss {name!r}: {two[0]!r} compares two responses and {whole[0]!r} all of a group; add losses of groups, "
+            "or sft, which reads the best response"
+        )
     names = [part.name for part in parts]
     labels = [n if names.count(n) == 1 else f"{n}.{names[: i + 1].count(n)}" for i, n in enumerate(names)]
 

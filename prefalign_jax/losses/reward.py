@@ -5,8 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from prefalign_jax.losses import ranks
 from prefalign_jax.losses.ratios import Result, rewards
 from prefalign_jax.types import PairLogps
+
+LIKELIHOODS = ("ranking", "comparisons")
 
 
 def bradley_terry(policy: PairLogps, reference: None = None, *, margin: float = 0.0, centre: float = 0.0) -> Result:
@@ -29,3 +32,40 @@ def bradley_terry(policy: PairLogps, reference: None = None, *, margin: float = 
     chosen, rejected = policy.chosen, policy.rejected
     loss = -jax.nn.log_sigmoid(chosen - rejected - gap) + centre * jnp.square(chosen + rejected)
     return loss, rewards(chosen, rejected)
+
+
+def reward_ranking(
+    policy: PairLogps, reference: None = None, *, likelihood: str = "ranking", centre: float = 0.0
+) -> Result:
+    """sum_i log(1 + sum_{j: s_j < s_i} exp(r_j - r_i)), r the reward of each of K responses
+
+    Minus the log-likelihood of the data's ranking by Plackett and Luce, or of its comparisons by Bradley and Terry.
+    Responses of equal score are not compared with each other.
+
+    Args:
+      policy: `responses` of [B] groups: float32 rewards in place of log-probabilities, and scores.
+      reference: none.
+      likelihood: ranking, the formula above; comparisons, the mean over all comparisons of
+        -log sigmoid(r_i - r_j) for s_i > s_j, so that a prompt counts alike however many responses it has.
+      centre: weight that keeps rewards around 0: of the mean over all comparisons of (r_i + r_j)^2.
+
+    Returns:
+      (loss [B], metrics {name: [B]}); of two responses it is `bradley_terry` either way.
+
+    TRL: none of more than two responses.
+    Source: Ouyang et al., arXiv 2203.02155, Eq. 1 (comparisons); rankings: Rafailov et al., arXiv 2305.18290, appendix
+      A.3; centring: Eisenstein et al., arXiv 2312.09244, Eq. 2.
+    """
+    responses = policy.responses
+    values = ranks.only_present(responses.logps, responses)
+    gap = ranks.differences(values)
+    number = jnp.maximum(ranks.over_comparisons(jnp.ones_like(gap), responses), 1)
+    if likelihood == "comparisons":
+        loss = ranks.over_comparisons(-jax.nn.log_sigmoid(gap), responses) / number
+    else:
+        loss = ranks.ranking_nll(values, responses)
+    if centre:
+        sums = jnp.square(values[..., :, None] + values[..., None, :])
+        loss += centre * ranks.over_comparisons(sums, responses) / number
+    measured = ranks.metrics(values, values, responses)
+    return loss, {name: value for name, value in measured.items() if name.startswith("rewards/")}

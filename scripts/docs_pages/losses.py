@@ -19,12 +19,13 @@ from prefalign_jax.options import hyper_parameters
 from prefalign_jax.pages.palette import INK, PALETTE
 from prefalign_jax.pages.pictures import styled
 from prefalign_jax.tables import markdown
-from prefalign_jax.types import PairLogps, Sides
+from prefalign_jax.types import PairLogps, Responses, Sides
 
 DOCS = Path(__file__).parents[2] / "docs"
 SECTIONS = {
-    "Pairs, with a reference": lambda needs: {"rejected", "reference"} <= needs and "label" not in needs,
-    "Pairs, without a reference": lambda needs: "reference" not in needs and "reward" not in needs,
+    "Pairs, with a reference": lambda needs: {"rejected", "reference"} <= needs and not {"label", "group"} & needs,
+    "Pairs, without a reference": lambda needs: not {"reference", "reward", "group"} & needs,
+    "Groups: all responses to a prompt, with scores": lambda needs: "group" in needs and "reward" not in needs,
     "Single completions, desirable or not": lambda needs: "label" in needs,
     "Reward models": lambda needs: "reward" in needs,
 }
@@ -53,7 +54,7 @@ def row(name: str) -> list[str]:
     own = hyper_parameters(LOSSES[name].function)
     options = ", ".join(f"{key}={value}" for key, value in own.items())
     more = ", ".join(key for key in hyper_of(name) if key not in own)
-    usual = {"rejected", "reference", "label", "reward"}
+    usual = {"rejected", "reference", "label", "reward", "group"}
     return [
         f"`{name}`",
         f"`{' '.join(doc.splitlines()[0].split())}`",
@@ -83,6 +84,11 @@ def page() -> str:
         "pi_l are the probabilities of the responses under the policy, n_w and n_l their tokens. Log-probabilities are "
         "sums over the response unless divided by n. *Reads* is what a loss needs besides; what none needs is not "
         "computed."
+    )
+    lines += prose(
+        "A group is all K responses to a prompt. Of response i, s_i is the score (more is better), n_i its tokens, and "
+        "r_i = beta (log pi - log pi_ref) its reward. Responses of equal score are not compared with each other. "
+        "Losses of groups can be added to each other and to `sft`, which reads the best response."
     )
     for title, names in sections().items():
         head = ("loss", "formula", "options", "reference", "reads", "TRL 1.16", "source")
@@ -138,13 +144,17 @@ def page() -> str:
         f"One pair of two responses of {TOKENS:.0f} tokens, log-ratios a = h/2 and b = -h/2 around a log-probability "
         "of -60 each (so for losses without a reference h is the difference of the policy's), defaults otherwise. "
         "Blue: the loss. Orange, right axis: its derivative along h. (beta_dpo's beta follows the batch, which "
-        "is this one pair.)"
+        "is this one pair.) Groups have a third response in between, of log-probability -60 and log-ratio 0; the "
+        "scores are 2, 1 and 0."
     )
     return "\n".join([*lines, "![loss and gradient against the margin](losses.png)", ""])
 
 
 def pair(margin: jax.Array) -> tuple[PairLogps, PairLogps]:
-    """Policy and reference of a batch of one pair with this margin; whatever else a loss reads is neutral."""
+    """Policy and reference of a batch of one pair with this margin; whatever else a loss reads is neutral.
+
+    A loss of groups reads a third response halfway between the two.
+    """
     one = jnp.ones(1)
     tokens = TOKENS * one
 
@@ -161,6 +171,12 @@ def pair(margin: jax.Array) -> tuple[PairLogps, PairLogps]:
             sampled=sides,
             token_kl=Sides(one, one),
             sum_squares=sides,
+            responses=Responses(
+                jnp.stack([sides.chosen, -60.0 * one, sides.rejected], axis=1),
+                tokens=jnp.full((1, 3), TOKENS),
+                scores=jnp.array([[2.0, 1.0, 0.0]]),
+                present=jnp.ones((1, 3)),
+            ),
         )
 
     return record(margin / 2), record(0.0)
@@ -179,7 +195,7 @@ def curves(loss: BoundLoss) -> tuple[np.ndarray, np.ndarray]:
 
 
 def shown() -> dict[str, BoundLoss]:
-    """The losses that are drawn: those of pairs."""
+    """The losses that are drawn: those of pairs and groups."""
     losses = {name: make_loss(name) for name in LOSSES}
     return {name: loss for name, loss in losses.items() if "rejected" in loss.needs and "label" not in loss.needs}
 
