@@ -99,7 +99,7 @@ class BoundLoss(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What it is trained on: pairs, unpaired or supervised data."""
+        """What it is trained on: pairs (a group is one that goes on), unpaired or supervised data."""
         return "unpaired" if "label" in self.needs else "pairs" if "rejected" in self.needs else "supervised"
 
     @property
@@ -114,6 +114,7 @@ class BoundLoss(NamedTuple):
             "responses": ("chosen", "rejected") if "rejected" in self.needs else ("chosen",),
             "unpaired": "label" in self.needs,
             "margin": "margin" in self.needs,
+            "groups": "group" in self.needs,
         }
 
     def __call__(self, policy: PairLogps, reference: PairLogps | None = None) -> tuple[Array, dict[str, Array]]:
