@@ -34,7 +34,7 @@ from prefalign_jax.types import TILE, Pair, PairLogps, PreferenceBatch, UserErro
 
 STRETCH = 4096  # pairs dealt to batches at once
 TRIALS = 48  # batches that shapes are chosen by
-WORTH = 0.1  # of the tokens of a batch: pairs share them by default if that saves so much
+WORTH = 1 / 3  # of the tokens of a batch: pairs share them by default if that saves so much, since fewer prompts meet
 
 
 class PairSet(NamedTuple):
