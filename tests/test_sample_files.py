@@ -4,6 +4,7 @@ import pytest
 
 from prefalign_jax.generation.sample_files import (
     Sample,
+    answer_text,
     as_text,
     read_alpaca_eval,
     read_mt_bench,
@@ -29,6 +30,7 @@ def test_samples_come_back_as_they_were_written(tmp_path):
     samples = [
         Sample("p", "line\nbreak\u2028 and ünïcode", "m", "a", 7, {"temperature": 0.5, "stop": ["x"]}),
         Sample(TALK, "", "m"),
+        Sample(TALK, [{"role": "assistant", "content": "One."}, TALK[0], TALK[1]], "m"),
     ]
     write_jsonl(tmp_path / "deep" / "s.jsonl", (sample._asdict() for sample in samples))
     assert read_samples(tmp_path / "deep" / "s.jsonl") == samples
@@ -49,6 +51,11 @@ def test_only_prompt_response_and_model_are_needed(tmp_path):
         ({"prompt": "p", "response": "r", "model": "m", "seed": True}, "field 'seed': expected an integer"),
         ({"prompt": ["x"], "response": "r", "model": "m"}, "field 'prompt[0]': expected an object, found str"),
         ({"prompt": [{"role": "bot", "content": ""}], "response": "r", "model": "m"}, "role: expected one of system"),
+        ({"prompt": "p", "response": TALK[1:2], "model": "m"}, "field 'response': messages answer messages; write the"),
+        (
+            {"prompt": TALK, "response": TALK, "model": "m"},
+            "field 'response': expected a message of the assistant first",
+        ),
         ([1], "row 2: expected an object, found list"),
         ('{"prompt": "p', "row 2: expected one JSON object in UTF-8, found"),
     ],
@@ -136,3 +143,11 @@ def test_mt_bench_mistakes_are_named(tmp_path, answer, says):
     questions, answers = lines(tmp_path / "q.jsonl", QUESTION), lines(tmp_path / "a.jsonl", answer)
     with pytest.raises(UserError, match=says):
         read_mt_bench(answers, questions)
+
+
+def test_a_response_of_messages_is_read_under_their_roles():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    assert answer_text([TALK[1]]) == answer_text("Hello") == "Hello"
+    assert answer_text([call, {"role": "tool", "content": "4"}, TALK[1]]) == (
+        '[assistant]\n{"name": "f", "arguments": {}}\n\n[tool]\n4\n\n[assistant]\nHello'
+    )

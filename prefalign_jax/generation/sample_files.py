@@ -7,10 +7,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from prefalign_jax.data.conversation import is_answer
 from prefalign_jax.data.messages import ROLES, Text
 from prefalign_jax.data.records import TOLD, read_told, told
 from prefalign_jax.data.rows import json_rows
 from prefalign_jax.data.values import Malformed
+from prefalign_jax.data.words import content
 from prefalign_jax.files import read_json, whole
 from prefalign_jax.types import Place, UserError
 
@@ -20,7 +22,7 @@ class Sample(NamedTuple):
 
     Attributes:
       prompt: plain text, or messages.
-      response: the text that was sampled.
+      response: the text that was sampled, or the messages of a conversation that went on after the prompt.
       model: its name.
       id: of the prompt, the same for every model; several samples may share it. Empty, the prompt stands for itself.
       seed: of the draw, None where it is not known.
@@ -29,7 +31,7 @@ class Sample(NamedTuple):
     """
 
     prompt: Text
-    response: str
+    response: Text
     model: str
     id: str = ""
     seed: int | None = None
@@ -63,7 +65,17 @@ def as_text(prompt: Text) -> str:
         return prompt
     if [message["role"] for message in prompt] == ["user"]:
         return prompt[0]["content"]
-    return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in prompt)
+    return "\n\n".join(f"[{message['role']}]\n{content([message])}" for message in prompt)
+
+
+def answer_text(response: Text) -> str:
+    """A response as a person or a judge reads it: a text, that of its one message, or messages under their roles.
+
+    Example:
+      >>> answer_text([{"role": "assistant", "content": "Hello"}])
+      'Hello'
+    """
+    return content(response) if isinstance(response, str) or len(response) == 1 else as_text(response)
 
 
 # Our own files.
@@ -82,7 +94,7 @@ def read_samples(path: str | Path) -> list[Sample]:
         out.append(
             Sample(
                 prompt,
-                _field(where, row, "response", str),
+                response_of(where, row, "response", prompt),
                 _field(where, row, "model", str),
                 _field(where, row, "id", str, ""),
                 _field(where, row, "seed", int, None),
@@ -125,10 +137,8 @@ def write_alpaca_eval(path: str | Path, samples: Iterable[Sample], dataset: str 
     for number, sample in enumerate(samples, 1):
         if not isinstance(sample.prompt, str) and [m["role"] for m in sample.prompt] != ["user"]:
             raise UserError(f"{path}, row {number}: AlpacaEval's format holds one user message, not a conversation")
-        instruction = as_text(sample.prompt)
-        rows.append(
-            {"instruction": instruction, "output": sample.response, "generator": sample.model, "dataset": dataset}
-        )
+        texts = {"instruction": as_text(sample.prompt), "output": answer_text(sample.response)}
+        rows.append({**texts, "generator": sample.model, "dataset": dataset})
     _write(path, [json.dumps(rows, indent=2, ensure_ascii=False), "\n"])
 
 
@@ -270,6 +280,18 @@ def text_of(where: Place | str, row: Mapping[str, Any], name: str) -> Text:
         if _field(place, message, "role", str) not in ROLES:
             raise UserError(f"{place}: role: expected one of {', '.join(ROLES)}, found {message['role']!r}")
         _field(place, message, "content", str)
+    return value
+
+
+def response_of(where: Place | str, row: Mapping[str, Any], name: str, prompt: Text) -> Text:
+    """A field that holds a response to a prompt: a string, or messages that begin with one of the assistant."""
+    if not isinstance(row.get(name), list):
+        return _field(where, row, name, str)
+    value = text_of(where, row, name)
+    if isinstance(prompt, str):
+        raise UserError(f"{where}: field {name!r}: messages answer messages; write the prompt as messages too")
+    if not value or not is_answer(value[0]):
+        raise UserError(f"{where}: field {name!r}: expected a message of the assistant first")
     return value
 
 

@@ -197,7 +197,7 @@ def _fields_of(body: str) -> dict[str, Any]:
 
 def fill(template: str, comparison: Comparison, swapped: bool) -> str:
     """The question, with the responses in their order or the other; braces in the texts are left alone."""
-    first, second = comparison.first, comparison.second
+    first, second = comparison.texts
     texts = {"prompt": as_text(comparison.prompt), "first": first, "second": second}
     if swapped:
         texts |= {"first": second, "second": first}

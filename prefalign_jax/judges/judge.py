@@ -13,7 +13,15 @@ import numpy as np
 
 from prefalign_jax.data.records import Prompt, Text, told, told_by
 from prefalign_jax.data.rows import json_rows
-from prefalign_jax.generation.sample_files import Sample, as_row, text_of, told_with, write_jsonl
+from prefalign_jax.generation.sample_files import (
+    Sample,
+    answer_text,
+    as_row,
+    response_of,
+    text_of,
+    told_with,
+    write_jsonl,
+)
 from prefalign_jax.types import Place, UserError
 
 
@@ -21,11 +29,16 @@ class Comparison(NamedTuple):
     """Two responses to one prompt, and what the chat template was told with it."""
 
     prompt: Text
-    first: str
-    second: str
+    first: Text
+    second: Text
     id: str = ""
     tools: tuple[dict[str, Any], ...] = ()
     chat_template_kwargs: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def texts(self) -> tuple[str, str]:
+        """The two responses as a judge reads them."""
+        return answer_text(self.first), answer_text(self.second)
 
 
 class Verdict(NamedTuple):
@@ -60,7 +73,7 @@ class Scores(NamedTuple):
 
 Judge = Callable[[Sequence[Comparison]], list[Verdict]]
 # (prompts, responses) -> a number for each response; a prompt with tools or the like is a `Prompt`.
-Scorer = Callable[[Sequence[Text | Prompt], Sequence[str]], Scores]
+Scorer = Callable[[Sequence[Text | Prompt], Sequence[Text]], Scores]
 
 
 def pair_samples(first: Sequence[Sample], second: Sequence[Sample]) -> tuple[list[Comparison], dict[str, int]]:
@@ -166,14 +179,15 @@ def read_verdicts(path: str | Path) -> list[Verdict]:
         if not isinstance(row, dict):
             raise UserError(f"{where}: expected an object, found {type(row).__name__}")
         texts = {"id": "", "reason": "", **row}
-        for name in ("first", "second", "id", "reason"):
+        for name in ("id", "reason"):
             if not isinstance(texts.get(name), str):
                 raise UserError(f"{where}: field {name!r}: expected a string, found {row.get(name)!r:.40}")
         preference = row.get("preference")
         if preference is not None and not (_is_number(preference) and 0 <= preference <= 1):
             raise UserError(f"{where}: field 'preference': expected null or 0 to 1, found {preference!r:.40}")
         prompt = text_of(where, row, "prompt")
-        comparison = Comparison(prompt, row["first"], row["second"], texts["id"], **told_with(where, row, prompt))
+        both = (response_of(where, row, name, prompt) for name in ("first", "second"))
+        comparison = Comparison(prompt, *both, texts["id"], **told_with(where, row, prompt))
         reason = texts["reason"] or ("no reason given" if preference is None else "")
         out.append(Verdict(comparison, preference, reason, pair(where, row, "scores"), pair(where, row, "orders")))
     return out

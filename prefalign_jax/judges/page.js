@@ -15,7 +15,7 @@ function show() {
   order.forEach((side, i) => {
     const name = names ? data.names[side === "first" ? 0 : 1] : "";
     get("name" + i).textContent = "Response " + (i + 1) + (name && ": " + name);
-    get("text" + i).textContent = row[side];
+    get("text" + i).textContent = row.texts[side];
     const share = side === "first" ? own : 1 - own;
     get("side" + i).className = own !== undefined && share > 0.5 ? "won" : "";
     get("pick" + i).setAttribute("aria-pressed", own !== undefined && share > 0.5);

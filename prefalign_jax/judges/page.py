@@ -29,17 +29,19 @@ def page(verdicts: Sequence[Verdict], names: tuple[str, str], judge: str = "judg
     rows = []
     for verdict in verdicts:
         comparison = verdict.comparison
-        texts = json.dumps([comparison.prompt, sorted([comparison.first, comparison.second])])
+        first, second = comparison.texts
+        texts = json.dumps([comparison.prompt, sorted([first, second])])
         odd = hashlib.sha256(texts.encode()).digest()[0] % 2 == 1
         rows.append(
             {
-                **comparison._asdict(),
+                **comparison._asdict(),  # for the verdicts that a person downloads
                 "prompt_text": as_text(comparison.prompt),
+                "texts": {"first": first, "second": second},
                 "preference": verdict.preference,
                 "reason": verdict.reason,
                 "scores": verdict.scores,
                 # Of the two texts, not of the models: which model a digest puts first is as good as a coin.
-                "swapped": odd != (comparison.first > comparison.second),
+                "swapped": odd != (first > second),
             }
         )
     digest = hashlib.sha256(json.dumps([names, rows]).encode()).hexdigest()

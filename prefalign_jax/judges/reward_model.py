@@ -92,11 +92,13 @@ def scorer(
                             done.put(keys[i], known_rewards[i])
         return known_rewards
 
-    def score(prompts: Sequence[Text | Prompt], responses: Sequence[str]) -> Scores:
+    def score(prompts: Sequence[Text | Prompt], responses: Sequence[Text]) -> Scores:
         records, where = [], Place("a response to score")
         for given, response in zip(prompts, responses, strict=True):
             one = given if isinstance(given, Prompt) else Prompt(given, "", where)
-            chosen = response if isinstance(one.prompt, str) else [{"role": "assistant", "content": response}]
+            chosen = response
+            if isinstance(response, str) and not isinstance(one.prompt, str):
+                chosen = [{"role": "assistant", "content": response}]
             records.append(Record(one.prompt, chosen, type(chosen)(), where=where, **told_by(one)))
         made = [pair for _, pair in iter_pairs(records, tokenizer, max_length=config.max_position, chat=chat)]
         pairs = [pair for pair in made if not isinstance(pair, str)]

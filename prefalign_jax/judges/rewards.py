@@ -10,7 +10,7 @@ import numpy as np
 
 from prefalign_jax.data.records import Prompt, Text
 from prefalign_jax.generation import diversity
-from prefalign_jax.generation.sample_files import as_text
+from prefalign_jax.generation.sample_files import answer_text, as_text
 from prefalign_jax.judges.judge import Scorer, Scores
 from prefalign_jax.options import check_hyper, choose, hyper_parameters
 from prefalign_jax.types import UserError
@@ -104,9 +104,9 @@ def scorer(name: str, **options: object) -> Scorer:
     function = choose("reward", name, REWARDS)
     check_hyper(f"reward {name!r}", options, hyper_parameters(function), CHECKS)
 
-    def score(prompts: Sequence[Text | Prompt], responses: Sequence[str]) -> Scores:
+    def score(prompts: Sequence[Text | Prompt], responses: Sequence[Text]) -> Scores:
         texts = [as_text(p.prompt if isinstance(p, Prompt) else p) for p in prompts]
-        rewards = [float(function(p, r, **options)) for p, r in zip(texts, responses, strict=True)]
+        rewards = [float(function(p, r, **options)) for p, r in zip(texts, map(answer_text, responses), strict=True)]
         reasons = ["" if math.isfinite(x) else f"the reward is {x}" for x in rewards]
         return Scores(np.where(np.isfinite(rewards), rewards, np.nan), reasons)
 

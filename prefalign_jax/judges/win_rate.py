@@ -62,7 +62,7 @@ def win_rate(verdicts: Sequence[Verdict]) -> WinRate:
     preferences = np.array([verdict.preference for verdict in kept], np.float64)
     names = [json.dumps(verdict.comparison.prompt, sort_keys=True) for verdict in kept]
     _, clusters = np.unique(np.array(names, object).astype(str), return_inverse=True) if names else (None, np.zeros(0))
-    lengths = np.array([[len(v.comparison.first), len(v.comparison.second)] for v in kept], np.float64).reshape(-1, 2)
+    lengths = np.array([list(map(len, v.comparison.texts)) for v in kept], np.float64).reshape(-1, 2)
     return WinRate(
         rate=share_interval(preferences, clusters=clusters) if kept else None,
         length_controlled=length_controlled(preferences, lengths[:, 0] - lengths[:, 1], clusters) if kept else None,
