@@ -13,7 +13,8 @@ from prefalign_jax.data.pairs import Origin, as_pairs, from_list
 from prefalign_jax.data.pipeline import batch_of, eval_batches, make_pair_set, train_batches
 from prefalign_jax.data.trees import Layout, sharing_of
 from prefalign_jax.reference import compute
-from prefalign_jax.types import Pair
+from prefalign_jax.sharding import make_mesh, packing_of, param_shardings, place_batch
+from prefalign_jax.types import Pair, Place, UserError
 from small import FULL, MODEL, ORDINARY, first, logps_of, make_pairs, make_params, packed
 
 
@@ -226,14 +227,37 @@ def test_a_batch_always_fits_whatever_it_holds():
             batch_of(data, rng.choice(len(pairs), 9, replace=rng.random() < 0.5))
 
 
-def test_eight_devices_give_what_one_gives():
-    from prefalign_jax.sharding import make_mesh, packing_of, param_shardings, place_batch
-
-    params, pairs = make_params(), all_pairs([4, 3, 4, 2, 3, 4])
+@pytest.mark.parametrize("grouped", [False, True], ids=["pairs", "groups"])
+def test_eight_devices_give_what_one_gives_in_value_and_gradient(grouped):
+    params, pairs, options, needs = make_params(), all_pairs([4, 3, 4, 2, 3, 4], (0, 0.5, 1)), dict(group=True), ()
+    if grouped:
+        layout, needs = Layout(group=True), ("group",)
+        sets, options = [group(seed, 3 + seed % 3, (0, 1)) for seed in range(6)], dict(layout=layout)
+        pairs = [
+            Pair(p, r[0], r[1], others=tuple(r[2:]), scores=(1.0,) * len(r), token_weights=tuple(w)) for p, r, w in sets
+        ]
     mesh = make_mesh({"data": 4, "fsdp": 2})
-    one = logps_of(MODEL, params, first(packed(pairs, group=True)))
-    placed = place_batch(mesh, packed(pairs, group=True, **packing_of(mesh)))
-    many = logps_of(MODEL, jax.device_put(params, param_shardings(mesh, params)), jax.tree.map(lambda x: x[0], placed))
-    np.testing.assert_allclose(one.chosen, many.chosen, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(one.rejected, many.rejected, rtol=1e-5, atol=1e-5)
-    assert jnp.isfinite(many.chosen).all()
+    one = first(packed(pairs, 32, **options))
+    many = jax.tree.map(lambda x: x[0], place_batch(mesh, packed(pairs, 32, **options, **packing_of(mesh))))
+    mix = np.random.default_rng(1).normal(size=(2, 32)).astype(np.float32)
+
+    def value_and_slope(params, batch):
+        def total(params):
+            out = logps_of(MODEL, params, batch, needs)
+            sums = (out.responses.logps[:, 0], out.responses.logps[:, 2]) if grouped else (out.chosen, out.rejected)
+            return (mix * jnp.stack(sums)).sum(), out
+
+        (_, out), slope = jax.value_and_grad(total, has_aux=True)(params)
+        return jax.device_get((out, slope))
+
+    (got, slope), (wanted, wanted_slope) = (
+        value_and_slope(jax.device_put(params, param_shardings(mesh, params)), many),
+        value_and_slope(params, one),
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, wanted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), slope, wanted_slope)
+
+
+def test_a_group_without_scores_is_refused():
+    with pytest.raises(UserError, match=r"x, row 3: a group of responses has no scores"):
+        make_pair_set([dataclasses.replace(make_pairs(1)[0], where=Place("x", 3))], 1, layout=Layout(group=True))

@@ -153,7 +153,7 @@ def blank_batch(experiment: Experiment, mesh: Mesh, prompt: int, response: int) 
     """Shapes and types of a batch of pairs that all have these lengths."""
     config = experiment.config
     ids = np.zeros(max(prompt, response), np.int32)
-    pairs = [Pair(ids[:prompt], ids[:response], ids[:response])] * config.batch_size
+    pairs = [Pair(ids[:prompt], ids[:response], ids[:response], scores=(1.0, 0.0))] * config.batch_size
     options = dict(micro_steps=config.micro_steps, layout=experiment.layout, **packing_of(mesh))
     data = make_pair_set(pairs, config.batch_size, row_length=config.data.row_length, **options)
     batch = shapes_of(batch_of(data, np.arange(config.batch_size)))
