@@ -837,15 +837,11 @@ def test_verdicts_come_back_as_they_were_written(tmp_path):
         verdict(1.0, scores=(0.5, -2.0)),
     ]
     # A conversation that went on after the prompt is judged, and shown, as the text of its messages.
-    went_on = [
-        {"role": "assistant", "content": "x"},
-        {"role": "user", "content": "y?"},
-        verdicts[0].comparison.prompt[0],
-    ]
+    went_on = [{"role": role, "content": "y?"} for role in ("assistant", "user", "assistant")]
     talk = verdicts[0].comparison._replace(first=went_on)
     verdicts[0] = verdicts[0]._replace(comparison=talk)
     assert talk.texts[0].startswith("[assistant]\ny?\n\n[user]\ny?") and talk.texts[1] == talk.second
-    assert json.dumps(talk.texts[0])[1:-1] in page_module.page(verdicts, ("a", "b"))
+    assert json.dumps(talk.texts[0]) in elements_of(page_module.page(verdicts, ("a", "b"))).data
     scores = rewards.scorer("fewer_words")([talk.prompt] * 2, [talk.first, talk.texts[0]])
     assert scores.values[0] == scores.values[1]
     write_verdicts(tmp_path / "v.jsonl", verdicts)
