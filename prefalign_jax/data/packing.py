@@ -185,6 +185,7 @@ class Arrangement(NamedTuple):
       segment: [N pieces], in the piece's row, from 1.
       tiles: for each group [tiles, 2], the (query block, key block) that hold something to attend to, in order; blocks
         of TILE tokens count through the group's rows.
+      runs: of all pieces.
       shape: what the fullest group needs.
     """
 
@@ -193,6 +194,7 @@ class Arrangement(NamedTuple):
     group: np.ndarray
     segment: np.ndarray
     tiles: list[np.ndarray]
+    runs: Runs
     shape: Shape
 
 
@@ -223,14 +225,15 @@ def arrange(lengths: Lengths, groups: int, row_length: int | None = None, sequen
             at[row] = r * length + np.cumsum(sizes[row]) - sizes[row]
             group_of[row], segment[row] = number, np.arange(1, len(row) + 1)
     rows = max(map(len, dealt))
-    tiles = _tiles(_runs(lengths, at), group_of, groups, rows * length // TILE)
+    runs = _runs(lengths, at)
+    tiles = _tiles(runs, group_of, groups, rows * length // TILE)
     most = int(np.bincount(group_of, trained, groups).max())
     shape = Shape(rows, length, most, max(map(len, tiles)))
     if sequences:
         owner = np.broadcast_to(group_of.reshape(len(lengths.pieces), -1), lengths.responses.shape)
         count = np.bincount(owner[lengths.responses > 0], minlength=groups).max()
         shape = shape._replace(sequences=int(count), span=round_up(_longest(lengths), TILE))
-    return Arrangement(dealt, at, group_of, segment, tiles, shape)
+    return Arrangement(dealt, at, group_of, segment, tiles, runs, shape)
 
 
 def _longest(lengths: Lengths) -> int:
@@ -306,8 +309,10 @@ def lay_out(
     own = range(len(plan.groups)) if own is None else own
     groups = len(own)
     blocks = shape.rows * shape.length // TILE
-    row, place = np.divmod(plan.at, plan.shape.length)
-    runs = _runs(lengths, row * shape.length + place)
+    runs = plan.runs
+    if shape.rows > 1 and shape.length != plan.shape.length:
+        row, place = np.divmod(plan.at, plan.shape.length)
+        runs = _runs(lengths, row * shape.length + place)
     place_of = np.full(len(plan.groups), -1)
     place_of[list(own)] = np.arange(groups)
     group = place_of[plan.group].reshape(lengths.pieces.shape)
@@ -333,16 +338,17 @@ def lay_out(
     owner = np.broadcast_to(group[:, :, None], count.shape).reshape(-1)
     count = np.where(owner >= 0, count.reshape(-1), 0)
     run, step = _spread(count)
-    targets, weights = _joined(_outputs, trees, layout, placed), None
+    targets, weights, place = _joined(_outputs, trees, layout, placed), None, step
     if any(pair.token_weights for pair in trees.pairs):
         weights = _joined(_weights, trees, layout, placed)
         run, step, targets, weights = (x[weights != 0] for x in (run, step, targets, weights))
         count = np.bincount(run, minlength=len(count))
+        place = _spread(count)[1]
     filled = np.zeros(len(count), np.int64)
     for g in range(groups):
         here = owner == g
         filled[here] = np.cumsum(count[here]) - count[here]
-    positions_of = (owner * shape.trained + filled)[run] + _spread(count)[1]
+    positions_of = (owner * shape.trained + filled)[run] + place
     source.reshape(-1)[positions_of] = first.reshape(-1)[run] + step
     target.reshape(-1)[positions_of] = targets
     slot.reshape(-1)[positions_of] = offsets.reshape(-1)[run]
@@ -448,10 +454,11 @@ def _targets(lengths: Lengths, runs: Runs, layout: Layout) -> tuple[np.ndarray, 
             parts += [(one, ends, name), (count - one, at, name)]
         if layout.after or layout.rewards:
             parts.append((one, at + count - 1, name if layout.rewards else codes + 1 + name))
-    stacked = [
-        np.stack([np.broadcast_to(x, (pairs, pieces)) for x in column], axis=2) for column in zip(*parts, strict=True)
-    ]
-    return tuple(stacked)
+    out = np.empty((3, pairs, pieces, len(parts)), np.int64)
+    for number, part in enumerate(parts):
+        for column, values in zip(out, part, strict=True):
+            column[:, :, number] = values
+    return tuple(out)
 
 
 def _outputs(
@@ -617,4 +624,6 @@ def pack(
         lay_out(plan, shape, one, [pairs[i] for i in part], [index[i] for i in part], share, means, layout, own)
         for plan, one, part in zip(plans, trees, parts, strict=True)
     ]
+    if micro_steps == 1:
+        return jax.tree.map(lambda x: np.asarray(x)[None], micro[0])
     return jax.tree.map(lambda *arrays: np.stack(arrays), *micro)

@@ -109,7 +109,7 @@ class Pairs(Sequence[Pair]):
         """Those with these numbers, as objects; quicker than one by one."""
         buffer, start, end = self.buffer[index], self.start[index], self.start[index] + self.length[index]
         about = self.weight[index], self.margin[index], self.label[index], self.place[index], self.row[index]
-        counts = self.counts[index]
+        counts = (self.length[index, 1:] > 0).sum(1)
         out = []
         for b, i, j, count, scores, weight, margin, label, place, row in zip(
             *(column.tolist() for column in (buffer, start, end, counts, self.scores[index], *about)), strict=True
@@ -141,11 +141,6 @@ class Pairs(Sequence[Pair]):
         """
         decode = functools.partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return [Texts(*(decode(ids) for ids in (pair.prompt, pair.chosen, pair.rejected))) for pair in self]
-
-    @property
-    def counts(self) -> np.ndarray:
-        """[P] how many responses each has."""
-        return (self.length[:, 1:] > 0).sum(1)
 
     @property
     def weighted(self) -> bool:
