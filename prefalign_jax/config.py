@@ -171,11 +171,15 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     c.samples.top_p = 1.0  # Only the likeliest tokens are drawn that together have this probability; 1 is all.
     c.samples.min_p = 0.0  # Only tokens are drawn with this share of the likeliest one's probability; 0 is all.
 
-    # Preference data drawn from the policy itself, for the jobs `pairs` and `rounds`; `samples` says how it is drawn.
+    # Preference data drawn from models, for the jobs `pairs` and `rounds`; `samples` says how responses are drawn.
     c.on_policy = ConfigDict()
     c.on_policy.prompts = maybe(str)  # File of rows with a `prompt` that responses are drawn to.
     c.on_policy.limit = maybe(int)  # Prompts that are taken at most, the first ones; None takes all.
     c.on_policy.per_prompt = 4  # Responses to each prompt.
+    c.on_policy.against = maybe(str)  # data: each row's own response is better than the policy's samples (SPIN).
+    c.on_policy.policies = maybe(str)  # BETTER,WORSE: two models; a sample of the first is better than the second's.
+    c.on_policy.judge = maybe(str)  # What scores samples, not samples.reward: reward:NAME, model:DIR or endpoint:URL.
+    c.on_policy.judge_options = maybe(str)  # Options of that judge, NAME=VALUE with commas, as `prefalign judge` has.
     c.on_policy.rounds = 1  # Rounds of drawing pairs and training on them (job=rounds).
     c.on_policy.pairing = "best_worst"  # Which responses make a pair: best_worst, or all.
     c.on_policy.min_gap = 0.0  # Difference of the rewards that a pair has at least.

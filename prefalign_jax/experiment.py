@@ -30,7 +30,7 @@ from prefalign_jax.models import quantize
 from prefalign_jax.models.decoder import ATTENTION, REMAT
 from prefalign_jax.models.hf_io import DTYPES as STORED
 from prefalign_jax.optim import SCHEDULES, make_optimizer, make_schedule
-from prefalign_jax.options import DTYPES, choose, flatten, given, hyper_parameters
+from prefalign_jax.options import DTYPES, choose, flatten, given, hyper_parameters, split_names
 from prefalign_jax.processes import agreed
 from prefalign_jax.types import UserError, one_line
 
@@ -515,8 +515,7 @@ def _check_job(experiment: Experiment) -> None:
             f"on_policy.prompts={config.on_policy.prompts!r} and job={config.job!r} do not fit: pairs and rounds need "
             "a file of prompts, others take none"
         )
-    if samples_prompts and not config.samples.reward:
-        raise UserError(f"job={config.job!r} needs samples.reward, to tell which response is better")
+    _check_on_policy(experiment)
     if samples_prompts and experiment.sources_for("train"):
         raise UserError(f"data.path={config.data.path!r} is not read: job={config.job!r} makes its own data")
     if not config.export.enabled and (config.job == "sft_first" or config.on_policy.rounds > 1):
@@ -524,6 +523,42 @@ def _check_job(experiment: Experiment) -> None:
     for name, value in config.sft.items():
         if (value is not None) != (config.job == "sft_first"):
             raise UserError(f"sft.{name}={value} and job={config.job!r} do not fit: sft_first needs it, others do not")
+
+
+def _check_on_policy(experiment: Experiment) -> None:
+    """That one thing tells which response is better, and that what is set is read."""
+    config, how, loss = experiment.config, experiment.config.on_policy, experiment.loss
+    if how.prompts is None:
+        for name in ("against", "policies", "judge", "judge_options"):
+            if how[name] is not None:
+                raise UserError(f"on_policy.{name}={how[name]!r} is set without on_policy.prompts; nothing is drawn")
+        return
+    telling = [name for name in ("against", "policies", "judge") if how[name] is not None]
+    if len(telling) > 1:
+        names = " and ".join(f"on_policy.{name}" for name in telling)
+        raise UserError(f"{names} each tell which response is better; set one of them")
+    if not telling and not config.samples.reward:
+        raise UserError(
+            f"job={config.job!r} needs samples.reward or on_policy.judge, to tell which response is better "
+            "(or on_policy.against, or on_policy.policies)"
+        )
+    if telling and config.samples.reward and not config.samples.prompts:
+        raise UserError(
+            f"samples.reward={config.samples.reward!r} is not read: on_policy.{telling[0]} tells what is better"
+        )
+    if how.judge_options and not how.judge:
+        raise UserError(f"on_policy.judge_options={how.judge_options!r} is set without on_policy.judge")
+    if how.against not in (None, "data"):
+        raise UserError(f"on_policy.against={how.against!r} is unknown; write data, for the responses of the rows")
+    if how.policies is not None and len(set(split_names(how.policies))) != 2:
+        raise UserError(f"on_policy.policies={how.policies!r}: write two models, BETTER,WORSE")
+    groups, scored = loss.record_kind.get("groups"), not (how.against or how.policies)
+    if groups and not scored:
+        raise UserError(f"on_policy.{telling[0]} makes pairs, and loss {loss.name!r} is trained on groups")
+    for name, unset in (("pairing", "best_worst"), ("min_gap", 0.0), ("labels", "true"), ("sharpness", 1.0)):
+        if how[name] != unset and (groups or not scored):
+            why = f"loss {loss.name!r} is trained on all" if groups else f"on_policy.{telling[0]} has none"
+            raise UserError(f"on_policy.{name}={how[name]!r} chooses among scored responses, and {why}; leave it out")
 
 
 def _check_evaluation(experiment: Experiment) -> None:
@@ -558,7 +593,7 @@ def _check_inputs(experiment: Experiment) -> None:
     """That the model and the data are named that the job reads."""
     config = experiment.config
     reads = JOBS[config.job]
-    if reads == "prompts" and not config.model.path:
+    if reads == "prompts" and not config.model.path and not (config.job == "pairs" and config.on_policy.policies):
         raise UserError("model.path is not set; write a Hugging Face directory or a hub name: --config.model.path=...")
     missing = {
         "model.path": not config.model.path and "a Hugging Face directory",

@@ -1,7 +1,7 @@
-"""Scored responses of one prompt -> preference pairs.
+"""Responses to one prompt -> preference pairs, by their scores or by whose they are; and groups of scored ones.
 
 `choose_pairs` takes the pairs that the scores of data say. `pair_up` compares samples; its labels may be noisy, so that
-a tie may be a pair too.
+a tie may be a pair too. `put_over` asks for no scores.
 """
 
 from __future__ import annotations
@@ -153,4 +153,69 @@ def pair_up(
             else:
                 wins = gap > 0 if labels == "true" else toss < 0.5 + 0.5 * np.tanh(sharpness * gap / 2)
                 pairs.append((number, Choice(first, second) if wins else Choice(second, first)))
+    return pairs, dict(dropped)
+
+
+def group_up(scored: Sequence[Scored]) -> tuple[list[tuple[int, list[int]]], dict[str, int]]:
+    """Keeps of each prompt the responses that can be compared.
+
+    Args:
+      scored: for each prompt its responses and scores.
+
+    Returns:
+      (index of the prompt, the places of two or more of its responses) in order, and how many responses or prompts were
+      left out for what reason: of equal responses the first is kept.
+
+    Example:
+      >>> group_up([Scored(["a", "b", "a", " "], [1.0, 3.0, 1.0, 2.0]), Scored(["a", "b"], [1.0, 1.0])])
+      ([(0, [0, 1])], {'identical responses': 1, 'empty response': 1, 'tie': 1})
+    """
+    groups, dropped = [], Counter()
+    for number, (responses, scores) in enumerate(scored):
+        places: list[int] = []
+        for place in np.flatnonzero(np.isfinite(scores)).tolist():
+            if not responses[place].strip():
+                dropped["empty response"] += 1
+            elif responses[place] in [responses[i] for i in places]:
+                dropped["identical responses"] += 1
+            else:
+                places.append(place)
+        if len(places) < 2:
+            dropped["fewer than two scored responses"] += 1
+        elif len({scores[i] for i in places}) == 1:
+            dropped["tie"] += 1
+        else:
+            groups.append((number, places))
+    return groups, dict(dropped)
+
+
+def put_over(
+    better: Sequence[Sequence[str]], worse: Sequence[Sequence[str]]
+) -> tuple[list[tuple[int, Choice]], dict[str, int]]:
+    """Pairs of one's k-th response to a prompt over another's k-th, whatever they say.
+
+    Args:
+      better, worse: for each prompt equally many responses.
+
+    Returns:
+      (index of the prompt, the places in `better` and in `worse`) in order, and how many pairs were left out for what
+      reason; a pair that a prompt has already is left out.
+
+    Example:
+      >>> put_over([["a", "b"]], [["c", "b"]])
+      ([(0, Choice(chosen=0, rejected=0))], {'identical responses': 1})
+    """
+    pairs, dropped = [], Counter()
+    for number, (ours, theirs) in enumerate(zip(better, worse, strict=True)):
+        known: set[tuple[str, str]] = set()
+        for place, pair in enumerate(zip(ours, theirs, strict=True)):
+            if pair[0] == pair[1]:
+                dropped["identical responses"] += 1
+            elif not all(text.strip() for text in pair):
+                dropped["empty response"] += 1
+            elif pair in known:
+                dropped["the same pair twice"] += 1
+            else:
+                known.add(pair)
+                pairs.append((number, Choice(place, place)))
     return pairs, dict(dropped)

@@ -93,7 +93,9 @@ def token_ratios(experiment: Experiment, pairs: Pairs, tokens: int, mesh: jax.sh
     with Progress(len(MODELS) * len(pairs), "weighted pair") as progress:
         for number, name in enumerate(MODELS):
             model, params = load_model(config, config.token_weights[name], mesh, tokens)
-            packing = packing_of(mesh) | dict(row_length=config.data.row_length, attends=model.attends)
+            packing = packing_of(mesh) | dict(
+                row_length=config.data.row_length, attends=model.attends, group=experiment.group
+            )
             plain = make_pair_set(pairs, share, layout=layout, **packing)
 
             def update(done: int, before: int = number * len(pairs)) -> None:

@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from prefalign_jax.judges import endpoint, reward_model, rewards
-from prefalign_jax.judges.judge import Comparison, Judge, Verdict, by_reward, read_verdicts
+from prefalign_jax.judges.judge import Comparison, Judge, Scorer, Verdict, by_reward, read_verdicts
+from prefalign_jax.judges.tournament import Grader, by_score, by_tournament
 from prefalign_jax.options import check_hyper, choose, hyper_parameters, read_as
 from prefalign_jax.types import UserError, one_line
 
 
-def of_reward(name: str, out: Path, **options: Any) -> Judge:
+def score_of_reward(name: str, out: Path, **options: Any) -> Scorer:
     """A reward of rewards.REWARDS."""
-    return by_reward(rewards.scorer(name, **options))
+    return rewards.scorer(name, **options)
 
 
-def of_model(path: str, out: Path, **options: Any) -> Judge:
+def score_of_model(path: str, out: Path, **options: Any) -> Scorer:
     """A reward model; its scores are kept in scores.jsonl."""
-    return by_reward(reward_model.scorer(path, out / "scores.jsonl", **options))
+    return reward_model.scorer(path, out / "scores.jsonl", **options)
 
 
 def of_endpoint(url: str, out: Path, **options: Any) -> Judge:
@@ -42,13 +43,14 @@ def of_person(path: str, out: Path) -> Judge:
     return look_up
 
 
-# Kind -> (makes the judge, the function whose keyword-only parameters are its options).
-JUDGES: dict[str, tuple[Callable[..., Judge], Callable[[str], Any]]] = {
-    "reward": (of_reward, lambda name: choose("reward", name, rewards.REWARDS)),
-    "model": (of_model, lambda path: reward_model.scorer),
+# Kind -> (makes the judge, or scores of single responses; the function whose keyword-only parameters are its options).
+JUDGES: dict[str, tuple[Callable[..., Any], Callable[[str], Any]]] = {
+    "reward": (score_of_reward, lambda name: choose("reward", name, rewards.REWARDS)),
+    "model": (score_of_model, lambda path: reward_model.scorer),
     "endpoint": (of_endpoint, lambda url: endpoint.endpoint),
     "human": (of_person, lambda path: of_person),
 }
+SCORING = frozenset({"reward", "model"})  # those that score
 
 
 def make_judge(spec: str, given: Sequence[str], out: Path) -> Judge:
@@ -62,20 +64,42 @@ def make_judge(spec: str, given: Sequence[str], out: Path) -> Judge:
     Raises:
       UserError: there is no such judge, or it has no such option.
     """
+    kind, made = _make(spec, given, out, ("--judge", "--option"))
+    return by_reward(made) if kind in SCORING else made
+
+
+def make_grader(spec: str, given: Sequence[str], out: Path, fields: tuple[str, str]) -> Grader:
+    """Scores of several responses to one prompt, by the judge that a text describes.
+
+    Args:
+      spec, given, out: as in `make_judge`.
+      fields: what holds `spec` and `given`, for messages.
+
+    Raises:
+      UserError: there is no such judge, it has no such option, or it cannot be asked.
+    """
+    if spec.startswith("human:"):
+        raise UserError(f"{fields[0]}={spec}: nobody has judged what is to be drawn; write reward, model or endpoint")
+    kind, made = _make(spec, given, out, fields)
+    return by_score(made) if kind in SCORING else by_tournament(made)
+
+
+def _make(spec: str, given: Sequence[str], out: Path, fields: tuple[str, str]) -> tuple[str, Any]:
+    """(kind, what its line of JUDGES makes)."""
     kind, _, what = spec.partition(":")
-    make, taker = choose("--judge", kind, JUDGES)
+    make, taker = choose(fields[0], kind, JUDGES)
     if not what:
-        raise UserError(f"--judge={spec}: write {kind}: and a name, directory, URL or file after it")
+        raise UserError(f"{fields[0]}={spec}: write {kind}: and a name, directory, URL or file after it")
     known, options = hyper_parameters(taker(what)), {}
     for text in given:
         name, equals, value = text.partition("=")
         if not equals:
-            raise UserError(f"--option={text}: write NAME=VALUE")
+            raise UserError(f"{fields[1]}={text}: write NAME=VALUE")
         check_hyper(f"judge {kind!r}", {name: known.get(name)}, known, {})
         try:
             value = Path(value[1:]).read_text(encoding="utf-8") if value.startswith("@") else value
             options[name] = read_as(value, known[name])
         except (OSError, ValueError) as error:
             wanted = type(known[name]).__name__
-            raise UserError(f"--option={name}: expected a value of type {wanted}, found {one_line(error)}") from None
-    return make(what, out, **options)
+            raise UserError(f"{fields[1]}={name}: expected a value of type {wanted}, found {one_line(error)}") from None
+    return kind, make(what, out, **options)
