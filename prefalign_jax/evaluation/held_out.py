@@ -370,6 +370,6 @@ def sequence_logps(
     model: LanguageModel, params: Params, samples: Sequence[Pair], batch_size: int = 32, mesh: Mesh | None = None
 ) -> np.ndarray:
     """[len(samples)] float32 log-probability of the whole `chosen` response of each; arguments as above."""
-    packing = packing_of(mesh) if mesh else {}
-    data = make_pair_set(samples, batch_size, layout=Layout(rejected=False), attends=model.attends, **packing)
+    options = dict(attends=model.attends, group=True, **(packing_of(mesh) if mesh else {}))  # samples share a prompt
+    data = make_pair_set(samples, batch_size, layout=Layout(rejected=False), **options)
     return compute(model, params, data, mesh=mesh).chosen

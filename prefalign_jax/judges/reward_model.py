@@ -81,7 +81,8 @@ def scorer(
         known_rewards = [done.get(key) if done else None for key in keys]
         wanted = [i for i, value in enumerate(known_rewards) if value is None]
         if wanted:
-            data = make_pair_set([pairs[i] for i in wanted], batch_size, layout=layout, attends=model.attends)
+            options = dict(layout=layout, attends=model.attends, group=True)  # responses to a prompt share it
+            data = make_pair_set([pairs[i] for i in wanted], batch_size, **options)
             for batch in eval_batches(data):
                 values = np.asarray(rewards(params, batch))
                 for number, value in zip(batch.index[0], values, strict=True):
