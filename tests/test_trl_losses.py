@@ -18,7 +18,7 @@ import pytest
 
 from prefalign_jax.losses import LOSSES, make_loss
 from prefalign_jax.losses.orpo import log_odds
-from prefalign_jax.types import PairLogps, Sides, UserError
+from prefalign_jax.types import PairLogps, Responses, Sides, UserError
 
 # What TRL calls it, trainer first: what it is called here. test_every_claim_of_parity_is_tested holds both to it.
 TRL_NAMES = {
@@ -51,11 +51,13 @@ TRL_NAMES = {
     "KTOTrainer apo_zero_unpaired": "apo_zero_unpaired",
     "BCOTrainer": "bco_unpaired",
     "RewardTrainer": "bradley_terry",
+    "TPOTrainer sigmoid": "tpo",
+    "TPOTrainer tpo-l": "tpo_l",
 }
 DIVERGENCES = {"forward_kl": "forward_kl", "js_divergence": "js", "alpha_divergence": "alpha_trl"}
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "trl_losses"
-DPO, ORPO, CPO = (json.loads((GOLDENS / f"{name}.json").read_text()) for name in ("dpo", "orpo", "cpo"))
+DPO, ORPO, CPO, TPO = (json.loads((GOLDENS / f"{name}.json").read_text()) for name in ("dpo", "orpo", "cpo", "tpo"))
 RESULTS = {"dpo": {"dtype", "loss", "per_pair_loss", "grad_per_token", "metrics"}}
 RESULTS["cpo"] = {"chosen", "rejected", "losses", "chosen_rewards", "rejected_rewards", "grad_chosen", "grad_rejected"}
 
@@ -672,6 +674,34 @@ def test_sft_trainer():
     holds(make_loss("sft"), policy, None, lambda chosen, _: -chosen.sum() / policy.chosen_tokens.sum())
 
 
+# TPOTrainer, of groups
+
+
+TPO_CASES = [pytest.param(case, f"TPOTrainer {case['loss_type']}", id=str(n)) for n, case in enumerate(TPO["cases"])]
+
+
+@pytest.mark.parametrize(("case", "trl"), TPO_CASES)
+def test_tpo_trainer(case, trl):
+    """The stored responses are chosen, rejected and gold, in this order; the scores here say so."""
+    sides, count = 3, len(TPO["policy"]) // 3
+    sums = np.array([sum(response) for response in TPO["policy"]]).reshape(sides, count).T
+    tokens = np.array([float(len(response)) for response in TPO["policy"]]).reshape(sides, count).T
+    scores, present = np.tile([1.0, 0.0, 2.0], (count, 1)), np.ones((count, sides))
+    hyper = {"gamma": case["tpo_l_gamma"]} if "tpo_l_gamma" in case else {}
+    loss = make_loss(TRL_NAMES[trl], beta=case["beta"], alpha=case["tpo_alpha"], nll_mean="batch", **hyper)
+
+    def mean(sums):
+        responses = Responses(sums, tokens, scores, present)
+        sides = (sums[:, 2], sums[:, 0], tokens[:, 2], tokens[:, 0])
+        mean_tokens = np.array([1.0, tokens[:, 2].mean()])
+        return loss(PairLogps(*sides, mean_tokens=mean_tokens, responses=responses))[0].mean()
+
+    with jax.enable_x64(True):
+        value, slopes = jax.value_and_grad(mean)(jnp.asarray(sums))
+    np.testing.assert_allclose(value, case["loss"], rtol=1e-12)
+    np.testing.assert_allclose(slopes.T.ravel(), case["grad_per_token"], rtol=1e-9, atol=1e-15)
+
+
 RESTATED = {
     "SFTTrainer": test_sft_trainer,
     "KTOTrainer kto": test_kto_trainer,
@@ -688,9 +718,9 @@ def test_no_stored_case_is_left_out():
     for cases, parameters, ignored in ((DPO_CASES, DPO_PARAMETERS, IGNORED), (CPO_CASES, CPO_PARAMETERS, {})):
         assert {parameter.id.split(" as ")[0] for parameter in parameters} | ignored.keys() == cases.keys()
     assert all(callable(globals()[test]) for test in IGNORED.values())
-    assert (len(DPO_CASES), len(CPO_CASES)) == (77, 14)
+    assert (len(DPO_CASES), len(CPO_CASES), len(TPO_CASES)) == (77, 14, 4)
     assert [len(ORPO[key]) for key in ("cases", "chosen_mean_logps", "log1mexp_edges")] == [2, 13, 13]
-    assert {golden["versions"]["trl"] for golden in (DPO, ORPO, CPO)} == {"1.16.0"}
+    assert {golden["versions"]["trl"] for golden in (DPO, ORPO, CPO, TPO)} == {"1.16.0"}
 
 
 def claims() -> dict[str, str]:
@@ -702,7 +732,7 @@ def claims() -> dict[str, str]:
 
 
 def test_every_claim_of_parity_is_tested():
-    stored = {parameter.values[1] for parameter in DPO_PARAMETERS + CPO_PARAMETERS} | {"ORPOTrainer"}
+    stored = {parameter.values[1] for parameter in DPO_PARAMETERS + CPO_PARAMETERS + TPO_CASES} | {"ORPOTrainer"}
     assert stored | RESTATED.keys() == TRL_NAMES.keys()
     assert not stored & RESTATED.keys()
     found = claims()

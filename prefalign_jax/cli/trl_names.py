@@ -174,6 +174,8 @@ TRL_NAMES: dict[str, str] = {
     "undesirable_weight": "loss.undesirable_weight",
     "cpo_alpha": "loss.alpha",
     "simpo_gamma": "loss.gamma",
+    "tpo_alpha": "loss.alpha",
+    "tpo_l_gamma": "loss.gamma",
     "center_rewards_coefficient": "loss.centre",
 }
 # TRL's loss_type -> what --config.loss.name is to be, with the options that give TRL's numbers.
@@ -187,6 +189,7 @@ LOSS_TYPES: dict[str, str] = {
     "bco_pair": "bco --config.loss.shift=none",
     "sppo_hard": "sppo",
     "aot_pair": "aot_unpaired",
+    "tpo-l": "tpo_l --config.loss.nll_mean=batch",
 }
 # The beginning of an option -> what to do, for families of which none has anything to do here.
 FAMILIES: dict[str, str] = {

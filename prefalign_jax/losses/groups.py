@@ -78,7 +78,7 @@ def lipo(
     """
     responses = policy.responses
     rewards = beta * ranks.log_ratios(policy, reference)
-    weight = jax.lax.stop_gradient(_gain(responses, gain) * _discount(rewards, responses, discount))
+    weight = _gain(responses, gain) * _discount(rewards, responses, discount)  # ranks are steps: no slope
     losses = -weight * jax.nn.log_sigmoid(ranks.differences(rewards))
     return ranks.over_comparisons(losses, responses), ranks.metrics(rewards, responses.logps, responses)
 
@@ -105,11 +105,11 @@ def _discount(rewards: jax.Array, responses: Responses, discount: str) -> jax.Ar
 
 
 def _shares(policy: PairLogps, alpha: float) -> jax.Array:
-    """[B, K] softmax(s / alpha) over the responses of a group; data, so no gradient."""
+    """[B, K] softmax(s / alpha) over the responses of a group."""
     responses = policy.responses
     lowest = jnp.finfo(responses.logps.dtype).min / 2
     scores = ranks.only_present(jnp.asarray(responses.scores) / alpha, responses, lowest)
-    return ranks.only_present(jax.lax.stop_gradient(jax.nn.softmax(scores, axis=-1)), responses)
+    return ranks.only_present(jax.nn.softmax(scores, axis=-1), responses)
 
 
 def info_nca(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1, alpha: float = 1.0) -> Result:
@@ -195,8 +195,7 @@ def sppo_group(
     total = jnp.sum(jnp.where(ranks.present(responses)[..., None, :], wins, 0.0), axis=-1)
     number = ranks.count(responses)[..., None]
     rate = total / jnp.maximum(number, 1) if own else (total - 0.5) / jnp.maximum(number - 1, 1)
-    target = jax.lax.stop_gradient(rate - 0.5) / beta
-    loss = jnp.sum(ranks.only_present(jnp.square(ratios - target), responses), axis=-1)
+    loss = jnp.sum(ranks.only_present(jnp.square(ratios - (rate - 0.5) / beta), responses), axis=-1)
     return loss, ranks.metrics(beta * ratios, responses.logps, responses)
 
 
