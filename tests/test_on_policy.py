@@ -21,7 +21,6 @@ from prefalign_jax.jobs.on_policy import make_pairs
 from prefalign_jax.judges import endpoint, reward_model
 from prefalign_jax.judges.judge import Scores, Verdict
 from prefalign_jax.judges.rewards import REWARDS
-from prefalign_jax.losses import BoundLoss
 from prefalign_jax.metrics import read_metrics
 from prefalign_jax.models.decoder import make_decoder
 from prefalign_jax.models.hf_io import load_config, load_params
@@ -213,7 +212,8 @@ def test_one_models_samples_are_put_over_anothers(prompts, drawn, tmp_path):
     config = config_of(prompts, "pairs", **OWN, **{"on_policy.policies": "a,b", "model.path": None})
     config.data.chat_template = "chatml"
     assert JOBS["pairs"](config, tmp_path / "out") == 0
-    assert drawn == [("a", None, 0), ("b", None, 0)]  # each by its own template
+    assert [one[:2] for one in drawn] == [("a", None), ("b", None)]  # each by its own template
+    assert drawn[0][2] == 0 != drawn[1][2]
     made = rows_of(tmp_path / "out")
     assert len(made) == 3 * 3 + 1  # SAME and the empty one are left out
     for row in made:
@@ -323,22 +323,23 @@ def test_rounds_work_with_each(fields, drawn, tmp_path, monkeypatch):
     models = [str(MODEL), str(tmp_path / "out" / "round-1" / "train" / "export")]
     assert trained == [(models[n], str(tmp_path / "out" / f"round-{n + 1}" / "pairs.jsonl")) for n in range(2)]
     assert [path for path, _, _ in drawn] == (["a", "b"] * 2 if "on_policy.policies" in fields else models)
-    assert len({seed for _, _, seed in drawn}) == 2
+    assert len({seed for _, _, seed in drawn}) == len(drawn)
     assert all(rows_of(tmp_path / "out" / f"round-{n}") for n in (1, 2))
 
 
 def test_a_loss_of_groups_gets_each_prompts_samples_in_one_row(prompts, drawn, tmp_path, monkeypatch):
-    whole = BoundLoss.record_kind.fget
-    monkeypatch.setattr(BoundLoss, "record_kind", property(lambda self: {**whole(self), "groups": True}))
     monkeypatch.setitem(REWARDS, "more_words", lambda prompt, text: float(len(text)))
-    make_pairs(config_of(prompts, "pairs", **{"on_policy.pairing": "best_worst"}), "m", tmp_path, 0)
+    groups = {"loss.name": "plackett_luce", "on_policy.pairing": "best_worst"}
+    make_pairs(config_of(prompts, "pairs", **groups), "m", tmp_path, 0)
     made = rows_of(tmp_path)
     assert [row["prompt"] for row in made] == QUESTIONS[3:]  # samples that are equally long are ties
     assert (made[0]["responses"], made[0]["scores"]) == (["SAME", "m says 2 to 4"], [4.0, 13.0])
-    with pytest.raises(UserError, match="on_policy.pairing='all' chooses among scored responses, and loss 'dpo' is"):
-        read(config_of(prompts, "pairs"), complete=False)
-    with pytest.raises(UserError, match="on_policy.against makes pairs, and loss 'dpo' is trained on groups"):
-        read(config_of(prompts, "pairs", **OWN, **{"on_policy.against": "data"}), complete=False)
+    (record,), _ = read_records(tmp_path / "pairs.jsonl", groups=True)
+    assert (record.responses, record.scores) == (("m says 2 to 4", "SAME"), (13.0, 4.0))
+    with pytest.raises(UserError, match="pairing='all' chooses among scored responses, and loss 'plackett_luce' is"):
+        read(config_of(prompts, "pairs", **{**groups, "on_policy.pairing": "all"}), complete=False)
+    with pytest.raises(UserError, match="on_policy.against makes pairs, and loss 'plackett_luce' is trained on groups"):
+        read(config_of(prompts, "pairs", **groups, **{"on_policy.against": "data", "samples.reward": None}))
 
 
 @pytest.mark.parametrize(

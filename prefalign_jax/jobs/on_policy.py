@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from prefalign_jax import processes
@@ -20,13 +21,13 @@ from prefalign_jax.alike import check_config
 from prefalign_jax.assemble import load_model
 from prefalign_jax.data.chat import load_tokenizer
 from prefalign_jax.data.pairing import Scored, group_up, pair_up, put_over
-from prefalign_jax.data.records import Prompt, Text, read_records, told, told_by
+from prefalign_jax.data.records import Prompt, read_records, told, told_by
 from prefalign_jax.data.rows import content_digest
 from prefalign_jax.data.template import prints_date
 from prefalign_jax.evaluation.policy_samples import MODEL, draw_samples
 from prefalign_jax.experiment import Experiment, read
 from prefalign_jax.files import locked, read_json, write_json
-from prefalign_jax.generation.sample_files import write_jsonl
+from prefalign_jax.generation.sample_files import answer_text, write_jsonl
 from prefalign_jax.judges.kinds import make_grader
 from prefalign_jax.judges.tournament import Grader
 from prefalign_jax.load_data import load_prompts
@@ -184,7 +185,7 @@ def _over_samples(experiment: Experiment, model_path: str, directory: Path, seed
     prompts = [Prompt(record.prompt, "", record.where, **told_by(record)) for record in records]
     template = experiment.config.data.chat_template
     responses, dated = _draw(experiment, model_path, template, prompts, seed)
-    pairs, left = put_over([[_spoken(record.chosen)] * how.per_prompt for record in records], responses)
+    pairs, left = put_over([[answer_text(record.chosen)] * how.per_prompt for record in records], responses)
     about = {"model": model_path, "seed": seed}
     rows = []
     for number, (_, worse) in pairs:
@@ -195,11 +196,6 @@ def _over_samples(experiment: Experiment, model_path: str, directory: Path, seed
     return Made(rows, len(prompts), dict(dropped + Counter(left)), dated)
 
 
-def _spoken(response: Text) -> str:
-    """What a response says, to be compared with a sample."""
-    return response if isinstance(response, str) else "\n".join(str(x.get("content") or "") for x in response)
-
-
 def _of_two(experiment: Experiment, model_path: str, directory: Path, seed: int) -> Made:
     """One model's k-th sample over another's; each has the chat template of its own tokenizer.
 
@@ -208,7 +204,9 @@ def _of_two(experiment: Experiment, model_path: str, directory: Path, seed: int)
     how = experiment.config.on_policy
     paths = split_names(how.policies)
     prompts = load_prompts(how.prompts, how.limit)
-    (better, first), (worse, second) = (_draw(experiment, path, None, prompts, seed) for path in paths)
+    seeds = seed, int(np.random.default_rng((seed, 1)).integers(2**31))  # one would make like models say like things
+    drawn = (_draw(experiment, path, None, prompts, own) for path, own in zip(paths, seeds, strict=True))
+    (better, first), (worse, second) = drawn
     pairs, dropped = put_over(better, worse)
     about = dict(zip(("model", "rejected_model"), paths, strict=True)) | {"seed": seed}
     rows = []
