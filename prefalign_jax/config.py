@@ -139,6 +139,9 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     c.data.ascii_quotes = False  # Replace curly quotes and dashes by ASCII, for vocabularies that lack them.
     c.data.train_on = "all"  # Which assistant messages of a response or a conversation are trained: all, or last.
     c.data.keep_end = False  # Train also on what the chat template writes after the end-of-turn token, as TRL's DPO.
+    # Train on what messages say alone, as Llama 3's DPO did: not on what the chat template writes around it (ends of
+    # turns, wrapping of calls), and of plain text not on its end.
+    c.data.mask_format = False
     c.data.layout = "tree"  # How a pair is packed: its prompt once (tree), or a copy for each response (ordinary).
     # Whether pairs with the same prompt come in one batch, which holds the prompt and each of their responses once.
     # None does so where it saves a third of the tokens.

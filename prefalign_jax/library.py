@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 # What `tokenize` takes of a config's `data`, and where the user finds some of the rest.
 OPTIONS = ("split", "limit", "format", "columns", "map_fn", "ignore", "clean", "cleaning")
-OPTIONS += ("flip_labels", "ascii_quotes", "train_on", "keep_end", "cache_dir")
+OPTIONS += ("flip_labels", "ascii_quotes", "train_on", "keep_end", "mask_format", "cache_dir")
 OPTIONS += CHAT_FIELDS
 ELSEWHERE = {
     "path": "it is the first argument",

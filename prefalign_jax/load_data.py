@@ -226,6 +226,7 @@ def tokenized_sources(
     if prints_date(tokenizer):
         chat = chat._replace(day=chat.day or datetime.date.today())
     options = dict(max_length=config.max_length, too_long=config.too_long, keep_end=data.keep_end, chat=chat)
+    options["mask_format"] = data.mask_format
     drawn = data.eval_fraction, data.flip_labels, data.eval_limit if data.eval_fraction else None
     path = None
     if data.cache_dir != "":

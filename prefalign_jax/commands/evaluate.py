@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 LENGTH = 1024  # tokens, where the models have as many positions
 FIELDS = ("too_long", "seed", "batch_size", "dtype")  # options that are fields of an experiment
-DATA_FIELDS = ("split", "format", "limit", "eval_fraction", "chat_template", "ascii_quotes", "train_on", "keep_end")
+DATA_FIELDS = ("split", "format", "limit", "eval_fraction", "chat_template", "ascii_quotes")
+DATA_FIELDS += ("train_on", "keep_end", "mask_format")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -81,6 +82,7 @@ def _parser() -> Parser:
     parser.add_truth("--ascii_quotes", help="curly quotes and dashes to ASCII, as data.ascii_quotes of the run")
     add("--train_on", default="all", help="assistant messages of a response that count: all (default), last")
     parser.add_truth("--keep_end", help="count what the template writes after the end of turn, as data.keep_end")
+    parser.add_truth("--mask_format", help="leave out what the template writes around messages, as data.mask_format")
     add("--batch_size", type=int, default=16, metavar="N", help="pairs at once (default: 16)")
     add("--dtype", default="float32", help="of activations: float32 (default) or bfloat16")
     return parser

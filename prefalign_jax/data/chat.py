@@ -7,6 +7,9 @@ A tokenizer may merge characters across the end of the prompt: ids(prompt) need 
 prompt is therefore the common prefix of both and of ids(prompt + rejected). Decoding prompt + response gives back the
 text, and both responses are predicted from the same last prompt token. The texts of a conversation always begin with
 the text of its prompt (data/rendering.py).
+
+Of a response of several messages what the assistant writes is trained, its ends of turn included; what tools and users
+say is read (data/turns.py). A token is trained if one of its characters is, as in transformers' masks.
 """
 
 from __future__ import annotations
@@ -25,8 +28,9 @@ from prefalign_jax.data.alphabet import Alphabet
 from prefalign_jax.data.records import Prompt, Record, Text, told_by
 from prefalign_jax.data.remarks import Remarks
 from prefalign_jax.data.rendering import Renderer
-from prefalign_jax.data.spelled import MARKS, SpecialTokens, Written, encoder, strings_of
+from prefalign_jax.data.spelled import MARKS, Places, SpecialTokens, Written, encoder, strings_of
 from prefalign_jax.data.template import AS_IT_IS, ChatOptions
+from prefalign_jax.data.turns import Stretch, Stretches
 from prefalign_jax.limits import time_limit
 from prefalign_jax.types import Pair, Place, UserError, one_line
 
@@ -112,6 +116,7 @@ def tokenize_records(
     max_length: int,
     too_long: str = "drop",
     keep_end: bool = False,
+    mask_format: bool = False,
     chat: ChatOptions = AS_IT_IS,
     remarks: Remarks | None = None,
 ) -> tuple[list[Pair], dict[str, int]]:
@@ -120,7 +125,8 @@ def tokenize_records(
     Returns:
       The pairs in the order of the records, and the number of records dropped for each reason.
     """
-    options = dict(max_length=max_length, too_long=too_long, keep_end=keep_end, chat=chat, remarks=remarks)
+    options = dict(max_length=max_length, too_long=too_long, keep_end=keep_end, mask_format=mask_format)
+    options |= dict(chat=chat, remarks=remarks)
     outcomes = [pair for _, pair in iter_pairs(records, tokenizer, **options)]
     reasons = [pair for pair in outcomes if isinstance(pair, str)]
     return [pair for pair in outcomes if not isinstance(pair, str)], dict(collections.Counter(reasons))
@@ -133,6 +139,7 @@ def iter_pairs(
     max_length: int,
     too_long: str = "drop",
     keep_end: bool = False,
+    mask_format: bool = False,
     chat: ChatOptions = AS_IT_IS,
     remarks: Remarks | None = None,
 ) -> Iterator[tuple[Record, Pair | str]]:
@@ -149,17 +156,20 @@ def iter_pairs(
       too_long: what becomes of a longer pair: 'drop'; 'truncate_prompt' on the left, after its BOS;
         'truncate_response' on the right, without EOS.
       keep_end: train also on what the template writes after its end of turn (often a newline), as TRL's DPO does.
+      mask_format: train on what the messages themselves say, not on what the template writes around it, such as ends
+        of turns; of plain text not on its end.
       chat: what the chat template is told and may leave out.
       remarks: gets what is noticed of records that are not dropped, as the iterator goes on.
 
     Returns:
       An iterator over (record, its pair) in the order of the records; where no pair is made of one, the reason in its
-      place: 'too long', 'identical responses', 'identical after truncation', 'no prompt', or 'end token inside the
-      response'.
+      place: 'too long', 'identical responses', 'identical after truncation', 'no prompt', 'no trained token', or 'end
+      token inside the response'. A group of more than two responses loses those alone to which a reason applies, as
+      long as two remain; `remarks` counts them.
 
     Raises:
       UserError: an option is invalid, or the chat template is missing, does not render a record, or leaves out a part
-        of it without leave.
+        of it without leave, or it cannot be told what the assistant writes.
     """
     if too_long not in TOO_LONG:
         raise UserError(f"too_long: expected one of {', '.join(TOO_LONG)}, found {too_long!r}")
@@ -169,26 +179,51 @@ def iter_pairs(
         raise UserError("the tokenizer has no end-of-sequence token, so no response would ever end")
     prefix = _prefix(tokenizer)
     eos, bos, special = tokenizer.eos_token_id, tokenizer.bos_token_id, _special_ids(tokenizer)
-    texts_of = _texts_of(tokenizer, chat, Remarks() if remarks is None else remarks)
+    remarks = Remarks() if remarks is None else remarks
+    texts_of = _texts_of(tokenizer, chat, remarks, keep_end=keep_end, mask_format=mask_format)
     encode = encoder(tokenizer, SpecialTokens(tokenizer))
 
-    def finished(batch: list[Record], texts_ids: Iterable[list[int]]) -> Iterator[tuple[Record, Pair | str]]:
-        encoded = iter(texts_ids)
+    def tokens_of(texts: Sequence[tuple[str, Stretches | None]]) -> list[_Tokens]:
+        plain = iter(encode([text for text, stretches in texts if stretches is None], False))
+        placed = iter(encode([text for text, stretches in texts if stretches is not None], True))
+        return [
+            _Tokens(next(plain)[0]) if stretches is None else _weighted(*next(placed), text, stretches, eos)
+            for text, stretches in texts
+        ]
+
+    def finished(batch: list[Record], tokens: Iterable[_Tokens]) -> Iterator[tuple[Record, Pair | str]]:
+        encoded = iter(tokens)
         for record in batch:
-            ids = [next(encoded) for _ in range(3 if record.rejected else 2)]
+            whole = [next(encoded) for _ in range(1 + len(record.responses))]
             chat = not isinstance(record.prompt, str)
-            if not chat and ids[1][: len(prefix)] != prefix:
-                ids = [prefix + x for x in ids]
-            n = len(os.path.commonprefix(ids))
-            responses = [_ended(x[n:], tokenizer, eos, special if chat else {eos}, keep_end) for x in ids[1:]]
-            if any(response.count(eos) > 1 for response in responses):
-                yield record, "end token inside the response"  # nothing may be trained after it
+            if not chat and whole[1].ids[: len(prefix)] != prefix:
+                whole = [one.after(prefix) for one in whole]
+            n = len(os.path.commonprefix([one.ids for one in whole]))
+            ends = special if chat else {eos}
+            responses = [_ended(one.rest(n), tokenizer, eos, ends, keep_end) for one in whole[1:]]
+            made = _fit(whole[1].ids[:n], responses, max_length, too_long, bos, eos)
+            if isinstance(made, str):
+                yield record, made
                 continue
-            pair = _fit(ids[1][:n], responses, max_length, too_long, bos)
-            if not isinstance(pair, str):
-                about = dict(weight=record.weight, margin=record.margin, label=record.label, where=record.where)
-                pair = Pair(*(np.asarray(x, np.int32) for x in pair), **about)
-            yield record, pair
+            for reason in made.dropped:
+                remarks.responses[reason] += 1
+            chosen, *others = (np.asarray(one.ids, np.int32) for one in made.responses)
+            weights = [one.weights for one in made.responses]
+            yield (
+                record,
+                Pair(
+                    np.asarray(made.prompt, np.int32),
+                    chosen,
+                    others[0] if others else np.zeros(0, np.int32),
+                    weight=record.weight,
+                    margin=record.margin,
+                    label=record.label,
+                    where=record.where,
+                    others=tuple(others[1:]),
+                    scores=tuple(record.scores[number] for number in made.numbers) if record.scores else (),
+                    token_weights=() if all(one is None for one in weights) else tuple(weights),
+                ),
+            )
 
     def pairs() -> Iterator[tuple[Record, Pair | str]]:
         # While the tokenizer's threads are at one batch the next is read and the one before is finished.
@@ -200,7 +235,7 @@ def iter_pairs(
                     for record in batch:
                         start_anew()
                         texts += texts_of(record)
-                job = pool.submit(encode, texts)
+                job = pool.submit(tokens_of, texts)
                 if waiting:
                     yield from finished(waiting[0], waiting[1].result())
                 waiting = batch, job
@@ -244,7 +279,7 @@ def tokenize_prompts(
         one = prompt if isinstance(prompt, Prompt) else Prompt(prompt, "", Place(f"prompt {number}"))
         with time_limit():
             texts = texts_of(Record(one.prompt, "", "", where=one.where, **told_by(one)))
-        (ids,) = encode(texts)
+        ((ids, _),) = encode([text for text, _ in texts], False)
         if isinstance(one.prompt, str) and ids[: len(prefix)] != prefix:
             ids = prefix + ids
         if not ids:
@@ -254,36 +289,113 @@ def tokenize_prompts(
 
 
 def _texts_of(
-    tokenizer: Tokenizer, chat: ChatOptions, remarks: Remarks, responses: bool = True
-) -> Callable[[Record], list[str]]:
-    """Record -> [prompt, prompt + chosen, prompt + rejected], the last only where there is a rejected response."""
-    render, alphabet, special = Renderer(tokenizer, chat), Alphabet(tokenizer), SpecialTokens(tokenizer)
+    tokenizer: Tokenizer,
+    chat: ChatOptions,
+    remarks: Remarks,
+    responses: bool = True,
+    *,
+    keep_end: bool = False,
+    mask_format: bool = False,
+) -> Callable[[Record], list[tuple[str, Stretches | None]]]:
+    """Record -> the texts of the prompt and of prompt + response for each response, with what is trained of them."""
+    render = Renderer(tokenizer, chat, keep_end=keep_end, mask_format=mask_format)
+    alphabet, special = Alphabet(tokenizer), SpecialTokens(tokenizer)
 
-    def texts_of(record: Record) -> list[str]:
+    def plain(record: Record) -> Iterator[tuple[str, Stretches | None]]:
+        start = len(record.prompt)
+        yield record.prompt, None
+        for side in record.responses if responses else ():
+            text = record.prompt + side
+            yield text, Stretches((Stretch(start, len(text)),), start, end=0.0) if mask_format else None
+
+    def texts_of(record: Record) -> list[tuple[str, Stretches | None]]:
         spelled = special.spelled(record)
         split = chat.split_special and bool(spelled)
         if isinstance(record.prompt, str):
-            sides = [record.chosen, record.rejected][: (2 if record.rejected else 1) if responses else 0]
-            texts = [record.prompt, *(record.prompt + side for side in sides)]
-            texts = list(map(Written, texts)) if split else texts
+            texts = list(plain(record))
+            texts = [(Written(text), stretches) for text, stretches in texts] if split else texts
         elif not tokenizer.chat_template:
             raise UserError(
                 f"{record.where}: the tokenizer has no chat template for messages; "
                 f"set data.chat_template to {', '.join(CHAT_TEMPLATES)} or a .jinja file"
             )
         else:
-            texts = render.texts(special.broken(record) if split else record, remarks, responses=responses)
-            texts = list(map(special.written, texts)) if split else texts
+            texts = render.rendered(special.broken(record) if split else record, remarks, responses=responses)
+            texts = [_written(special, *one) for one in texts] if split else texts
         remarks.spelled(spelled)
         if alphabet.whole:
             return texts
-        prompt, answers = (alphabet.lost(*strings_of(value)) for value in ([record.prompt, record.tools], record[1:3]))
+        asked, given = [record.prompt, record.tools], record.responses
+        prompt, answers = (alphabet.lost(*strings_of(value)) for value in (asked, given))
         remarks.lost(prompt, answers)
-        if not isinstance(record.prompt, str) and (template := alphabet.lost(*texts) - prompt - answers - MARKS):
-            remarks.say(f"the tokenizer loses characters of the chat template: {''.join(sorted(template))!r}")
+        if not isinstance(record.prompt, str):
+            of_template = alphabet.lost(*(text for text, _ in texts)) - prompt - answers - MARKS
+            if of_template:
+                remarks.say(f"the tokenizer loses characters of the chat template: {''.join(sorted(of_template))!r}")
         return texts
 
     return texts_of
+
+
+def _written(special: SpecialTokens, text: str, stretches: Stretches | None) -> tuple[str, Stretches | None]:
+    """`special.written` of a text and of what is trained of it."""
+    if stretches is None:
+        return special.written(text), None
+    bounds = sorted({0, len(text), stretches.last, *(at for part in stretches.parts for at in part[:2])})
+    pieces = [special.written(text[begin:end]) for begin, end in itertools.pairwise(bounds)]
+    moved = dict(zip(bounds, itertools.accumulate(map(len, pieces), initial=0), strict=True))
+    parts = tuple(Stretch(moved[begin], moved[end], weight) for begin, end, weight in stretches.parts)
+    return Written("".join(pieces)), Stretches(parts, moved[stretches.last], stretches.end)
+
+
+class _Tokens(NamedTuple):
+    """A text, or a response, in tokens.
+
+    Attributes:
+      ids: the tokens.
+      weights: by how much each counts; None where each counts once.
+      last: the number of the token with which its last message begins.
+      end: by how much an end-of-sequence token counts that is added.
+      broken: there is an end-of-sequence token inside what is trained before the last message.
+    """
+
+    ids: list[int]
+    weights: np.ndarray | None = None
+    last: int = 0
+    end: float = 1.0
+    broken: bool = False
+
+    def after(self, prefix: list[int]) -> _Tokens:
+        """With some tokens before it."""
+        weights = None if self.weights is None else np.concatenate([np.zeros(len(prefix), np.float32), self.weights])
+        return self._replace(ids=prefix + self.ids, weights=weights, last=self.last + len(prefix))
+
+    def rest(self, start: int) -> _Tokens:
+        """From a token on."""
+        weights = None if self.weights is None else self.weights[start:]
+        return self._replace(ids=self.ids[start:], weights=weights, last=max(self.last - start, 0))
+
+    def until(self, stop: int) -> _Tokens:
+        """Up to a token."""
+        return self._replace(ids=self.ids[:stop], weights=None if self.weights is None else self.weights[:stop])
+
+    def plain(self) -> _Tokens:
+        """Without weights where each counts once."""
+        return self._replace(weights=None) if self.weights is not None and np.all(self.weights == 1) else self
+
+
+def _weighted(ids: list[int], places: Places, text: str, stretches: Stretches, eos: int) -> _Tokens:
+    """The tokens of a text with stretches that are trained: each token that has a character in one of them."""
+    begins, ends = np.array(places, np.int64).reshape(-1, 2).T
+    weights, broken = np.zeros(len(ids), np.float32), False
+    is_eos = np.array(ids) == eos
+    for begin, end, weight in stretches.parts:
+        here = (ends > begin) & (begins < end)
+        weights[here] = np.maximum(weights[here], weight)
+        if end <= stretches.last and (stops := ends[here & is_eos]).size:
+            broken |= bool(text[stops[0] : end].strip())
+    last = int(np.searchsorted(begins, stretches.last))
+    return _Tokens(ids, weights, last, stretches.end, broken)
 
 
 def _prefix(tokenizer: Tokenizer) -> list[int]:
@@ -292,17 +404,22 @@ def _prefix(tokenizer: Tokenizer) -> list[int]:
     return wrapped[: wrapped.index(plain[0])]
 
 
-def _ended(response: list[int], tokenizer: Tokenizer, eos: int, ends: set[int], keep_end: bool) -> list[int]:
+def _ended(response: _Tokens, tokenizer: Tokenizer, eos: int, ends: set[int], keep_end: bool) -> _Tokens:
     """The response with one EOS at its end; if a token of `ends` is last but for whitespace, that whitespace is cut."""
-    last = next((i for i in reversed(range(len(response))) if response[i] in ends), None)
-    if last is None or tokenizer.decode(response[last + 1 :]).strip():
-        return [*response, eos]
-    body, end, tail = response[:last], response[last], response[last + 1 :]
-    while end == eos and body[-1:] == [eos]:
-        body = body[:-1]
-    if keep_end:
-        return [*body, end, *tail]
-    return [*body, end] if end == eos else [*body, end, eos]
+    ids = response.ids
+    last = next((i for i in reversed(range(len(ids))) if ids[i] in ends), None)
+    if last is None or tokenizer.decode(ids[last + 1 :]).strip():
+        body = last = stop = len(ids)
+        added = [eos]
+    else:
+        body, stop = last, len(ids) if keep_end else last + 1
+        while ids[last] == eos and ids[body - 1 : body] == [eos]:
+            body -= 1
+        added = [] if keep_end or ids[last] == eos else [eos]
+    weights = response.weights
+    if weights is not None:
+        weights = np.concatenate([weights[:body], weights[last:stop], np.float32([response.end] * len(added))])
+    return response._replace(ids=[*ids[:body], *ids[last:stop], *added], weights=weights)
 
 
 def _special_ids(tokenizer: Tokenizer) -> set[int]:
@@ -311,19 +428,43 @@ def _special_ids(tokenizer: Tokenizer) -> set[int]:
     return {*tokenizer.all_special_ids, *added} - {tokenizer.unk_token_id}
 
 
+class _Fitted(NamedTuple):
+    """A prompt and its responses within max_length: their numbers, and of a group the reasons of those dropped."""
+
+    prompt: list[int]
+    responses: list[_Tokens]
+    numbers: list[int]
+    dropped: list[str]
+
+
 def _fit(
-    prompt: list[int], responses: list[list[int]], max_length: int, too_long: str, bos: int | None
-) -> tuple[list[int], list[int], list[int]] | str:
-    """(prompt, chosen, rejected) within max_length, or the reason why there is no such pair."""
-    supervised = len(responses) == 1
-    if not supervised and responses[0] == responses[1]:
-        return "identical responses"
+    prompt: list[int], given: list[_Tokens], max_length: int, too_long: str, bos: int | None, eos: int
+) -> _Fitted | str:
+    """The responses that can be trained, or the reason why there is no such pair, or too few for a group."""
+    left, dropped = dict(enumerate(given)), []
+    least = min(len(given), 2)
+
+    def drop(number: int, reason: str) -> None:
+        del left[number]
+        dropped.append(reason)
+
+    def drop_repeated(reason: str) -> None:
+        for number in sorted(left, reverse=True):
+            if any(left[earlier].ids == left[number].ids for earlier in left if earlier < number):
+                drop(number, reason)
+
+    for number, one in enumerate(given):
+        if one.broken or one.ids[one.last :].count(eos) > 1:
+            drop(number, "end token inside the response")  # nothing may be trained after it
+    drop_repeated("identical responses")
+    if len(left) < least:
+        return dropped[0]
     if not prompt:
-        first = {response[0] for response in responses}
-        prompt, responses = [responses[0][0]], [response[1:] for response in responses]
-        if len(first) > 1 or not all(responses):
+        first = {one.ids[0] for one in left.values()}
+        prompt, left = next(iter(left.values())).ids[:1], {number: one.rest(1) for number, one in left.items()}
+        if len(first) > 1 or not all(one.ids for one in left.values()):
             return "no prompt"
-    longest = max(map(len, responses))
+    longest = max(len(one.ids) for one in left.values())
     if len(prompt) + longest > max_length:
         if too_long == "truncate_prompt":
             head = prompt[:1] if prompt[0] == bos else []
@@ -332,12 +473,16 @@ def _fit(
                 return "too long"
             prompt = head + prompt[-room:]
         elif too_long == "truncate_response" and len(prompt) < max_length:
-            responses = [response[: max_length - len(prompt)] for response in responses]
-            if not supervised and responses[0] == responses[1]:
-                return "identical after truncation"
+            left = {number: one.until(max_length - len(prompt)) for number, one in left.items()}
+            drop_repeated("identical after truncation")
         else:
-            return "too long"
-    return prompt, responses[0], [] if supervised else responses[1]
+            for number in [number for number, one in left.items() if len(prompt) + len(one.ids) > max_length]:
+                drop(number, "too long")
+    for number in [number for number, one in left.items() if one.weights is not None and not one.weights.any()]:
+        drop(number, "no trained token")
+    if len(left) < least or (dropped and len(given) <= 2):
+        return dropped[-1]
+    return _Fitted(prompt, [one.plain() for one in left.values()], list(left), dropped)
 
 
 def _template(name: str) -> ChatTemplate:

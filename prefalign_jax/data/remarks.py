@@ -23,6 +23,7 @@ class Remarks:
       characters: such a character -> records.
       special: records whose own text spells a special token.
       tokens: such a token -> records.
+      responses: of groups that stay, those that are dropped: reason -> responses.
     """
 
     left_out: collections.Counter = dataclasses.field(default_factory=collections.Counter)
@@ -33,6 +34,7 @@ class Remarks:
     characters: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     special: int = 0
     tokens: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    responses: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
     def as_json(self) -> dict[str, Any]:
         """What `from_json` takes."""
@@ -64,7 +66,8 @@ def from_json(about: Mapping[str, Any]) -> Remarks:
       >>> from_json(Remarks(special=1).as_json()) == Remarks(special=1)
       True
     """
-    counters = {name: collections.Counter(about[name]) for name in ("left_out", "rewritten", "characters", "tokens")}
+    names = ("left_out", "rewritten", "characters", "tokens", "responses")
+    counters = {name: collections.Counter(about[name]) for name in names}
     return Remarks(**{**about, **counters})
 
 
@@ -84,6 +87,8 @@ def lines(remarks: Remarks, split: bool = False) -> list[str]:
         out.append(f"the chat template leaves out {name} of {count} records")
     for name, count in remarks.rewritten.items():
         out.append(f"the chat template rewrites {name} of {count} records: the case, white space or characters differ")
+    for reason, count in remarks.responses.items():
+        out.append(f"{count} responses of groups are dropped: {reason}")
     if remarks.unencodable:
         which = _listed(remarks.characters)
         out.append(

@@ -14,7 +14,7 @@ import contextlib
 import functools
 import os.path
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefalign_jax.data import trials
@@ -25,17 +25,20 @@ from prefalign_jax.data.shapes import (
     Frame,
     Part,
     Tools,
+    bare,
     frame_of,
     has_marks,
     mark,
     marked,
     parts_of,
+    places,
     unmarked,
     values_of,
     with_values,
 )
 from prefalign_jax.data.template import AS_IT_IS, MAY_DROP, ChatOptions, Template, as_json
 from prefalign_jax.data.trials import LeftOut, left_out
+from prefalign_jax.data.turns import Closing, Render, Stretch, Stretches, Turn, Unclear, turns_in
 from prefalign_jax.limits import time_limit
 from prefalign_jax.types import UserError, one_line
 
@@ -62,6 +65,7 @@ class Form(NamedTuple):
       lead: in the second case, how much of the response stands before its first part.
       meeting: what is said of that.
       next_turn: what the template writes after the end of the response.
+      key: under which it is kept.
     """
 
     parts: tuple[Part, ...]
@@ -72,6 +76,7 @@ class Form(NamedTuple):
     lead: int = 0
     meeting: str = ""
     next_turn: str = ""
+    key: Any = None
 
     def fits(self, values: Sequence[Any], text: str) -> bool:
         """Whether a row's text is what the frame makes of its parts."""
@@ -113,26 +118,47 @@ class Renderer:
     Args:
       tokenizer: a Hugging Face tokenizer.
       options: see `ChatOptions`.
+      keep_end: white space after an end of turn belongs to the turn.
+      mask_format: of what the assistant writes, the template's own is not trained: ends of turns, what wraps calls.
     """
 
-    def __init__(self, tokenizer: Tokenizer, options: ChatOptions = AS_IT_IS):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        options: ChatOptions = AS_IT_IS,
+        *,
+        keep_end: bool = False,
+        mask_format: bool = False,
+    ):
         self._template = Template(tokenizer, options)
         self._may_drop = options.may_drop
         self._eos = tokenizer.eos_token
+        self._keep_end, self._mask_format = keep_end, mask_format
         self._forms: dict[Any, Form] = {}
+        self._turns: dict[Any, list[Turn] | Unclear] = {}
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
 
     def texts(self, record: Record, remarks: Remarks, *, responses: bool = True) -> list[str]:
-        """[prompt, prompt + chosen, prompt + rejected], the last only where there is a rejected response.
+        """[prompt, prompt + chosen, prompt + rejected, ...], without what is trained; see `rendered`."""
+        return [text for text, _ in self.rendered(record, remarks, responses=responses)]
+
+    def rendered(
+        self, record: Record, remarks: Remarks, *, responses: bool = True
+    ) -> list[tuple[str, Stretches | None]]:
+        """The prompt, and prompt + response for each of the responses, with what is trained of them.
 
         Args:
           record: of messages.
           remarks: what is left out with leave, or contradictory, is added.
           responses: False gives the prompt alone.
 
+        Returns:
+          (text, stretches) of each; None where everything after the prompt is trained alike.
+
         Raises:
-          UserError: the template does not render the record, or it leaves out a part without leave.
+          UserError: the template does not render the record, it leaves out a part without leave, or it cannot be told
+            what the assistant writes.
         """
         prompt, tools, kwargs = record.prompt, record.tools, dict(record.chat_template_kwargs)
         continued = bool(prompt) and prompt[-1]["role"] == "assistant"
@@ -149,12 +175,14 @@ class Renderer:
             whole = conversation(prompt, True)
             start = whole.text
             rewritten: set[str] = set()
-            texts, lost = [start], [("prompt", self._checked(whole, rewritten)[1])]
-            for side in ("chosen", "rejected")[: (2 if record.rejected else 1) if responses else 0]:
-                whole = conversation(joined(prompt, getattr(record, side)), False)
+            sides, lost = [], [("prompt", self._checked(whole, rewritten)[1])]
+            for number, given in enumerate(record.responses if responses else ()):
+                messages, weights = weighed(given)
+                whole = conversation(joined(prompt, messages), False)
                 form, gone = self._checked(whole, rewritten)
+                side = ("chosen", "rejected")[number] if number < 2 else f"others[{number - 2}]"
                 lost.append((side, gone))
-                texts.append(start + self._response(whole, form, start, remarks))
+                sides.append((side, whole, form, weights, self._response(whole, form, start, remarks)))
         except UserError:
             raise
         except Exception as error:  # a template raises whatever it likes
@@ -164,6 +192,18 @@ class Renderer:
         if rewritten or names or unread:
             remarks.rewritten.update(rewritten)
             remarks.left_out.update(names | {f"{name!r} of chat_template_kwargs" for name in unread})
+        texts: list[tuple[str, Stretches | None]] = [(start, None)]
+        for side, whole, form, weights, (at, own) in sides:
+            try:
+                stretches = self._stretches(whole, form, weights, at, len(own), len(start))
+            except Unclear as error:
+                instead = "set another data.chat_template"
+                instead += "" if record.rejected else ", or data.train_on=last, which trains the last answer alone"
+                raise UserError(
+                    f"{record.where}: {side}: what the assistant writes cannot be told from the rest, as the chat "
+                    f"template {one_line(error)}; {instead}"
+                ) from None
+            texts.append((start + own, stretches))
         return texts
 
     def _allowed(self, record: Record, lost: Sequence[tuple[str, Sequence[LeftOut]]], before: int) -> set[str]:
@@ -236,7 +276,7 @@ class Renderer:
             key = (key, as_json([whole.values[number] for number in opaque]))
         form = self._forms.get(key)
         if form is None:
-            form = self._forms[key] = self._learnt(whole, opaque)
+            form = self._forms[key] = self._learnt(whole, opaque)._replace(key=key)
         return form
 
     def _learnt(self, whole: Conversation, opaque: Sequence[int]) -> Form:
@@ -245,9 +285,7 @@ class Renderer:
         parts_here = list(parts_of(messages, tools))
         parts = tuple(part for part, _ in parts_here)
         render = functools.partial(self._render, kwargs=kwargs)
-        values = marked(parts_here)
-        for number in opaque:
-            values[number] = parts_here[number][1]
+        values = _marks_for(parts_here, opaque)
         try:
             with_marks, marked_tools = with_values(messages, tools, values)
             text = render(with_marks, marked_tools, asked=asked)
@@ -304,7 +342,12 @@ class Renderer:
         reopened, lead, meeting = 0, 0, ""
         if not text.startswith(start):
             given = self._render([*prompt, answer], tools, kwargs).partition(mark(count))[0]
-            common = len(os.path.commonprefix([start, given, text]))
+            earlier = given
+            if len(messages) > before + 1:  # the answer is not the last turn
+                with contextlib.suppress(Exception):  # not every template takes another turn of the user
+                    longer = self._render([*prompt, answer, {"role": "user", "content": "x"}], tools, kwargs)
+                    earlier = longer.partition(mark(count))[0]
+            common = len(os.path.commonprefix([start, given, earlier, text]))
             if has_marks(start[common:]):
                 asked_last, given_last = (one[one.rfind(CLOSE) + 1 :] for one in (start, given))
                 reopened, lead = -1, len(given_last.removeprefix(asked_last)) % len(given_last or " ")
@@ -337,26 +380,25 @@ class Renderer:
             return 0
         return len(tail) - len(tail[match.end() :].lstrip())
 
-    def _response(self, whole: Conversation, form: Form, start: str, remarks: Remarks) -> str:
-        """What follows the prompt in a conversation, up to the response's own end."""
-        text = whole.text
-        if text.startswith(start):
-            own = text[len(start) :]
-        else:
-            at = len(start) - form.reopened
+    def _response(self, whole: Conversation, form: Form, start: str, remarks: Remarks) -> tuple[int, str]:
+        """(where in a conversation its response begins, the response up to its own end)."""
+        text, at = whole.text, len(start)
+        if not text.startswith(start):
+            at -= form.reopened
             if form.reopened > 0 and text.startswith(start[:at]):
-                own, opened = text[at:], start[at:].strip()
-                own = own.removeprefix(opened)  # the response opens by itself what the prompt has opened
+                opened = start[at:].strip()
+                at += len(opened) * text.startswith(opened, at)  # it opens by itself what the prompt has opened
             else:
-                own = text[self._begin(whole, form, start) :]
+                at = self._begin(whole, form, start)
             remarks.say(form.meeting or _DIFFERENT)
+        own = text[at:]
         if form.next_turn and own.endswith(form.next_turn):
             own = own[: -len(form.next_turn)]
             remarks.say(
                 f"the chat template writes {form.next_turn!r} after the last answer though no other is asked for; "
                 "responses end before it"
             )
-        return own
+        return at, own
 
     def _begin(self, whole: Conversation, form: Form, start: str) -> int:
         """Where the response begins in a text that does not begin with its prompt's: at its first part."""
@@ -366,13 +408,169 @@ class Renderer:
                 return at - form.lead
         return len(os.path.commonprefix([start, whole.text]))
 
+    # What is trained.
+
+    def _stretches(
+        self, whole: Conversation, form: Form, weights: Sequence[float], at: int, length: int, start: int
+    ) -> Stretches | None:
+        """What is trained of the text of a prompt and a response; None for all that follows the prompt.
+
+        Args:
+          whole, form: the conversation.
+          weights: of the messages of the response; () where each counts once.
+          at, length: where in the conversation's text the response begins, and how long it is.
+          start: how long the prompt's text is.
+
+        Raises:
+          Unclear: it cannot be told.
+        """
+        first, last = whole.before, len(whole.messages) - 1
+        if first == last and not weights and not self._mask_format:
+            return None
+        weights = weights or (1.0,) * (last + 1 - first)
+        answered = whole.messages[last]["role"] == "assistant"
+        turns = self._turns_of(whole, form) if first < last else [Turn(first, at, at + length)] * answered
+        latest = at + length
+        if turns and turns[-1].number == last:  # as the response ends, not as the template says
+            turns[-1] = turns[-1]._replace(end=latest)
+            latest = max(at, min(turn.begin for turn in turns if turn.number == last))
+        if self._mask_format:
+            turns = self._said(whole, form, turns)
+        parts = []
+        for number, begin, end in turns:
+            begin, end = max(begin, at), min(end, at + length)
+            if weights[number - first] and begin < end:
+                parts.append(Stretch(begin - at + start, end - at + start, weights[number - first]))
+        end_weight = weights[-1] if answered and not self._mask_format else 0.0
+        return Stretches(tuple(parts), latest - at + start, end_weight)
+
+    def _turns_of(self, whole: Conversation, form: Form) -> list[Turn]:
+        """The turns of the assistant in the text of a conversation whose response has several messages."""
+        if not form.fits(whole.values, whole.text):
+            *marks, places = self._marked_row(whole)
+            turns = self._found(whole, form, *marks)
+            return [Turn(number, places(begin), places(end)) for number, begin, end in turns]
+        turns = self._turns.get(form.key)
+        if turns is None:
+            try:
+                turns = self._found(whole, form, *self._marked_shape(whole, form))
+            except Unclear as error:
+                turns = error
+            self._turns[form.key] = turns
+        if isinstance(turns, Unclear):
+            raise turns
+        return form.frame.placed(turns, whole.values, whole.text)
+
+    def _found(
+        self, whole: Conversation, form: Form, text: str, messages: Messages, owners: Mapping[int, int], render: Render
+    ) -> list[Turn]:
+        closing = Closing(self._eos, self._special, form.next_turn, self._keep_end)
+        generated = self._template.tells_generated(bool(whole.tools))
+        return turns_in(text, messages, whole.before, owners, render, closing, generated=generated)
+
+    def _marked_shape(self, whole: Conversation, form: Form) -> tuple[str, Messages, dict[int, int], Render]:
+        """(a text with marks in place of the parts, its messages, to which of them a mark belongs, how to render)."""
+        opaque = form.frame.opaque
+        values = _marks_for(list(parts_of(whole.messages, whole.tools)), opaque)
+        messages, tools = with_values(whole.messages, whole.tools, values)
+
+        def render(messages: Messages, **how: bool) -> str:
+            text = self._render(messages, tools, whole.kwargs, anew=True, **how)
+            return frame_of(text, values, opaque).marked
+
+        return form.frame.marked, messages, {n: part.turn for n, part in enumerate(form.parts)}, render
+
+    def _marked_row(self, whole: Conversation) -> tuple[str, Messages, dict[int, int], Render, Callable[[int], int]]:
+        """The same for a row whose text is not what its shape's frame makes of it, with marks around what is said.
+
+        The last is the place in the row's text of one in the text with marks.
+        """
+        parts = list(parts_of(whole.messages, whole.tools))
+        answers = [message["role"] == "assistant" for message in whole.messages]
+
+        def with_marks(number: int, part: Part, value: Any, where: Sequence[int]) -> Any:
+            marks_it = part.name and part.turn >= whole.before and answers[part.turn] and isinstance(value, str)
+            return _around(value, number, where) if marks_it else value
+
+        owners = {2 * n + after: part.turn for n, (part, _) in enumerate(parts) for after in (0, 1)}
+        for where in ((0, 1), (1,), ()):  # a template may look at how a text begins, or ends
+            values = [with_marks(number, *part, where) for number, part in enumerate(parts)]
+            messages, tools = with_values(whole.messages, whole.tools, values)
+            render = functools.partial(_render_with, self._render, tools, whole.kwargs)
+            try:
+                text = self._render(messages, tools, whole.kwargs)
+            except Exception:  # it looked
+                continue
+            if bare(text) == whole.text and not has_marks(bare(text)):
+                return text, messages, owners, render, lambda place, text=text: len(bare(text[:place]))
+        raise Unclear("looks at what the messages say")
+
+    def _said(self, whole: Conversation, form: Form, turns: Sequence[Turn]) -> list[Turn]:
+        """Of the turns what the messages themselves say, without what the template writes around it."""
+        first = whole.before
+        if form.fits(whole.values, whole.text):
+            said = form.frame.spans(whole.values, whole.text)
+            said = [Turn(form.parts[n].turn, *span) for n, span in said]
+            hidden = [form.parts[n].turn for n in form.frame.opaque]
+        else:
+            text, _, owners, _, place = self._marked_row(whole)
+            ends = {number: place(at) for number, at in places(text)}
+            said = [Turn(owners[n], ends[n], ends[n + 1]) for n in ends if n % 2 == 0 and n + 1 in ends]
+            parts = enumerate(part for part, _ in parts_of(whole.messages, whole.tools))
+            hidden = [part.turn for n, part in parts if part.name and not {2 * n, 2 * n + 1} <= ends.keys()]
+        written = {turn.number for turn in turns}
+        if lost := sorted(written.intersection(hidden)):
+            raise Unclear(f"writes parts of message {lost[0] - first} of it in a way of its own (data.mask_format)")
+        return [
+            Turn(number, max(begin, turn.begin), min(end, turn.end))
+            for turn in turns
+            for number, begin, end in said
+            if number == turn.number and begin < turn.end and turn.begin < end
+        ]
+
+
+def _render_with(
+    render: Callable[..., str], tools: Tools, kwargs: Mapping[str, Any], messages: Messages, **how: bool
+) -> str:
+    return render(messages, tools, kwargs, anew=True, **how)
+
+
+def _marks_for(parts: Sequence[tuple[Part, Any]], opaque: Sequence[int]) -> list[Any]:
+    """Marks in place of parts, but for those that are opaque."""
+    values = marked(parts)
+    for number in opaque:
+        values[number] = parts[number][1]
+    return values
+
+
+def _around(value: str, number: int, where: Sequence[int]) -> str:
+    """A text with marks at its first and at its last character that is no white space."""
+    said = value.strip()
+    before, after = value[: len(value) - len(value.lstrip())], value[len(value.rstrip()) :]
+    begin, end = (mark(2 * number + n) if n in where else "" for n in (0, 1))
+    return before + begin + said + end + after
+
+
+def weighed(response: Messages) -> tuple[Messages, tuple[float, ...]]:
+    """(the messages of a response without their weights, the weights; () where each counts once).
+
+    Example:
+      >>> weighed([{"role": "assistant", "content": "Hi", "weight": 0.5}])
+      ([{'role': 'assistant', 'content': 'Hi'}], (0.5,))
+    """
+    weights = tuple(float(message.get("weight", 1.0)) for message in response)
+    if all("weight" not in message for message in response):
+        return response, ()
+    plain = [{name: value for name, value in message.items() if name != "weight"} for message in response]
+    return plain, weights if any(weight != 1 for weight in weights) else ()
+
 
 def joined(prompt: Messages, response: Messages) -> Messages:
     """Prompt and response as one conversation; a prompt that ends with an assistant message is continued."""
     if not prompt or prompt[-1]["role"] != "assistant":
         return prompt + response
     *before, begun = prompt
-    return [*before, {**begun, "content": begun["content"] + response[0]["content"]}, *response[1:]]
+    return [*before, {**begun, **response[0], "content": begun["content"] + response[0]["content"]}, *response[1:]]
 
 
 def _called(part: Part, before: int) -> str:

@@ -12,6 +12,7 @@ row's own text, or the template looks at what they say, and the row is tried by 
 
 from __future__ import annotations
 
+import bisect
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -129,6 +130,11 @@ def places(text: str) -> Iterator[tuple[int, int]]:
     return ((int(one[1]), one.start()) for one in _MARK.finditer(text))
 
 
+def bare(text: str) -> str:
+    """A text without its marks."""
+    return _MARK.sub("", text)
+
+
 def unmarked(text: str) -> str:
     """A text with marks for people."""
     return _MARK.sub("...", text)
@@ -196,6 +202,37 @@ class Frame(NamedTuple):
             value = values[number]
             out += (value if isinstance(value, str) else self.dumps[number](value), text)
         return "".join(out)
+
+    @property
+    def marked(self) -> str:
+        """The text with marks."""
+        marks = (mark(number) + text for number, text in zip(self.order, self.texts[1:], strict=True))
+        return "".join((self.texts[0], *marks))
+
+    def bases(self, values: Sequence[Any], text: str) -> list[int] | None:
+        """Where in a row's text each of `texts` begins; None where the frame does not fit."""
+        starts = self.starts(values, text)
+        if starts is None:
+            return None
+        ends = [*starts[1:], len(text)][: len(starts)]
+        return [0, *(end - len(one) for end, one in zip(ends, self.texts[1:], strict=True))]
+
+    def spans(self, values: Sequence[Any], text: str) -> list[tuple[int, tuple[int, int]]]:
+        """(number, (begin, end)) of each part in a row's text that the frame fits."""
+        ends = self.bases(values, text)[1:]
+        return list(zip(self.order, zip(self.starts(values, text), ends, strict=True), strict=True))
+
+    def placed(self, turns: Sequence[Any], values: Sequence[Any], text: str) -> list[Any]:
+        """Stretches of `marked`, tuples with `begin` and `end`, as they lie in a row's text that the frame fits."""
+        bases, bounds = self.bases(values, text), [0]
+        for number, one in zip(self.order, self.texts, strict=False):
+            bounds.append(bounds[-1] + len(one) + len(mark(number)))
+
+        def place(at: int) -> int:
+            piece = bisect.bisect_right(bounds, at) - 1
+            return bases[piece] + at - bounds[piece]
+
+        return [turn._replace(begin=place(turn.begin), end=place(turn.end)) for turn in turns]
 
     def starts(self, values: Sequence[Any], text: str) -> list[int] | None:
         """Where in a row's text its parts begin, in `order`; None where the frame does not fit.

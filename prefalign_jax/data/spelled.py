@@ -22,14 +22,10 @@ if TYPE_CHECKING:
 _BREAK, _OURS = "\ufdd2", "\ufdd3"
 MARKS = frozenset((_BREAK, _OURS))
 
-_WRITTEN = (
-    "prompt",
-    "chosen",
-    "rejected",
-    "others",
-    "tools",
-    "chat_template_kwargs",
-)  # what of a record may be in its text
+# What of a record may be in its text.
+_WRITTEN = ("prompt", "chosen", "rejected", "others", "tools", "chat_template_kwargs")
+
+Places = Sequence[tuple[int, int]]  # of tokens in a text: (begin, end) in characters
 
 
 class Written(str):
@@ -75,8 +71,12 @@ class SpecialTokens:
         """A text that was rendered of a broken record."""
         return Written(self._pattern.sub(lambda match: _OURS + match[0] + _OURS, text).replace(_BREAK, ""))
 
-    def encode(self, texts: Sequence[Written]) -> list[list[int]]:
-        """Ids of such texts, without the special tokens that a tokenizer adds.
+    def encode(self, texts: Sequence[Written], placed: bool = False) -> list[tuple[list[int], Places]]:
+        """(ids, places) of such texts, without the special tokens that a tokenizer adds.
+
+        Args:
+          texts: from `written`.
+          placed: where each token begins and ends in its text is wanted too.
 
         Raises:
           UserError: this is a tokenizer without the parts that it takes.
@@ -84,8 +84,9 @@ class SpecialTokens:
         if self._aliased is None:
             self._aliased = _aliased(self._tokenizer)
         backend, ids = self._aliased
-        encoded = backend.encode_batch_fast([str(text) for text in texts], add_special_tokens=False)
-        return [[ids.get(one, one) for one in each.ids] for each in encoded]
+        encode = backend.encode_batch if placed else backend.encode_batch_fast
+        encoded = encode([str(text) for text in texts], add_special_tokens=False)
+        return [([ids.get(one, one) for one in each.ids], each.offsets if placed else ()) for each in encoded]
 
 
 def strings_of(value: Any) -> list[str]:
@@ -127,10 +128,13 @@ def _aliased(tokenizer: Tokenizer) -> tuple[Any, dict[int, int]]:
     return copy, {copy.token_to_id(alias): number for alias, number in spelled.items()}
 
 
-def encoder(tokenizer: Tokenizer, special: SpecialTokens) -> Callable[[list[str]], list[list[int]]]:
-    """Texts -> their ids without special tokens, in as many threads as there are processors.
+def encoder(
+    tokenizer: Tokenizer, special: SpecialTokens
+) -> Callable[[Sequence[str], bool], list[tuple[list[int], Places]]]:
+    """(texts, placed) -> (ids without special tokens, places) of each, in as many threads as there are processors.
 
-    A template writes its own special tokens, and of text we know better where BOS and EOS belong.
+    A template writes its own special tokens, and of text we know better where BOS and EOS belong. Places are where each
+    token begins and ends in its text, in characters; they are empty unless `placed`, because they take time.
 
     Args:
       tokenizer: a Hugging Face tokenizer.
@@ -138,19 +142,27 @@ def encoder(tokenizer: Tokenizer, special: SpecialTokens) -> Callable[[list[str]
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
 
-    def plain(texts: list[str]) -> list[list[int]]:
+    def plain(texts: Sequence[str], placed: bool) -> list[tuple[list[int], Places]]:
+        if backend is None and placed:
+            raise UserError(
+                "a response of several messages, weights of messages and data.mask_format need a tokenizer with a "
+                "tokenizer.json, which says where its tokens lie; this one has none"
+            )
         if backend is None:
-            return tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
-        return [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
+            return [(ids, ()) for ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids]
+        if placed:
+            return [(one.ids, one.offsets) for one in backend.encode_batch(texts, add_special_tokens=False)]
+        return [(one.ids, ()) for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     if backend is not None:
         tokenizer("")  # leaves the backend without truncation and padding
 
-    def encode(texts: list[str]) -> list[list[int]]:
+    def encode(texts: Sequence[str], placed: bool = False) -> list[tuple[list[int], Places]]:
         written = [text for text in texts if isinstance(text, Written)]
         if not written:
-            return plain(texts)
-        ours, others = iter(special.encode(written)), iter(plain([t for t in texts if not isinstance(t, Written)]))
+            return plain(texts, placed) if texts else []
+        others = iter(plain([t for t in texts if not isinstance(t, Written)], placed))
+        ours = iter(special.encode(written, placed))
         return [next(ours if isinstance(text, Written) else others) for text in texts]
 
     return encode

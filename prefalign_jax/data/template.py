@@ -30,6 +30,9 @@ SPECIAL_IN_TEXT = {"keep": "control tokens", "split": "text"}  # what special to
 _OURS = """add_generation_prompt chat_template continue_final_message conversation max_length messages padding
     return_assistant_tokens_mask return_dict return_tensors sanitize_control_tokens tokenize tokenizer_kwargs tools
     truncation""".split()
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+# No text has these characters: they are reserved for what a program does with text inside.
+BEGIN, END = "\ufdd4", "\ufdd5"  # stand around what a template says is generated
 _DATE = "%d %b %Y"  # of `date_string`, as the templates that know it write it
 _DIRECTIVES = "aAbBdHIjmMpSUwWyYxXcZz"  # of strftime
 
@@ -150,6 +153,8 @@ class Template:
         kwargs: Mapping[str, Any] | None = None,
         *,
         asked: bool = False,
+        anew: bool = False,
+        generated: bool = False,
     ) -> str:
         """The text of a conversation; some templates take the arguments of calls as objects, some as JSON text.
 
@@ -157,31 +162,60 @@ class Template:
           messages, tools: the conversation; arguments are objects.
           kwargs: what a row tells the template.
           asked: up to where an answer, or the rest of a last message of the assistant, begins.
+          anew: then an answer begins after a last message of the assistant too.
+          generated: with a BEGIN and an END around what stands between its `{% generation %}` and
+            `{% endgeneration %}`.
 
         Raises:
           Exception: whatever the template raises.
         """
+        continued = asked and not anew and messages[-1]["role"] == "assistant"
+        how = dict(asked=asked, continued=continued, generated=generated)
         calls = [call.get("function", call) for message in messages for call in message.get("tool_calls", ())]
         given = [call["arguments"] for call in calls if call.get("arguments")]
         if not given or self._arguments_as_text is False:
-            return self._rendered(messages, tools, kwargs, asked)
+            return self._rendered(messages, tools, kwargs, **how)
         if self._arguments_as_text:
-            return self._rendered(_with_text_arguments(messages), tools, kwargs, asked)
+            return self._rendered(_with_text_arguments(messages), tools, kwargs, **how)
         # The one is tried, then the other: text where objects raise, or are printed as Python writes them.
         text, error = "", None
         try:
-            text = self._rendered(messages, tools, kwargs, asked)
+            text = self._rendered(messages, tools, kwargs, **how)
             self._arguments_as_text = any(str(one) in text and str(one) != as_json(one) for one in given)
         except Exception as first:  # a template raises whatever it likes
             error, self._arguments_as_text = first, True
         if self._arguments_as_text:
             try:
-                return self._rendered(_with_text_arguments(messages), tools, kwargs, asked)
+                return self._rendered(_with_text_arguments(messages), tools, kwargs, **how)
             except Exception:
                 self._arguments_as_text = False if error is None else None
                 if error is not None:
                     raise error from None
         return text
+
+    def _with_generated(
+        self,
+        source: str,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+        kwargs: Mapping[str, Any],
+    ) -> str:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        (text,), (generated,) = render_jinja_template(
+            [list(messages)],
+            tools=list(tools) or None,
+            chat_template=source,
+            return_assistant_tokens_mask=True,
+            **{**self._tokenizer.special_tokens_map, **kwargs},
+        )
+        for begin, end in reversed(generated):  # from the end, so that places stay what they are
+            text = text[:begin] + BEGIN + text[begin:end] + END + text[end:]
+        return text
+
+    def tells_generated(self, tools: bool = False) -> bool:
+        """Whether the template, the one for conversations with or without tools, marks what a model generates."""
+        return _GENERATION.search(self._source(tools)) is not None
 
     def reads(self, name: str, tools: bool = False) -> bool:
         """Whether a variable of this name stands in the template, the one for conversations with or without tools."""
@@ -192,10 +226,14 @@ class Template:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]],
         kwargs: Mapping[str, Any] | None,
+        *,
         asked: bool,
+        continued: bool,
+        generated: bool,
     ) -> str:
-        continued = asked and messages[-1]["role"] == "assistant"
         source = self._source(bool(tools))
+        if generated:
+            return self._with_generated(source, messages, tools, {**self._kwargs, **(kwargs or {})})
         return self._tokenizer.apply_chat_template(
             list(messages),
             chat_template=source,

@@ -162,6 +162,7 @@ def held_out_pairs(
         records = [ascii_quotes(record) for record in records]
     remarks = Remarks()
     how = dict(max_length=config.max_length, too_long=config.too_long, keep_end=data.keep_end, chat=experiment.chat)
+    how["mask_format"] = data.mask_format
     pairs, counts = tokenize_records(records, tokenizer, **how, remarks=remarks)
     dropped = {reason: dropped.get(reason, 0) + counts.get(reason, 0) for reason in {**dropped, **counts}}
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"

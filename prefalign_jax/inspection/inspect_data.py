@@ -66,7 +66,7 @@ def inspect(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     records = list(source_records(sources, experiment, counts, experiment.cleaning, loses=loses))
     records = [record for record in records if not record.held_out]
     how = dict(max_length=config.max_length, too_long=config.too_long, keep_end=config.data.keep_end)
-    how |= dict(chat=experiment.chat)
+    how |= dict(mask_format=config.data.mask_format, chat=experiment.chat)
     if {stage.name for stage in data.stages["training"]} & set(LATER):
         kept = {(pair.where, pair.label) for pair in data.training}
         tokenized = {
