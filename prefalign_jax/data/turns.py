@@ -162,7 +162,10 @@ def turns_in(
         if number > first:
             begin = begin_of(number)
         if number + 1 < len(messages):
-            end = _end(text, owners, number, begin, shown(messages[: number + 1]), closing)
+            closed = shown(messages[: number + 1])
+            end = _end(text, owners, number, begin, closed, closing)
+            if number == first and _before(text, owners, first) > _before(closed, owners, first):
+                raise Unclear("writes other messages before it")
         turns.append(Turn(number, begin, end))
     if any(one.end > other.begin for one, other in itertools.pairwise(turns)):
         raise Unclear("writes the turns of the assistant in another order")
@@ -185,6 +188,11 @@ def _own(marks: Sequence[_Mark], owners: Mapping[int, int], number: int) -> rang
     if own and own != list(range(own[0], own[-1] + 1)):
         raise Unclear("writes a message in several places")
     return range(own[0], own[-1] + 1) if own else range(0)
+
+
+def _before(text: str, owners: Mapping[int, int], number: int) -> int:
+    """How much stands before the first mark of a message; 0 where it has none."""
+    return next((one.begin for one in _marks(text) if owners.get(one.number) == number), 0)
 
 
 def _begin(text: str, owners: Mapping[int, int], number: int, asked: str, headers: Callable[[], Iterable[str]]) -> int:
