@@ -17,7 +17,7 @@ from prefalign_jax.types import UserError
 from published_rows import assistant, user
 from test_fields import KINDS, ROWS, TEMPLATE
 
-KEPT = ("prompt", "chosen", "rejected", "weight", "label", "tools", "chat_template_kwargs")
+KEPT = ("prompt", "chosen", "rejected", "others", "scores", "weight", "label", "tools", "chat_template_kwargs")
 DEEP = json.loads("[" * 500 + "]" * 500)
 ODD = [
     None,
@@ -126,13 +126,17 @@ def strings(value):
 def as_row(record):
     """The record in the common format; tools and arguments as JSON, whose nulls are somebody's and stay."""
     row = copy.deepcopy({name: getattr(record, name) for name in KEPT})
-    for part in (row["prompt"], row["chosen"], row["rejected"]):
+    row["responses"] = [row["chosen"], row["rejected"], *row.pop("others")]
+    for part in (row["prompt"], *row["responses"]):
         for message in part if isinstance(part, list) else ():
             for call in message.get("tool_calls", ()):
                 place = call.get("function", call)
                 if "arguments" in place:
                     place["arguments"] = json.dumps(place["arguments"])
     row |= {"tools": json.dumps(row["tools"]), "chat_template_kwargs": dict(record.chat_template_kwargs)}
+    if record.scores:
+        return {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
+    del row["responses"], row["scores"]
     if not record.rejected:
         del row["rejected"]
         row["completion"] = row.pop("chosen")
@@ -157,14 +161,14 @@ def test_damaged_rows_are_read_as_they_stand_or_answered_in_one_line(count, tiny
         written = "\0".join(strings(row)) + "\0" + "\0".join(map(repr, strings(row)))
         for record in records:
             assert 0 < record.weight < math.inf and not record.margin < 0
-            for text in strings([record.prompt, record.chosen, record.rejected]):
+            for text in strings([record.prompt, *record.responses]):
                 known = {"user", "assistant", "system", "tool", "developer", "function"}
                 pieces = [piece for piece in text.split("\n\n") if piece.strip()] if text not in known else []
                 for piece in pieces:
                     at_hand = piece in written or json.dumps(piece)[1:-1] in written or piece.strip() in written
                     assert at_hand or piece.startswith(("SUBREDDIT", "TITLE", "POST", "TL;DR", "Article")), (row, piece)
             again = {"responses": ("completion",)} if not record.rejected else {}
-            again |= {"unpaired": True} if kind.get("unpaired") else {}
+            again |= {name: True for name in ("unpaired", "groups") if kind.get(name)}
             row_again = as_row(record)
             if not kind.get("unpaired"):
                 del row_again["label"]

@@ -33,6 +33,8 @@ KINDS = {
     "unpaired": {"unpaired": True},
     "supervised": {"responses": ("chosen",)},
     "supervised, the last answer": {"responses": ("chosen",), "train_on": "last"},
+    "all pairs": {"pairs": "all"},
+    "groups": {"groups": True},
 }
 # A template that writes all of a message.
 TEMPLATE = (
@@ -74,6 +76,18 @@ ROWS |= {
     "tool calls in pairs": {"prompt": MESSAGES, "chosen": CALL, "rejected": "[]", "tools": [WEATHER]},
     "strings of JSON": {side: json.dumps([user(Q), assistant(side)]) for side in ("chosen", "rejected")},
     "strings": {"prompt": Q, "chosen": " Air.", "rejected": " Paint.", "label": None, "weight": "2", "margin": "0.5"},
+    "a group": {"prompt": Q, "responses": ["Air.", "Paint.", "Water."], "scores": [2, 1, 1.5], "weight": 2},
+    "a group of messages": {
+        "prompt": [user("Rome?")],
+        "responses": [[assistant("Sun.")], [CALL], [assistant("[]")]],
+        "ranks": [1, 3, 2],
+        **BESIDE,
+    },
+    "comparisons": {
+        "prompt": Q,
+        "responses": ["Air.", "Paint.", "Water."],
+        "comparisons": [{"chosen": 0, "rejected": 2, "by": "Ada"}, {"chosen": 2, "rejected": 1}],
+    },
     "a whole text": {"text": "Air scatters blue.", "weight": 3},
 }
 
@@ -121,6 +135,7 @@ def digests(items, tokenizer):
     records = [record for item in items if isinstance(item, list) for record in item]
     pairs = (pair for _, pair in iter_pairs(records, tokenizer, max_length=4096))
     pairs = (pair if isinstance(pair, str) else digest_of_pair(pair) for pair in pairs)
+    pairs = (f"{pair} {record.others} {record.scores}" for pair, record in zip(pairs, records, strict=True))
     return [[next(pairs) for _ in item] if isinstance(item, list) else item for item in items]
 
 
@@ -128,7 +143,8 @@ def digests(items, tokenizer):
 APART = {
     ("conversations", 2): "conversations[] after the last answer",
     ("completions", 2): "completions[] between best and worst",
-    ("completions", 3): "completions[] between best and worst",
+    ("completions", 3): "completions[] without a score",
+    **dict.fromkeys(((name, 2) for name in ("responses", "scores", "ranks")), "responses[] between best and worst"),
     ("answers", 0): "answers[] between best and worst",
 }
 # Fields of published formats -> what they become in the common one, under whose name they are reported.
@@ -136,6 +152,8 @@ BECOMES = {
     **dict.fromkeys(("response_k", "rejected_response", "rejected_conversations", "non_preferred_output"), "rejected"),
     **dict.fromkeys(("human_ref_A", "response_0", "response_1", "response2", "output", "summaries"), "rejected"),
     **dict.fromkeys(("score_ratio", "preference_strength", "overall_preference", "completions", "answers"), "margin"),
+    **dict.fromkeys(("scores", "ranks", "comparisons"), "margin"),
+    "responses": "rejected",
 }
 
 

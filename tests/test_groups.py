@@ -11,9 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from prefalign_jax.config import defaults
 from prefalign_jax.data.groups import Comparison, Group, gathered, scores_of
 from prefalign_jax.data.memory import MemoryRows
 from prefalign_jax.data.records import Tally, iter_records, read_records
+from prefalign_jax.experiment import read as read_config
+from prefalign_jax.load_data import load_pairs
 from prefalign_jax.types import UserError
 from published_rows import ALPACA_EVAL, PAIRS, PANDALM, SHP, Q, assistant, helpsteer, sample, user
 
@@ -141,6 +144,13 @@ def test_one_response_is_read_as_other_kinds_of_data_as_the_best_and_the_worst_a
     assert [(record.chosen, record.label) for record in records] == [("c", True), ("b", False)]
     records, _ = read(row, responses=("chosen",))
     assert [(record.chosen, record.rejected) for record in records] == [("c", "")]
+    # Of comparisons those are the ends of their order.
+    chain = group(comparisons=[[2, 0], [0, 3], [3, 1]])
+    records, _ = read(chain, unpaired=True)
+    assert [(record.chosen, record.label) for record in records] == [("c", True), ("b", False)]
+    for kind in ({"unpaired": True}, {"responses": ("chosen",)}):
+        with pytest.raises(UserError, match="none says how"):
+            read(group(comparisons=[[0, 1], [2, 3]]), **kind)
     for kind in ({"unpaired": True}, {"responses": ("chosen",)}, {"groups": True}):
         with pytest.raises(UserError, match="pairs='all': applies to pairs"):
             read(row, pairs="all", **kind)
@@ -455,3 +465,69 @@ def test_ways_to_write_the_responses():
         assert all(other == one for other in others)
     differ = {"responses": [[user("Why?"), assistant("a")], [user("How?"), assistant("b")]], "scores": [1, 2]}
     assert read(differ, groups=True)[1].dropped == {"prompts differ": 1}
+
+
+# A run
+
+
+@pytest.fixture
+def load(tmp_path, tiny_tokenizer):
+    """The data of a run on some rows, with changes of its config."""
+
+    def run(rows, loss="dpo", **fields):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = defaults(loss)
+        fields = {"data.path": str(path), "data.cache_dir": str(tmp_path / "cache"), **fields}
+        config.update_from_flattened_dict(fields)
+        return load_pairs(read_config(config, complete=False).fitted(64), tiny_tokenizer)
+
+    return run
+
+
+ROWS = [
+    group(prompt=f"Why {n}?", responses=[f" {n}{text}" for text in "abcd"], scores=[n % 3, 1, 2, 3]) for n in range(9)
+]
+
+
+def texts_of(pairs):
+    return [tuple(map(bytes, (pair.prompt, pair.chosen, pair.rejected))) for pair in pairs]
+
+
+def test_a_run_trains_on_the_pairs_that_it_asks_for(load, capsys):
+    data = load(ROWS, **{"data.pairs": "all"})
+    ties = sum(row["scores"][0] in row["scores"][1:] for row in ROWS)
+    assert len(data.training) == 6 * len(ROWS) - ties and data.dropped["training"] == {"tie": ties}
+    assert data.stages["training"][0].before == 6 * len(ROWS) and f"dropped {ties} tie" in capsys.readouterr().err
+    assert len(load(ROWS).training) == len(ROWS)
+    # The pairs of a group come one after the other, from the same row.
+    places = [pair.where.row for pair in data.training]
+    assert places == sorted(places)
+
+
+def test_random_pairs_follow_the_seed_and_are_not_those_of_another_in_the_cache(load):
+    one, two, again = (texts_of(load(ROWS, seed=seed, **{"data.pairs": "random:2"}).training) for seed in (0, 1, 0))
+    assert one == again != two and len(one) == len(two) == 2 * len(ROWS)
+
+
+def test_held_out_prompts_keep_all_their_pairs(load):
+    data = load(ROWS, **{"data.pairs": "all", "data.eval_fraction": 0.4})
+    sides = [{prompt for prompt, *_ in texts_of(pairs)} for pairs in (data.training, data.held_out)]
+    assert sides[0].isdisjoint(sides[1]) and len(sides[0] | sides[1]) == len(ROWS) and all(sides)
+
+
+@pytest.mark.parametrize(
+    ("loss", "fields", "message"),
+    [
+        ("dpo", {"data.pairs": "worst"}, "data.pairs='worst' is unknown; write one of best_worst, all, adjacent"),
+        ("dpo", {"data.pairs": "random:0"}, "data.pairs='random:0' is unknown"),
+        ("kto", {"data.pairs": "all"}, "data.pairs='all' applies to losses of pairs; loss 'kto' reads unpaired data"),
+        ("sft", {"data.pairs": "all"}, "data.pairs='all' applies to losses of pairs; loss 'sft' reads supervised data"),
+        ("plackett_luce", {"data.pairs": "all"}, "loss 'plackett_luce' reads whole groups"),
+        ("plackett_luce", {"data.flip_labels": 0.1}, "data.flip_labels applies to pairs without scores"),
+    ],
+)
+def test_options_that_do_not_apply_are_refused(load, loss, fields, message):
+    with pytest.raises(UserError) as caught:
+        load(ROWS, loss, **fields)
+    assert message in str(caught.value)

@@ -153,6 +153,7 @@ def pairs_of(
     *,
     named: str = "",
     margins: bool = True,
+    ordered: bool = False,
 ) -> tuple[list[Row], int]:
     """The pairs of a group, as rows of the common format.
 
@@ -161,6 +162,7 @@ def pairs_of(
       how: which pairs, see `pairing.choose_pairs`. Comparisons are taken as they are listed, of 'random:N' N of them.
       draw: the texts of a prompt and of two responses -> a number in [0, 1).
       named: what the data set calls the responses, to report those that are neither best nor worst.
+      ordered: whether an order of all responses is wanted, whatever the comparisons are.
       margins: whether anybody reads margins; if not, the first pair alone has one, so that it is reported once.
 
     Returns:
@@ -172,6 +174,8 @@ def pairs_of(
       Dropped: there are fewer than two responses, or no comparison.
     """
     group = read_group(row)
+    if ordered:
+        group = group._replace(scores=scores_of(group), comparisons=None)
     asked = list(texts(row.get("prompt")))
 
     def drawn(pair: Sequence[Any]) -> float:

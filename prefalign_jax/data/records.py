@@ -342,7 +342,8 @@ def common_rows(
         """The row, or the pairs of its group where those are wanted."""
         if whole or not is_group(row):
             return (row,)
-        out, ties = pairs_of(row, how, draw, named=FORMATS[name].answers, margins=reading.margin)
+        options = dict(named=FORMATS[name].answers, margins=reading.margin, ordered=kind in (UNPAIRED, SUPERVISED))
+        out, ties = pairs_of(row, how, draw, **options)
         tally.dropped.update(["tie"] * ties)
         return out
 
