@@ -71,6 +71,9 @@ def test_pairs_say_where_they_come_from_and_are_made_once(prompts, tmp_path):
     before = (tmp_path / "out" / "pairs.jsonl").stat().st_mtime_ns
     make_pairs(config, str(MODEL), tmp_path / "out", 0)
     assert (tmp_path / "out" / "pairs.jsonl").stat().st_mtime_ns == before
+    del made["made"]["content"]  # as an earlier version wrote it
+    (tmp_path / "out" / "pairs.json").write_text(json.dumps(made))
+    make_pairs(config, str(MODEL), tmp_path / "out", 0)
     with pytest.raises(UserError, match="was made with seed=0, not 1"):
         make_pairs(config, str(MODEL), tmp_path / "out", 1)
 
