@@ -422,3 +422,26 @@ def test_a_run_says_what_it_reads_in_part(load, tmp_path, capsys):
         assert data.notes["training"] == {note: 1, "as plain text, the others as messages": 1}
         said = f"; 1 {note}, 1 as plain text, the others as messages\n"
         assert said in capsys.readouterr().err
+
+
+def test_the_opening_of_a_test_sets_conversation_is_kept_out_where_every_answer_is_trained(load, tmp_path):
+    def talk(*texts):
+        return [(user, assistant)[i % 2](text) for i, text in enumerate(texts)]
+
+    conversations = [talk("A?", "a", "B?", "b"), talk("C?", "c", "D?", "d"), talk("E?", "e")]
+    file = write(tmp_path / "train.jsonl", [{"messages": messages} for messages in conversations])
+    test = write(
+        tmp_path / "test.jsonl", [{"prompt": talk("a?", "other", "B?")}, {"messages": talk("C?", "c", "D?", "x")}]
+    )
+    mix = ({"path": file}, {"path": test, "use": "test"})
+    assert load(mix, loss="sft", train_on="all")[2].dropped["training"]["prompt held out"] == 2
+    assert load(mix, loss="sft", train_on="last")[2].dropped["training"]["prompt held out"] == 1
+
+
+def test_what_is_trained_of_a_conversation_is_in_the_key_of_its_tokens(load, tmp_path):
+    file = write(tmp_path / "a.jsonl", [{"messages": [user("A?"), assistant("a"), user("B?"), assistant("b")]}])
+    prompts = [
+        load(path=file, loss="sft", train_on=which, cache_dir=str(tmp_path))[2].notes["training"]
+        for which in ("all", "last", "all")
+    ]
+    assert prompts[0] == prompts[2] != prompts[1]

@@ -208,7 +208,7 @@ def iter_pairs(
             for reason in made.dropped:
                 remarks.responses[reason] += 1
             chosen, *others = (np.asarray(one.ids, np.int32) for one in made.responses)
-            weights = [one.weights for one in made.responses]
+            weights = [one.weights for one in made.responses] + [None] * (not others)  # of an empty rejected one
             yield (
                 record,
                 Pair(
