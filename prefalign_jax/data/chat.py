@@ -386,16 +386,24 @@ class _Tokens(NamedTuple):
 
 def _weighted(ids: list[int], places: Places, text: str, stretches: Stretches, eos: int) -> _Tokens:
     """The tokens of a text with stretches that are trained: each token that has a character in one of them."""
-    begins, ends = np.array(places, np.int64).reshape(-1, 2).T
     weights, broken = np.zeros(len(ids), np.float32), False
-    is_eos = np.array(ids) == eos
     for begin, end, weight in stretches.parts:
-        here = (ends > begin) & (begins < end)
+        here = _tokens_in(places, len(ids), begin, end)
         weights[here] = np.maximum(weights[here], weight)
-        if end <= stretches.last and (stops := ends[here & is_eos]).size:
-            broken |= bool(text[stops[0] : end].strip())
-    last = int(np.searchsorted(begins, stretches.last))
+        if end <= stretches.last and eos in ids[here]:
+            _, stop = places.token_to_chars(ids.index(eos, here.start))
+            broken |= bool(text[stop:end].strip())
+    last = _tokens_in(places, len(ids), stretches.last, len(text)).start
     return _Tokens(ids, weights, last, stretches.end, broken)
+
+
+def _tokens_in(places: Places, count: int, begin: int, end: int) -> slice:
+    """Those of a text's tokens that have a character in a stretch of it."""
+    first = next((n for at in range(begin, end) if (n := places.char_to_token(at)) is not None), count)
+    last = next((n for at in range(end - 1, begin - 1, -1) if (n := places.char_to_token(at)) is not None), count - 1)
+    while last + 1 < count and (chars := places.token_to_chars(last + 1)) and chars[0] < end:
+        last += 1  # a character of several tokens
+    return slice(first, max(first, last + 1))
 
 
 def _prefix(tokenizer: Tokenizer) -> list[int]:

@@ -25,7 +25,7 @@ MARKS = frozenset((_BREAK, _OURS))
 # What of a record may be in its text.
 _WRITTEN = ("prompt", "chosen", "rejected", "others", "tools", "chat_template_kwargs")
 
-Places = Sequence[tuple[int, int]]  # of tokens in a text: (begin, end) in characters
+Places = Any  # a `tokenizers.Encoding`, which knows where its tokens lie in their text; None where nobody asked
 
 
 class Written(str):
@@ -76,7 +76,7 @@ class SpecialTokens:
 
         Args:
           texts: from `written`.
-          placed: where each token begins and ends in its text is wanted too.
+          placed: where the tokens lie in their texts is wanted too.
 
         Raises:
           UserError: this is a tokenizer without the parts that it takes.
@@ -86,7 +86,7 @@ class SpecialTokens:
         backend, ids = self._aliased
         encode = backend.encode_batch if placed else backend.encode_batch_fast
         encoded = encode([str(text) for text in texts], add_special_tokens=False)
-        return [([ids.get(one, one) for one in each.ids], each.offsets if placed else ()) for each in encoded]
+        return [([ids.get(one, one) for one in each.ids], each if placed else None) for each in encoded]
 
 
 def strings_of(value: Any) -> list[str]:
@@ -133,8 +133,8 @@ def encoder(
 ) -> Callable[[Sequence[str], bool], list[tuple[list[int], Places]]]:
     """(texts, placed) -> (ids without special tokens, places) of each, in as many threads as there are processors.
 
-    A template writes its own special tokens, and of text we know better where BOS and EOS belong. Places are where each
-    token begins and ends in its text, in characters; they are empty unless `placed`, because they take time.
+    A template writes its own special tokens, and of text we know better where BOS and EOS belong. Places are
+    None unless `placed`, because they take time.
 
     Args:
       tokenizer: a Hugging Face tokenizer.
@@ -149,10 +149,10 @@ def encoder(
                 "tokenizer.json, which says where its tokens lie; this one has none"
             )
         if backend is None:
-            return [(ids, ()) for ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids]
+            return [(ids, None) for ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids]
         if placed:
-            return [(one.ids, one.offsets) for one in backend.encode_batch(texts, add_special_tokens=False)]
-        return [(one.ids, ()) for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
+            return [(one.ids, one) for one in backend.encode_batch(texts, add_special_tokens=False)]
+        return [(one.ids, None) for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     if backend is not None:
         tokenizer("")  # leaves the backend without truncation and padding
