@@ -10,7 +10,7 @@ from prefalign_jax.data.chat import iter_pairs
 from prefalign_jax.data.fields import MEANINGS, meaning_of
 from prefalign_jax.data.memory import MemoryRows
 from prefalign_jax.data.pairs import digest_of_pair
-from prefalign_jax.data.records import Tally, iter_records
+from prefalign_jax.data.records import Tally, iter_prompts, iter_records
 from prefalign_jax.types import UserError
 from published_rows import (
     ALPACA,
@@ -322,11 +322,13 @@ def test_a_flag_of_an_answer_is_its_weight_and_nothing_is_cut(flag):
         ({"messages": [{**user("One?"), **on}, *talk[1:]]}, "messages[0]"),
         ({"messages": [*talk[:2], {**user("Two?"), **on}, talk[3]]}, "messages[2]"),
         ({"prompt": talk[:3], "completion": "2"}, "prompt[1]"),
-        ({"history": talk[:2], "prompt": "Two?", "completion": "2"}, "history[1]"),
+        ({"history": talk[:2], "prompt": "Two?", "completion": "2", "system": "Be brief."}, "history[1]"),
     ):
         with pytest.raises(UserError, match=f"data.ignore=message.{name}, or shorten the conversation") as caught:
             read(row, **KINDS["supervised"])
         assert f"field '{place}.{name}'" in str(caught.value)
+        assert len(read(row, **KINDS["supervised"], ignore=(f"message.{name}",))[0]) == 1
+        assert len(list(iter_prompts(MemoryRows("rows", [row]), Tally()))) == 1
     off = dict.fromkeys([name], value if value != 2.5 else 0)
     read({"messages": [{**user("One?"), **off}, talk[1], {**user("Two?"), **off}, talk[3]]}, **KINDS["supervised"])
     read({"prompt": [talk[0], {**assistant("1"), **off}, talk[2]], "completion": "2"}, **KINDS["supervised"])
@@ -398,7 +400,7 @@ def test_what_a_message_says_and_nobody_reads_stops_the_run_and_may_be_ignored(f
         assert f"field '{where}.{name}' holds " in str(caught.value) and f"data.ignore=message.{name}" in str(
             caught.value
         )
-        assert not read({**row, "history": None}, ignore=(f"message.{name}",))[1].dropped
+        assert read(row, ignore=(f"message.{name}",))[1].unread == {f"message.{name}": 1}
 
 
 @pytest.mark.parametrize(

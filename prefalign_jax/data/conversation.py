@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prefalign_jax.data.messages import FLAGS, WEIGHT, Messages
+from prefalign_jax.data.messages import FLAGGED, WEIGHT, Messages
 
 
 def is_answer(message: Mapping[str, Any]) -> bool:
@@ -88,9 +88,9 @@ def parting(sides: Sequence[Messages]) -> tuple[int, int]:
 
 def bare(message: dict[str, Any]) -> dict[str, Any]:
     """A message without what says whether it is trained."""
-    if FLAGS.keys().isdisjoint(message):
+    if FLAGGED.isdisjoint(message):
         return message
-    return {name: value for name, value in message.items() if name not in FLAGS}
+    return {name: value for name, value in message.items() if name not in FLAGGED}
 
 
 def _begins(messages: Sequence[Mapping[str, Any]], i: int) -> bool:

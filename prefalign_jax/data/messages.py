@@ -52,6 +52,7 @@ FLAGS = {
     **dict.fromkeys(("masked", "mask"), False),
 }
 _WEIGHTS = (WEIGHT, "loss_weight")
+FLAGGED = frozenset(FLAGS)  # looked for in every message
 _LOST = ("refusal", "audio", "images", "image", "videos", "video")  # fields of a message that no tokens hold
 
 # Objects, written as JSON, once or twice, or as Python writes them; and what tells messages among these.
@@ -259,7 +260,7 @@ def obeyed(messages: Messages, field: str, first: int = 0, *, trained: bool) -> 
       >>> obeyed([{"role": "assistant", "content": "a", "train": False}], "messages", trained=True)
       [{'role': 'assistant', 'content': 'a', 'weight': 0.0}]
     """
-    if all(FLAGS.keys().isdisjoint(message) for message in messages):
+    if all(map(FLAGGED.isdisjoint, messages)):
         return messages
     out = []
     for i, message in enumerate(messages, first):

@@ -709,22 +709,25 @@ def _conversation(
         return prompt or "", []
 
     leave = [name.removeprefix(_MESSAGE) for name in reading.ignore if name.startswith(_MESSAGE)]
-    given = [part for part in (prompt, *sides) if isinstance(part, list)]
+    before = before or []
+    given = [part for part in (before, prompt, *sides) if isinstance(part, list)]
     for name in leave:
         tally.unread[_MESSAGE + name] += any(name in message for part in given for message in part)
     leave += () if trained else FLAGS
     if leave:
         prompt = _without_fields(prompt, leave) if isinstance(prompt, list) else prompt
-        sides = [_without_fields(side, leave) for side in sides]
+        before, *sides = (_without_fields(part, leave) for part in (before, *sides))
     parted = _split_messages(row, prompt, sides, fields, reading.kind if trained else PROMPTS)
     tally.unread.update(f"{name}[] after the last answer" for name in parted.cut)
-    before = obeyed(before or [], "history", trained=False)
+    system = -int(not empty(row.get("system")))  # stands before the row's own history
+    before = obeyed(before, "history", system, trained=False)
     responses, shared = [], parted.shared
     for name, side, first in zip(fields, parted.sides, parted.firsts, strict=False):
-        obeyed(side[:shared], name, first, trained=False)
+        if shared:
+            obeyed(side[:shared], name, first, trained=False)
         side = obeyed(side, name, first, trained=True)
-        responses.append(untrained(side[:shared]) + side[shared:])
-    parts = [("history", before, 0), (parted.asked_in, parted.prompt, 0)]
+        responses.append(untrained(side[:shared]) + side[shared:] if shared else side)
+    parts = [("history", before, system), (parted.asked_in, parted.prompt, 0)]
     parts += zip(fields, responses, parted.firsts, strict=False)
     account_messages(parts, reading.kind if trained else PROMPTS, tally.unread)
     return _joined(before, parted.prompt), responses
