@@ -1,5 +1,7 @@
 """Weights of tokens by two models in a run: they are those of the formula, computed once and kept."""
 
+import itertools
+import json
 import shutil
 
 import numpy as np
@@ -59,6 +61,22 @@ def test_weights_are_those_of_the_formula_and_computed_once(models, tmp_path, mo
     _, again = weighed(config, tmp_path)
     assert not again.training.weighted
     assert len(list((tmp_path / "token_weights").glob("*.npz"))) == 1
+
+
+def test_responses_that_several_pairs_compare_are_computed_once_and_weigh_by_their_side(models, tmp_path):
+    texts = " a red house", " the cat sat", " in the garden by the sea"
+    rows = [{"prompt": "Tell me", "chosen": a, "rejected": b} for a, b in itertools.combinations(texts, 2)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = {**models, "data.path": str(path), "batch_size": 3}
+    (_, apart), (_, together) = (
+        weighed(config_of(**fields, **{"data.group": group}), tmp_path / str(group)) for group in (False, True)
+    )
+    for one, other in zip(apart.training, together.training, strict=True):
+        for number in range(2):
+            np.testing.assert_allclose(one.weights(number), other.weights(number), rtol=1e-4)
+    middle = together.training[2].weights(0) * together.training[0].weights(1)  # chosen here and rejected there
+    np.testing.assert_allclose(middle, np.ones_like(middle), rtol=1e-5)
 
 
 def test_a_run_is_trained_with_them_and_goes_on_from_where_it_stopped(models, tmp_path, monkeypatch):
