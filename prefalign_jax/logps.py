@@ -250,14 +250,14 @@ def _sums(values: jax.Array, batch: PreferenceBatch) -> jax.Array:
 
     Filler points at a slot past the last.
     """
-    pairs, sides = batch.weight.shape[0], _sides_of(batch)
+    pairs, sides = batch.weight.shape[0], sides_of(batch)
     if batch.token_weight is not None:
         values = values.reshape(-1) * batch.token_weight.reshape(-1)
     sums = jax.ops.segment_sum(values.reshape(-1), batch.slot.reshape(-1), num_segments=sides * pairs)
     return sums.reshape(pairs, sides) if batch.slots is None else sums[batch.slots]
 
 
-def _sides_of(batch: PreferenceBatch) -> int:
+def sides_of(batch: PreferenceBatch) -> int:
     """How many sums a pair, or a group, has: of K responses, of the prompt, and of what follows each response."""
     return SIDES if batch.scores is None else 2 * batch.scores.shape[1] + 1
 

@@ -410,6 +410,18 @@ def test_the_tokens_of_a_response_sum_to_what_the_loss_reads():
         np.testing.assert_allclose(sums, (columns["logps/chosen"][pair], columns["logps/rejected"][pair]), rtol=1e-5)
 
 
+def test_of_a_group_the_first_two_responses_have_their_log_probabilities():
+    others = [tuple(other.chosen for other in PAIRS[: i % 3]) for i in range(len(PAIRS))]
+    wider = [
+        dataclasses.replace(pair, others=more, scores=tuple(range(2 + len(more), 0, -1)))
+        for pair, more in zip(PAIRS, others, strict=True)
+    ]
+    found = response_logps(MODEL, PARAMS, make_pair_set(wider, 4, layout=Layout(group=True), group=False))
+    for pair, tokens in zip(response_logps(MODEL, PARAMS, make_pair_set(PAIRS, 4)), found, strict=True):
+        np.testing.assert_allclose(tokens.chosen, pair.chosen, rtol=2e-4, atol=2e-5)
+        np.testing.assert_allclose(tokens.rejected, pair.rejected, rtol=2e-4, atol=2e-5)
+
+
 def test_pairs_without_a_rejected_response_have_no_tokens_there():
     found = response_logps(MODEL, PARAMS, make_pair_set(PAIRS, 4, layout=Layout(rejected=False)))
     assert [len(tokens.chosen) for tokens in found] == [len(pair.chosen) for pair in PAIRS]

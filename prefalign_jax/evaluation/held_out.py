@@ -16,11 +16,11 @@ from prefalign_jax.data.pipeline import PairSet, eval_batches, make_pair_set
 from prefalign_jax.data.records import Record
 from prefalign_jax.data.trees import Layout
 from prefalign_jax.intervals import Interval, bootstrap_difference, bootstrap_mean, share_interval, wilson
-from prefalign_jax.logps import VOCABULARY_CHUNK, target_logps
+from prefalign_jax.logps import VOCABULARY_CHUNK, sides_of, target_logps
 from prefalign_jax.losses import BoundLoss
 from prefalign_jax.reference import compute
 from prefalign_jax.sharding import packing_of, place_batch
-from prefalign_jax.types import SIDES, LanguageModel, Pair, PairLogps, Params, PreferenceBatch, Sides, UserError
+from prefalign_jax.types import LanguageModel, Pair, PairLogps, Params, PreferenceBatch, Sides, UserError
 
 FEW = 20  # prompts that an interval of a mean takes; fewer do not show what a resample could
 MOST_SLICES = 50  # values that a column to slice by may have
@@ -317,8 +317,8 @@ def response_logps(
       progress: called with the number of pairs done.
 
     Returns:
-      For each pair (chosen, rejected), [tokens] float32 each, rejected empty where the layout has none; of tokens whose
-      weight is 0 there is nothing.
+      For each pair (chosen, rejected), of a group its first two, [tokens] float32 each, rejected empty where the
+      layout has none; of tokens whose weight is 0 there is nothing.
     """
 
     @functools.partial(jax.jit, out_shardings=mesh and NamedSharding(mesh, P()))
@@ -332,9 +332,10 @@ def response_logps(
         real = int((batch.index[0] >= 0).sum())
         # A slot's tokens lie in order, and a stable sort keeps them so.
         order = np.argsort(slots, kind="stable")
-        ends = np.cumsum(np.bincount(slots, minlength=SIDES * real))
-        parts = np.split(values[order], ends[: SIDES * real])
-        own = np.arange(SIDES * real).reshape(real, SIDES) if batch.slots is None else batch.slots[0]
+        count = sides_of(jax.tree.map(lambda x: x[0], batch)) * real
+        ends = np.cumsum(np.bincount(slots, minlength=count))
+        parts = np.split(values[order], ends[:count])
+        own = np.arange(count).reshape(real, -1) if batch.slots is None else batch.slots[0]
         out += [Sides(*(parts[slot] for slot in own[pair, :2])) for pair in range(real)]
         progress(len(out))
     return out
