@@ -516,6 +516,50 @@ def test_held_out_prompts_keep_all_their_pairs(load):
     assert sides[0].isdisjoint(sides[1]) and len(sides[0] | sides[1]) == len(ROWS) and all(sides)
 
 
+def test_a_loss_of_groups_gets_them_whole(load):
+    rows = [*ROWS, {"prompt": "Why?", "chosen": " yes", "rejected": " no", "score_chosen": 2, "score_rejected": 1}]
+    data = load(rows, "plackett_luce")
+    assert len(data.training) == len(rows) and not data.dropped["training"]
+    assert [len(pair.responses) for pair in data.training] == [4] * len(ROWS) + [2]
+    for pair, row in zip(data.training, rows, strict=True):
+        scores = row.get("scores", [1, 2])
+        assert list(pair.scores) == sorted(scores, reverse=True)
+
+
+def test_every_step_of_cleaning_takes_groups(load):
+    spoilt = [
+        group(responses=[" a", " b", " Human: c"], scores=[1, 2, 3]),  # role_markers
+        group(responses=[" a b", " A, b!", " a; b"], scores=[1, 2, 3]),  # same_responses
+        group(responses=[" a", " b", " c d e f"], scores=[3, 2, 1]),  # lengths
+        group(responses=[" e", " f", " g"], scores=[3, 2, 1]),
+        group(responses=[" g", " f", " e"], scores=[3, 2, 1]),  # contradictions, with the one before
+        group(responses=[" x", " y", " z"], scores=[1.5, 1, 1]),  # score_gap
+        group(responses=[" x", " y", " z\ufffd"], scores=[4, 2, 1]),  # lost_characters
+        ROWS[0],  # exact_duplicates
+        {**ROWS[0], "prompt": "Why  0?"},  # near_duplicates
+    ]
+    steps = "encoding,lost_characters,unencodable,exact_duplicates,near_duplicates,contradictions,ties,score_gap"
+    steps += ",same_responses,lengths,role_markers"
+    options = {"score_gap.least": 0.75, "lengths.most_words": 3}
+    fields = {f"data.cleaning.{name}": value for name, value in options.items()}
+    data = load([*ROWS, *spoilt], "plackett_luce", **{"data.clean": steps}, **fields)
+    assert [len(pair.responses) for pair in data.training] == [4] * len(ROWS)
+    assert data.dropped["training"] == {
+        "lost characters": 1,
+        "exact duplicate": 1,
+        "near duplicate": 1,
+        "contradictory": 2,
+        "score gap under 0.75": 1,
+        "responses of the same words": 1,
+        "response over 3 words": 1,
+        "role marker in a response": 1,
+    }
+    options = {"data.clean": "encoding", "data.ascii_quotes": True}
+    (pair,) = load([group(responses=[" a", " b", " “naÃ¯ve”"], scores=[3, 2, 1])], "plackett_luce", **options).training
+    (plain,) = load([group(responses=[" a", " b", ' "naïve"'], scores=[3, 2, 1])], "plackett_luce").training
+    assert pair.others[0].tolist() == plain.others[0].tolist()
+
+
 @pytest.mark.parametrize(
     ("loss", "fields", "message"),
     [

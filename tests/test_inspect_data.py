@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -179,3 +180,20 @@ def test_what_a_mixture_does_not_train_on_is_not_shown(data, tmp_path, monkeypat
     # What is too long was lost to max_length, the rest to the weights.
     assert (report["truncation"]["pairs"], report["truncation"]["dropped"]) == (17, 1)
     assert sum(report["turns"].values()) == 17
+
+
+def test_groups_are_shown_with_all_their_responses(tmp_path):
+    path = tmp_path / "groups.jsonl"
+    texts = [" yes", " no", " perhaps so", " a very long story indeed"]
+    each = [{"prompt": f"Question {i}?", "responses": [f"{text} {i}" for text in texts]} for i in range(12)]
+    path.write_text("".join(json.dumps({**row, "scores": [2, 1, 4, 3]}) + "\n" for row in each))
+    config = config_of(path, "plackett_luce", **{"data.clean": "same_responses"})
+    report = inspect_data.inspect(config, tmp_path / "groups")
+    assert report["stages"]["training"][-1]["after"] == 12
+    # The best is the longest but one, the worst the shortest.
+    assert report["length_bias"]["characters"]["longer"] == 12
+    page = (tmp_path / "groups" / "data.html").read_text()
+    written = re.sub("<[^>]*>", "", page).replace("·", " ")
+    assert all(f"{text} 0" in written for text in texts)
+    every = inspect_data.inspect(config_of(path, **{"data.pairs": "all"}), tmp_path / "pairs")
+    assert every["stages"]["training"][-1]["after"] == 72

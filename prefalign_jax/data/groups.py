@@ -63,11 +63,13 @@ class Group(NamedTuple):
       responses: as the row has them.
       scores: of each, more is better; None where there are only comparisons.
       comparisons: None where there are only scores.
+      unread: what comparisons say beside what is read of them, by the names under which it is reported.
     """
 
     responses: list[Any]
     scores: list[float] | None
     comparisons: list[Comparison] | None
+    unread: tuple[str, ...] = ()
 
 
 def is_group(row: Row) -> bool:
@@ -92,7 +94,7 @@ def read_group(row: Row) -> Group:
         raise Malformed("field 'margin': the scores of responses say it; write data.ignore=margin to leave it out")
     if given[:2] == ["scores", "ranks"]:
         raise Malformed("fields 'scores' and 'ranks': expected one of them; write data.ignore=ranks to leave it out")
-    scores = comparisons = None
+    scores, comparisons, unread = None, None, ()
     if given[0] != "comparisons":
         values = read_list(row[given[0]], given[0])
         if len(values) != len(responses):
@@ -102,11 +104,14 @@ def read_group(row: Row) -> Group:
         scores = [number(value, f"{given[0]}[{i}]", what, above) for i, value in enumerate(values)]
         scores = [-rank for rank in scores] if given[0] == "ranks" else scores
     if given[-1] == "comparisons":
-        read = enumerate(read_list(row["comparisons"], "comparisons"))
-        comparisons = [_comparison(one, f"comparisons[{i}]", len(responses)) for i, one in read]
+        listed = read_list(row["comparisons"], "comparisons")
+        comparisons = [_comparison(one, f"comparisons[{i}]", len(responses)) for i, one in enumerate(listed)]
         if not comparisons:
             raise Dropped("no comparison")
-    return Group(responses, scores, comparisons)
+        objects = [one for one in listed if isinstance(one, Mapping)]
+        names = {name for one in objects for name, value in one.items() if name not in _COMPARISON and not empty(value)}
+        unread = tuple(f"comparisons[].{name_of(name)}" for name in sorted(names, key=str))
+    return Group(responses, scores, comparisons, unread)
 
 
 def read_list(value: Any, field: str) -> list:
@@ -136,14 +141,6 @@ def _comparison(value: Any, field: str, responses: int) -> Comparison:
         raise expected("two different responses", value, field)
     weight = 1.0 if missing(weight) else number(weight, f"{field}.weight", "a positive finite number", 0.0)
     return Comparison(better, worse, weight, None if missing(margin) else number(margin, f"{field}.margin"))
-
-
-def unread_of(row: Row) -> set[str]:
-    """What comparisons say beside what is read of them, by the names under which it is reported."""
-    given = row.get("comparisons")
-    objects = [one for one in (given if isinstance(given, list) else ()) if isinstance(one, Mapping)]
-    names = {name for one in objects for name, value in one.items() if name not in _COMPARISON and not empty(value)}
-    return {f"comparisons[].{name_of(name)}" for name in names}
 
 
 def pairs_of(
@@ -194,7 +191,7 @@ def pairs_of(
         pairs = draw_some(group.comparisons, how, drawn)
     rest = {name: value for name, value in row.items() if name not in GROUP_FIELDS}
     later = {name: value for name, value in rest.items() if name in BESIDE}
-    first = {**rest, **dict.fromkeys(unread_of(row), True)}
+    first = {**rest, **dict.fromkeys(group.unread, True)}
     if named and how == BEST_WORST and group.comparisons is None and len(group.responses) > 2:
         first[f"{named}[] between best and worst"] = True
     rows = [_pair(later if number else first, group, pair) for number, pair in enumerate(pairs)]

@@ -40,7 +40,6 @@ from prefalign_jax.data.groups import (
     pairs_of,
     read_group,
     scores_of,
-    unread_of,
 )
 from prefalign_jax.data.messages import (
     FLAGS,
@@ -632,7 +631,7 @@ def _group(row: Mapping, responses: Sequence[str], reading: Reading, tally: Tall
     if whole:
         group = read_group(row)
         scores, read = scores_of(group), GROUP_FIELDS
-        tally.unread.update(unread_of(row))
+        tally.unread.update(group.unread)
         responses = [f"responses[{i}]" for i in range(len(scores))]
         row = {**row, **dict(zip(responses, group.responses, strict=True))}
     else:

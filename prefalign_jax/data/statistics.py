@@ -86,15 +86,19 @@ def numbered(keys: Sequence[Any]) -> np.ndarray:
 
 
 def text_lengths(records: Sequence[Record]) -> dict[str, np.ndarray]:
-    """{'prompt', 'chosen', 'rejected': [N] characters}; without 'rejected' where there is none."""
-    sides = ("prompt", "chosen", "rejected") if any(record.rejected for record in records) else ("prompt", "chosen")
-    return {side: np.array([len(content(getattr(record, side))) for record in records], np.int64) for side in sides}
+    """{'prompt', 'chosen', 'rejected': [N] characters}, without 'rejected' where there is none; of groups the worst."""
+    texts = {"prompt": [record.prompt for record in records], "chosen": [record.chosen for record in records]}
+    if any(record.rejected for record in records):
+        texts["rejected"] = [(record.rejected, *record.others)[-1] for record in records]
+    return {side: np.array([len(content(text)) for text in some], np.int64) for side, some in texts.items()}
 
 
 def token_lengths(pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
-    """{'prompt', 'chosen', 'rejected': [N] tokens, EOS included}; without 'rejected' where there is none."""
-    sides = ("prompt", "chosen", "rejected") if any(len(pair.rejected) for pair in pairs) else ("prompt", "chosen")
-    return {side: np.array([len(getattr(pair, side)) for pair in pairs], np.int64) for side in sides}
+    """{'prompt', 'chosen', 'rejected': [N] tokens, EOS included}, as `text_lengths`."""
+    ids = {"prompt": [pair.prompt for pair in pairs], "chosen": [pair.chosen for pair in pairs]}
+    if any(len(pair.rejected) for pair in pairs):
+        ids["rejected"] = [pair.responses[-1] for pair in pairs]
+    return {side: np.array(list(map(len, some)), np.int64) for side, some in ids.items()}
 
 
 def truncation(full: Sequence[Pair], kept: Sequence[Pair], max_length: int) -> dict[str, int]:
@@ -103,7 +107,7 @@ def truncation(full: Sequence[Pair], kept: Sequence[Pair], max_length: int) -> d
     Args:
       full: pairs as they would be without a limit.
       kept: pairs as they are trained on; a `where` that is missing here was dropped.
-      max_length: tokens of prompt + longer response.
+      max_length: tokens of prompt + longest response.
 
     Returns:
       Counts of pairs: `pairs`, those `too_long`, and of these `dropped`, with a `cut_prompt` and with a `cut_response`;
@@ -115,15 +119,15 @@ def truncation(full: Sequence[Pair], kept: Sequence[Pair], max_length: int) -> d
     out = dict.fromkeys(("pairs", "too_long", "dropped", "cut_prompt", "cut_response"), 0)
     out |= dict.fromkeys(("tokens", "lost_prompt_tokens", "lost_response_tokens"), 0)
     for pair in full:
-        prompt, response = len(pair.prompt), len(pair.chosen) + len(pair.rejected)
+        prompt, response = len(pair.prompt), sum(map(len, pair.responses))
         out["pairs"] += 1
-        out["too_long"] += prompt + max(len(pair.chosen), len(pair.rejected)) > max_length
+        out["too_long"] += prompt + max(map(len, pair.responses)) > max_length
         out["tokens"] += prompt + response
         kept_pairs = left[pair.where, pair.label]
         if kept_pairs:
             one = kept_pairs.pop(0)
             prompt -= len(one.prompt)
-            response -= len(one.chosen) + len(one.rejected)
+            response -= sum(map(len, one.responses))
             out["cut_prompt"] += prompt > 0
             out["cut_response"] += response > 0
         else:

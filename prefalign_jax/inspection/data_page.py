@@ -218,8 +218,11 @@ def written_pair(shown: Shown, tokenizer: Any, kind: str, title: str, where: str
     if kind == "unpaired":
         about.append("desirable" if shown.label else "undesirable")
     prompt, sides = shown.branches[0].prompt, []
-    for name, branch in zip(NAMES[kind], shown.branches, strict=False):
-        learned = kind != "unpaired" or name == NAMES[kind][0]
+    names = NAMES[kind]
+    if (of_group := len(shown.branches)) > len(names):
+        names = tuple(f"response {number} of {of_group}, best first" for number in range(1, of_group + 1))
+    for name, branch in zip(names, shown.branches, strict=False):
+        learned = kind != "unpaired" or name == names[0]
         read = any(token.read for token in branch.response)
         ended = read or not branch.response or branch.response[-1].role == "eos"
         tokens = _written(tokenizer, branch.prompt, branch.response, learned)

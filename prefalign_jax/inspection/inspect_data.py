@@ -86,8 +86,7 @@ def inspect(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     options = dict(kind=kind, max_length=config.max_length, watch=watched, loses=loses)
     report |= make_report(records, data.training, full, scores, **options)
 
-    lengths = token_lengths(full)
-    total = lengths["prompt"] + np.maximum(lengths["chosen"], lengths.get("rejected", 0))
+    total = np.array([len(pair.prompt) + max(map(len, pair.responses)) for pair in full], np.int64)
     drawn = {"tokens": token_lengths(data.training), "total": {"prompt + longer response": total}, "scores": scores}
     shown = [
         (name, [written_pair(one, tokenizer, kind, *titled(one.index, pairs)) for one in group])
