@@ -250,8 +250,17 @@ def test_what_gives_no_pair_is_counted(tokenizer):
     assert len(pa.tokenize(ROWS, tokenizer, limit=2)) == 2
 
 
+def test_groups_give_pairs_or_stay_groups(tokenizer):
+    rows = [{"prompt": "A", "responses": [" b", " c", " d"], "scores": [2, 3, 1]}]
+    made = pa.tokenize(rows, tokenizer, pairs="all")
+    assert len(made) == 3 and len(pa.tokenize(rows, tokenizer)) == 1
+    (group,) = pa.tokenize(rows, tokenizer, loss="plackett_luce")
+    assert group.scores == (3, 2, 1) and group.chosen.tolist() == made[0].chosen.tolist()
+
+
 def test_every_field_of_data_is_an_option_or_about_training():
     training = {"path", "mix", "leaks", "shuffle", "balance", "layout", "row_length", "chat_template"}
+    training |= {"group", "mean_over"}
     training |= {f"eval_{name}" for name in ("path", "split", "limit", "fraction", "seed")}
     assert {*pa.experiment().data} == training | {*library.OPTIONS} and not training & {*library.OPTIONS}
 
