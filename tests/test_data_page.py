@@ -104,6 +104,22 @@ def test_a_target_that_does_not_follow_its_source_is_an_error():
         list(shown_pairs(batch._replace(target=target), Layout(), EOS))
 
 
+@pytest.mark.parametrize("how", [{"layout": Layout()}, {"layout": Layout(tree=False), "groups": 2}], ids=str)
+def test_weights_of_tokens_are_shown(how, tiny_tokenizer):
+    pairs = [
+        dataclasses.replace(one, token_weights=tuple(np.float32(np.arange(len(x)) % 4 / 2) for x in one.responses))
+        for one in with_eos(make_pairs(3))
+    ]
+    for shown, pair in zip(shown_pairs(packed(pairs, **how), how["layout"], EOS), pairs, strict=True):
+        for branch, weights in zip(shown.branches, pair.token_weights, strict=True):
+            assert [t.weight for t in branch.response if t.role != "untrained"] == [w for w in weights if w]
+    tokens = [Token(5, n, "trained", weight=weight) for n, weight in enumerate((0.5, 1.0, 2.25))]
+    shown = Shown(0, [Branch([Token(5, 0, "prompt")], tokens)], 1.0, 0.0, True)
+    text = page("t", "a", [], {}, [("g", [written_pair(shown, tiny_tokenizer, "supervised", "t", "w")])])
+    assert 'class="trained less" title=' in text and 'class="trained more" title=' in text
+    assert "position 0: trained, counts 0.5" in text and "counts 2.25" in text and text.count("counts ") == 3
+
+
 def test_a_response_without_eos_is_marked(tiny_tokenizer):
     ids = [5, 6, 7]
     cut = [Token(i, n, "trained") for n, i in enumerate(ids, 3)]

@@ -35,6 +35,7 @@ class Token(NamedTuple):
       role: 'prompt', 'trained', 'untrained' or 'eos', which is trained too; what is not trained is read by the model.
       held: whether a row holds it; the last of a response is only a target.
       read: a reward is read there.
+      weight: by how much it counts where it is trained.
     """
 
     id: int
@@ -42,6 +43,7 @@ class Token(NamedTuple):
     role: str
     held: bool = True
     read: bool = False
+    weight: float = 1.0
 
 
 class Branch(NamedTuple):
@@ -109,7 +111,7 @@ def _branch(batch: PreferenceBatch, pair: int, side: int, layout: Layout, eos: i
     held = dict(zip(positions[home, here].tolist(), tokens[home, here].tolist(), strict=True))
     length = int((branches[home, here] == 0).sum())  # of the prompt
 
-    trained, read = {}, set()
+    trained, read, weights = {}, set(), {}
     for g, t in zip(group.tolist(), at.tolist(), strict=True):
         source, target = int(batch.source[g, t]), int(batch.target[g, t])
         shared = batch.slots is not None and batch.slot[g, t] == wanted[1]
@@ -122,6 +124,7 @@ def _branch(batch: PreferenceBatch, pair: int, side: int, layout: Layout, eos: i
             raise ValueError(f"pair {pair}: target {target} after position {place}, where {held[place + 1]} follows")
         else:
             trained[place + 1] = target
+            weights[place + 1] = 1.0 if batch.token_weight is None else float(batch.token_weight[g, t])
 
     def token(place: int) -> Token:
         id_ = held[place] if place in held else trained[place]
@@ -129,7 +132,7 @@ def _branch(batch: PreferenceBatch, pair: int, side: int, layout: Layout, eos: i
             role = "prompt" if place < length else "untrained"
         else:
             role = "eos" if id_ == eos and place >= length else "trained"
-        return Token(id_, place, role, place in held, place in read)
+        return Token(id_, place, role, place in held, place in read, weights.get(place, 1.0))
 
     every = [token(place) for place in sorted({*held, *trained})]
     return Branch(every[:length], every[length:])
@@ -197,6 +200,9 @@ def _written(tokenizer: Any, context: Sequence[Token], tokens: Sequence[Token], 
         hover = f"{piece!r}, id {token.id}, position {token.position}: {said[role]}"
         hover += "; only a target, in no row" if not token.held else ""
         hover += "; the reward is read here" if token.read else ""
+        weighed = role in ("trained", "eos") and token.weight != 1
+        hover += f", counts {token.weight:.3g}" if weighed else ""
+        role += (" more" if token.weight > 1 else " less") if weighed else ""
         out.append(Written(role + " read" * token.read, hover, visible(piece) or [("", "•")]))
     return out
 

@@ -131,7 +131,8 @@ def page() -> str:
         "The two models of the second may be fine-tuned on the chosen and on the rejected responses, or trained by DPO "
         "on the pairs and on the pairs turned round: `--config.data.columns=chosen=rejected,rejected=chosen`. They "
         "share the policy's tokenizer. Before training each makes one pass over the data; its log-probabilities are "
-        "kept in WORKDIR/token_weights. A response's `ld_alpha` and `sampled` tokens are counted, not weighed."
+        "kept in WORKDIR/token_weights. A response's `ld_alpha` and `sampled` tokens are counted, not weighed. The "
+        "page of `prefalign inspect` shows the weights that need no model."
     )
     lines += ["## What a loss may read", ""]
     lines += [markdown(("name", "what"), [(f"`{name}`", what) for name, what in NEEDS.items()]), ""]
