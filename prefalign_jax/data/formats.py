@@ -24,6 +24,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from prefalign_jax.data.conversation import is_answer, until_last_answer
 from prefalign_jax.data.groups import check_alike, read_list
 from prefalign_jax.data.messages import read_text
 from prefalign_jax.data.values import (
@@ -383,7 +384,7 @@ def messages_preference(row: Row) -> list[Row]:
     """
     sides = {side: row[side] for side in ("chosen", "rejected")}
     chosen = read_text(row["chosen"], "chosen")
-    if not isinstance(chosen, str) and chosen and chosen[0]["role"] != "assistant":
+    if not isinstance(chosen, str) and chosen and not is_answer(chosen[0]):
         return [{**sides, "messages": row["messages"]}]
     return [{"prompt": row["messages"], **sides}]
 
@@ -412,11 +413,11 @@ def sharegpt(row: Row) -> list[Row]:
     messages = read_text(row["conversations"], "conversations")
     if isinstance(messages, str):
         raise expected("a list of turns", row["conversations"], "conversations")
-    last = next((i for i, message in reversed([*enumerate(messages)]) if message["role"] == "assistant"), 0)
-    if not last:
+    answered = until_last_answer(messages)
+    if len(answered) < 2:
         raise Dropped("no answer")
-    left = {"conversations[] after the last answer": True} if last + 1 < len(messages) else {}
-    return [{"messages": messages[: last + 1], **left}]
+    left = {"conversations[] after the last answer": True} if len(answered) < len(messages) else {}
+    return [{"messages": answered, **left}]
 
 
 _SIDES = ("chosen", "rejected")
