@@ -32,7 +32,7 @@ class Seen(html.parser.HTMLParser):
         assert self.open.pop()[0] == tag
 
     def handle_data(self, data):
-        if self.open and self.open[-1][0] == "i":
+        if self.texts and self.open and self.open[-1][0] == "i":
             self.texts[-1] += data
 
 
@@ -145,6 +145,23 @@ def test_colours_diverge_from_zero():
 
 def test_models_that_agree_are_not_coloured():
     assert {opacity for _, opacity in styles_of(np.zeros(4))} == {0.0}
+
+
+def test_tokens_that_are_not_trained_have_no_colour_and_do_not_count():
+    reference, weights = np.full(4, -5.0), np.array([1.0, 0.0, 0.5, 3.0], np.float32)
+    policy = np.array([-4.0, np.nan, -3.0, -6.0])
+    response = Response("chosen", range(4), ["a", "b", "c", "d"], {"policy": policy}, reference, weights)
+    text = page("t", "a", [Example("g", "s", None, "w", "p", [response])], beta=1.0)
+    found = Seen(text)
+    shown = [attributes for tag, attributes in found.elements if tag == "i"][2:]  # two are the legend's
+    assert [one.get("class") for one in shown] == [None, "untrained", "weighted", "weighted"]
+    assert "style" not in shown[1] and shown[1]["title"] == "'b', id 1\nread, not trained"
+    assert [one["style"].partition("--weight:")[2] for one in shown if "style" in one] == ["", "25%", "100%"]
+    assert "\nweight 0.5" in shown[2]["title"] and "weight" not in shown[0]["title"]
+    assert "policy: reward -1.000" in text  # 1 + 0.5 * 2 - 3 * 1
+    assert "nan" not in text
+    plain = page("t", "a", [Example("g", "s", None, "w", "p", [response._replace(weights=None)])], beta=1.0)
+    assert 'class="untrained"' not in plain and "--weight:" not in plain
 
 
 def test_without_a_reference_only_log_probabilities_are_shown(tiny_tokenizer):

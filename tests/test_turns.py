@@ -156,7 +156,10 @@ MAY_DROP = {"chat": ChatOptions(may_drop=("reasoning",))}
 
 @pytest.mark.parametrize("talk", [THINKING, THOUGHTS])
 def test_earlier_thoughts_that_a_template_strips_stop_the_run_unless_it_is_allowed(tokenizers, talk):
-    with pytest.raises(UserError, match=r"^x, row 3: the chat template leaves out the reasoning; .*\(chosen\[0\]\."):
+    with pytest.raises(
+        UserError,
+        match=r"^x, row 3: the chat template leaves out the reasoning; .* data.train_on=last, .*\(chosen\[0\]\.",
+    ):
         drawn(tokenizers["qwen3"], ASKED, talk)
     assert drawn(tokenizers["qwen3"], ASKED, talk, **MAY_DROP) == (
         "⟦A<|im_end|>⟧\n<|im_start|>user\nC<|im_end|>\n<|im_start|>assistant\n⟦<think>\nE\n</think>\n\nD<|im_end|>⟧"

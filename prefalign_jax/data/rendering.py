@@ -223,9 +223,13 @@ class Renderer:
                     where = part.where if part.turn < 0 else turn + part.where
                     what = _called(part, before)
                     shown = piece if len(piece) <= _SHOWN else piece[:_SHOWN] + "..."
+                    only = (
+                        part.name == "reasoning" and not record.rejected and part.turn - before + 1 < len(record.chosen)
+                    )
                     raise UserError(
-                        f"{record.where}: the chat template leaves out the {what}; set data.chat_template, or allow it "
-                        f"with data.template_may_drop={part.name} ({where}: {shown!r})"
+                        f"{record.where}: the chat template leaves out the {what}; set data.chat_template, "
+                        f"{'write data.train_on=last, ' * only}or allow it with data.template_may_drop={part.name} "
+                        f"({where}: {shown!r})"
                     )
         return names
 

@@ -229,6 +229,15 @@ def scores_of(loss: BoundLoss, measured: Measured) -> tuple[str, np.ndarray, boo
     return "log-ratio", gain, False
 
 
+def _spread(values: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+    """Values of the trained tokens of a response as values of all; NaN for those that are not trained."""
+    if weights is None:
+        return values
+    out = np.full(len(weights), np.nan, np.float32)
+    out[weights != 0] = values
+    return out
+
+
 def examples_of(
     loss: BoundLoss,
     measured: Measured,
@@ -254,10 +263,11 @@ def examples_of(
         names = ("desirable" if pair.label else "undesirable",) if "label" in loss.needs else ("chosen", "rejected")
         for side, name in enumerate(names[: 1 + ("rejected" in loss.needs)]):
             ids = (pair.chosen, pair.rejected)[side].tolist()
-            values = {model: rows[number][side] for model, rows in logps.items()}
+            weights = pair.weights(side)
+            values = {model: _spread(rows[number][side], weights) for model, rows in logps.items()}
             pieces = pieces_of(tokenizer, pair.prompt[-4:].tolist(), ids)
             coloured = {panel: values[panel] for panel in panels}
-            responses.append(Response(name, ids, pieces, coloured, values.get("reference")))
+            responses.append(Response(name, ids, pieces, coloured, values.get("reference"), weights))
         right = bool(scores[i] > 0) if signed else None
         prompt = tokenizer.decode(pair.prompt.tolist(), skip_special_tokens=False).rstrip("\ufffd")
         out.append(Example(group, f"{what} {scores[i]:+.3f}", right, str(pair.where), prompt, responses))

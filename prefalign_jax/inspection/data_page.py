@@ -207,7 +207,9 @@ def _written(tokenizer: Any, context: Sequence[Token], tokens: Sequence[Token], 
     return out
 
 
-def written_pair(shown: Shown, tokenizer: Any, kind: str, title: str, where: str) -> WrittenPair:
+def written_pair(
+    shown: Shown, tokenizer: Any, kind: str, title: str, where: str, *, masked: bool = False
+) -> WrittenPair:
     """A pair for the page: the prompt, and beneath it the branches side by side.
 
     Args:
@@ -215,6 +217,7 @@ def written_pair(shown: Shown, tokenizer: Any, kind: str, title: str, where: str
       tokenizer: Hugging Face tokenizer.
       kind: one of cleaning.RECORD_KINDS.
       title, where: plain text.
+      masked: the ends of responses are not trained, so that batches do not have them.
     """
     about = [where]
     if shown.weight != 1:
@@ -230,7 +233,7 @@ def written_pair(shown: Shown, tokenizer: Any, kind: str, title: str, where: str
     for name, branch in zip(names, shown.branches, strict=False):
         learned = kind != "unpaired" or name == names[0]
         read = any(token.read for token in branch.response)
-        ended = read or not branch.response or branch.response[-1].role == "eos"
+        ended = masked or read or not branch.response or branch.response[-1].role == "eos"
         tokens = _written(tokenizer, branch.prompt, branch.response, learned)
         sides.append(Side(name, _counted(branch.response, learned), ended, tokens))
     written = _written(tokenizer, [], prompt)

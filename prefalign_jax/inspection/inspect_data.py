@@ -88,8 +88,9 @@ def inspect(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     total = np.array([len(pair.prompt) + max(map(len, pair.responses)) for pair in full], np.int64)
     drawn = {"tokens": token_lengths(data.training), "total": {"prompt + longer response": total}, "scores": scores}
+    masked = config.data.mask_format
     shown = [
-        (name, [written_pair(one, tokenizer, kind, *titled(one.index, pairs)) for one in group])
+        (name, [written_pair(one, tokenizer, kind, *titled(one.index, pairs), masked=masked) for one in group])
         for name, group in groups_of_pairs(config, pairs, layout, tokenizer.eos_token_id)
     ]
     tables = tables_of(report)

@@ -29,8 +29,10 @@ class Response(NamedTuple):
       name: such as 'chosen'.
       ids: [N] tokens.
       pieces: [N] the text of each, from `pieces_of`.
-      policies: {panel: [N] log-probabilities}, in the order of the panels.
+      policies: {panel: [N] log-probabilities}, in the order of the panels; those of tokens that are not trained are not
+        looked at.
       reference: [N] log-probabilities under the reference, None where there is none.
+      weights: [N], by how much each token counts, 0 for one that is read and not trained; None where each counts once.
     """
 
     name: str
@@ -38,14 +40,24 @@ class Response(NamedTuple):
     pieces: Sequence[str]
     policies: dict[str, np.ndarray]
     reference: np.ndarray | None
+    weights: np.ndarray | None = None
+
+    @property
+    def trained(self) -> np.ndarray:
+        """[N] bool."""
+        return np.ones(len(self.ids), bool) if self.weights is None else self.weights != 0
 
 
 class Token(NamedTuple):
-    """A token as the page shows it: its text, the text beside the pointer, its colour."""
+    """A token as the page shows it: text, the text beside the pointer, colour, and how strong the line under it is.
+
+    The colour is '' for a token that is not trained, and the shade is '' for one that counts once.
+    """
 
     piece: str
     hover: str
     colour: str
+    shade: str = ""
 
 
 class Panel(NamedTuple):
@@ -132,7 +144,7 @@ def page(title: str, about: str, examples: Sequence[Example], *, beta: float) ->
     Source: the reading of DPO's reward token by token: Rafailov et al., arXiv 2404.12358.
     """
     values = [
-        np.abs(beta * (logps - response.reference))
+        np.abs(beta * (logps - response.reference))[response.trained]
         for example in examples
         for response in example.responses
         if response.reference is not None
@@ -157,23 +169,42 @@ def page(title: str, about: str, examples: Sequence[Example], *, beta: float) ->
         worst=_colour(WORST),
         best=_colour(BEST),
         rare=_colour(RARE),
+        read=any(not response.trained.all() for example in examples for response in example.responses),
+        weighted=any(token.shade for one in examples for r in one.responses for p in panels(r) for token in p.tokens),
     )
 
 
 def _panel(response: Response, name: str, beta: float, top: float) -> Panel:
     logps, reference = response.policies[name], response.reference
     rewards = None if reference is None or logps is reference else beta * (logps - reference)
-    total = f"log-probability {logps.sum():,.2f}" if rewards is None else f"reward {rewards.sum():+,.3f}"
+    trained, weights = response.trained, np.ones(len(logps)) if response.weights is None else response.weights
+    total = (weights * (logps if rewards is None else rewards))[trained].sum()
+    total = f"log-probability {total:,.2f}" if rewards is None else f"reward {total:+,.3f}"
     tokens = []
     for i, (token, piece) in enumerate(zip(response.ids, response.pieces, strict=True)):
+        if not trained[i]:
+            tokens.append(Token(piece, f"{piece!r}, id {token}\nread, not trained", ""))
+            continue
         hover = f"{piece!r}, id {token}\nlog policy {logps[i]:.4f}"
         if rewards is None:
             colour, strength = RARE, min(-logps[i] / LOWEST, 1.0)
         else:
             colour, strength = BEST if rewards[i] > 0 else WORST, min(abs(rewards[i]) / top, 1.0)
             hover += f"\nlog reference {reference[i]:.4f}\nreward {rewards[i]:+.4f}"
-        tokens.append(Token(piece, hover, _colour(colour, strength)))
+        shade = "" if weights[i] == 1 else shade_of(weights[i])
+        hover += f"\nweight {weights[i]:.4g}" if shade else ""
+        tokens.append(Token(piece, hover, _colour(colour, strength), shade))
     return Panel(name, total, tokens)
+
+
+def shade_of(weight: float) -> str:
+    """How strong the line under a token of this weight is, as a percentage; whole from 2 on.
+
+    Example:
+      >>> shade_of(0.5)
+      '25%'
+    """
+    return f"{50 * min(weight, 2.0):.0f}%"
 
 
 def _colour(colour: tuple[int, int, int], strength: float = 1.0) -> str:
