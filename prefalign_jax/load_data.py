@@ -30,7 +30,8 @@ from prefalign_jax.data.mixture import (
 from prefalign_jax.data.pairing import WHICH_PAIRS
 from prefalign_jax.data.pairs import Origin, Pairs, digest_of, from_list
 from prefalign_jax.data.pipeline import PairSet, mismatched
-from prefalign_jax.data.records import Prompt, Record, ascii_quotes, draw_number, flip_labels, read_prompts
+from prefalign_jax.data.reading import draw_number
+from prefalign_jax.data.records import Prompt, Record, ascii_quotes, flip_labels, read_prompts
 from prefalign_jax.data.remarks import Remarks, lines
 from prefalign_jax.data.rows import content_digest, count_rows, files_left_out
 from prefalign_jax.data.template import prints_date

@@ -7,7 +7,8 @@ import pytest
 
 from prefalign_jax.data.conversation import is_answer, is_trained, parting
 from prefalign_jax.data.memory import MemoryRows
-from prefalign_jax.data.records import Tally, iter_records
+from prefalign_jax.data.reading import Tally
+from prefalign_jax.data.records import iter_records
 from prefalign_jax.types import UserError
 from published_rows import assistant, user
 

@@ -11,7 +11,8 @@ import pytest
 from conftest import longer
 from prefalign_jax.data.chat import iter_pairs
 from prefalign_jax.data.memory import MemoryRows
-from prefalign_jax.data.records import Tally, iter_records
+from prefalign_jax.data.reading import Tally
+from prefalign_jax.data.records import iter_records
 from prefalign_jax.data.rows import read_rows
 from prefalign_jax.types import UserError
 from published_rows import assistant, user

@@ -10,7 +10,8 @@ from prefalign_jax.data.chat import iter_pairs
 from prefalign_jax.data.fields import MEANINGS, meaning_of
 from prefalign_jax.data.memory import MemoryRows
 from prefalign_jax.data.pairs import digest_of_pair
-from prefalign_jax.data.records import Tally, iter_prompts, iter_records
+from prefalign_jax.data.reading import Tally
+from prefalign_jax.data.records import iter_prompts, iter_records
 from prefalign_jax.types import UserError
 from published_rows import (
     ALPACA,

@@ -14,7 +14,8 @@ import pytest
 from prefalign_jax.config import defaults
 from prefalign_jax.data.groups import Comparison, Group, gathered, scores_of
 from prefalign_jax.data.memory import MemoryRows
-from prefalign_jax.data.records import Tally, iter_records, read_records
+from prefalign_jax.data.reading import Tally
+from prefalign_jax.data.records import iter_records, read_records
 from prefalign_jax.experiment import read as read_config
 from prefalign_jax.load_data import load_pairs
 from prefalign_jax.types import UserError

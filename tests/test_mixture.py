@@ -12,7 +12,7 @@ from prefalign_jax import load_data
 from prefalign_jax.cli import experiments
 from prefalign_jax.config import defaults
 from prefalign_jax.data.mixture import Source, in_proportion, normalised, prompt_key, read_source, source_digest
-from prefalign_jax.data.records import Tally
+from prefalign_jax.data.reading import Tally
 from prefalign_jax.experiment import read as read_experiment
 from prefalign_jax.types import UserError
 

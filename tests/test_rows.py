@@ -15,7 +15,8 @@ import pytest
 
 from prefalign_jax.data import rows as rows_
 from prefalign_jax.data.memory import as_source
-from prefalign_jax.data.records import Tally, iter_records, read_records
+from prefalign_jax.data.reading import Tally
+from prefalign_jax.data.records import iter_records, read_records
 from prefalign_jax.data.rows import LARGEST_ROW, content_digest, count_rows, json_rows, read_rows
 from prefalign_jax.types import Place, UserError
 from test_fields import KINDS

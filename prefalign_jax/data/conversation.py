@@ -59,6 +59,15 @@ def last_answer(messages: Messages) -> int:
     return next((i for i in range(max(1, asked), len(messages)) if _begins(messages, i)), 0)
 
 
+def last_alone(prompt: Messages, sides: list[Messages]) -> tuple[Messages, list[Messages]]:
+    """(prompt, responses) with the last trained message alone trained; the prompt of one response ends before it."""
+    lasts = [max(i for i, message in enumerate(side) if is_trained(message)) for side in sides]
+    if len(sides) > 1:
+        return prompt, [untrained(side[:last]) + side[last:] for side, last in zip(sides, lasts, strict=True)]
+    (side,), (last,) = sides, lasts
+    return [*prompt, *map(bare, side[:last])], [side[last:]]
+
+
 def parting(sides: Sequence[Messages]) -> tuple[int, int]:
     """Where the responses of whole conversations begin, and where they part.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from prefalign_jax.data import remarks
 from prefalign_jax.data.cleaning import Stage
-from prefalign_jax.data.records import Tally
+from prefalign_jax.data.reading import Tally
 from prefalign_jax.data.remarks import Remarks
 
 TRAINING, HELD_OUT = "training", "held out"  # parts

@@ -30,17 +30,8 @@ from prefalign_jax.data.conversation import first_answer
 from prefalign_jax.data.formats import FORMATS
 from prefalign_jax.data.memory import MemoryRows
 from prefalign_jax.data.pairs import Pairs
-from prefalign_jax.data.records import (
-    Prompt,
-    Reading,
-    Record,
-    Rows,
-    Tally,
-    Text,
-    draw_number,
-    iter_prompts,
-    iter_records,
-)
+from prefalign_jax.data.reading import Reading, Rows, Tally, draw_number
+from prefalign_jax.data.records import Prompt, Record, Text, iter_prompts, iter_records
 from prefalign_jax.data.rows import content_digest, read_rows
 from prefalign_jax.data.splits import TEST, VALIDATION, split_of
 from prefalign_jax.data.values import empty, name_of, names

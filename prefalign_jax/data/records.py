@@ -7,51 +7,35 @@ and field. Fields whose meaning is not known are counted by name. Nothing else i
 
 from __future__ import annotations
 
-import collections
-import contextlib
-import dataclasses
-import functools
-import hashlib
 import itertools
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from prefalign_jax.data.conversation import (
     bare,
-    first_answer,
     is_answer,
     is_trained,
-    last_answer,
-    parting,
-    until_last_answer,
-    untrained,
+    last_alone,
 )
-from prefalign_jax.data.fields import BESIDE, PAIRS, PROMPTS, SUPERVISED, UNPAIRED, account, account_messages, mapping
-from prefalign_jax.data.formats import FORMATS, Format, detect, in_common
+from prefalign_jax.data.fields import BESIDE, PAIRS, PROMPTS, SUPERVISED, account
 from prefalign_jax.data.groups import (
     BEST_WORST,
     GROUP_FIELDS,
-    gathered,
     is_group,
-    pairs_of,
     read_group,
     scores_of,
 )
 from prefalign_jax.data.messages import (
-    FLAGS,
-    Messages,
     Text,
-    obeyed,
-    read_history,
-    read_text,
     read_tools,
 )
 from prefalign_jax.data.pairing import check_pairs
+from prefalign_jax.data.reading import Reading, Rows, Tally, common_rows, draw_number
 from prefalign_jax.data.rows import read_rows
+from prefalign_jax.data.sides import sides_of, what_to_map
 from prefalign_jax.data.template import not_to_be_set
 from prefalign_jax.data.values import (
     SMALLEST,
@@ -59,7 +43,6 @@ from prefalign_jax.data.values import (
     Malformed,
     empty,
     expected,
-    kind,
     missing,
     names,
     number,
@@ -67,21 +50,15 @@ from prefalign_jax.data.values import (
     plain,
     scalar,
     show,
-    string,
     truth,
 )
 from prefalign_jax.types import Place, UserError
 
-Rows = Iterable[tuple[Place, Any]]  # rows with their places
-
 TRAIN_ON = ("all", "last")  # which assistant messages of a response are trained
 
-_HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # the turns of an HH-RLHF transcript
 _COMPLETIONS = ("completion", "response", "messages")  # what rows with one response may call it
-_BETWEEN = re.compile(r"\b(human|user|assistant|system|im_start|im_end|inst)\b|[\W_]", re.IGNORECASE)
 _LABELS = ("label", "kto_tag")  # what rows may call the label
 _SCORES = ("score_{}", "{}_score", "rating_{}", "{}-rating")  # of a response
-_MESSAGE = "message."  # begins the name of a field of messages
 _BESIDE = frozenset(BESIDE)
 
 _ASCII = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "..."})
@@ -114,21 +91,6 @@ class Record(NamedTuple):
     def responses(self) -> tuple[Text, ...]:
         """What may be trained: one, two, or all of a group, the best first."""
         return (self.chosen, self.rejected, *self.others) if self.rejected else (self.chosen,)
-
-
-@dataclasses.dataclass
-class Tally:
-    """What is counted while rows are read.
-
-    Attributes:
-      dropped: {reason: records}.
-      unread: {field: rows} that nobody reads and whose meaning is not known, or does not matter to this kind of data.
-      notes: {what: records} that are read in part.
-    """
-
-    dropped: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    unread: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    notes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
 
 def read_records(
@@ -216,27 +178,6 @@ def read_records(
     return records, dict(tally.dropped)
 
 
-class Reading(NamedTuple):
-    """How rows are read: the options of `read_records`."""
-
-    responses: Sequence[str] = ("chosen", "rejected")
-    unpaired: bool = False
-    margin: bool = False
-    columns: Sequence[str] = ()
-    format: str | None = None
-    ignore: Sequence[str] = ()
-    beside: Sequence[str] = ()  # fields that something else reads, such as a filter
-    train_on: str = "all"
-    groups: bool = False
-    pairs: str = BEST_WORST
-    seed: int = 0
-
-    @property
-    def kind(self) -> str:
-        """What the records are."""
-        return UNPAIRED if self.unpaired else PAIRS if len(self.responses) == 2 else SUPERVISED
-
-
 _PAIRS = Reading()
 
 
@@ -285,116 +226,6 @@ def _records(rows: Rows, tally: Tally, reading: Reading) -> Iterator[Record]:
                 tally.dropped[str(reason)] += 1
             else:
                 yield from (record._replace(where=where, columns=kept) for record in records)
-
-
-def _without(rows: Rows, reading: Reading, unread: collections.Counter) -> Rows:
-    """The rows without the fields that are ignored, which are counted."""
-    ignored = [name for name in reading.ignore if not name.startswith(_MESSAGE)]
-    if not ignored:
-        return rows
-
-    def rest(row: Any) -> Any:
-        if not isinstance(row, Mapping):
-            return row
-        unread.update(name for name in ignored if not empty(row.get(name)))
-        return {name: value for name, value in row.items() if name not in ignored}
-
-    return ((where, rest(row)) for where, row in rows)
-
-
-def common_rows(
-    rows: Rows, tally: Tally, reading: Reading, kind: str = ""
-) -> Iterator[tuple[Place, Mapping, Sequence[Mapping]]]:
-    """Brings rows of published formats into the common one.
-
-    Args:
-      rows: with their places.
-      tally: the rows that are left out are counted here by reason, as the iterator goes on.
-      reading: how they are read.
-      kind: what for, if it is not `reading.kind`.
-
-    Returns:
-      An iterator over (its place, the row, its rows in the common format); of a group the first row.
-    """
-    kind = kind or reading.kind
-    whole = reading.groups and kind == PAIRS
-    how = reading.pairs if kind == PAIRS else BEST_WORST
-    draw = functools.partial(draw_number, f"pairs {reading.seed}")
-
-    def joins(form: Format) -> tuple[str, ...]:
-        """The fields that are the same in the rows of a group."""
-        if form.group:
-            return (form.group,)
-        return form.gather if whole or how != BEST_WORST else ()
-
-    def gather(name: str, given: Sequence[tuple[Place, Mapping]]) -> list[Mapping]:
-        """The groups of rows that are pairs."""
-        rows = []
-        for _, row in given:
-            with _counted(tally):
-                rows.append(in_common(name, row, [row]))
-        out, identical = gathered(rows, FORMATS[name].gather)
-        tally.dropped.update(["identical responses"] * identical)
-        return out
-
-    def in_pairs(name: str, row: Mapping) -> Sequence[Mapping]:
-        """The row, or the pairs of its group where those are wanted."""
-        if whole or not is_group(row):
-            return (row,)
-        options = dict(named=FORMATS[name].answers, margins=reading.margin, ordered=kind in (UNPAIRED, SUPERVISED))
-        out, ties = pairs_of(row, how, draw, **options)
-        tally.dropped.update(["tie"] * ties)
-        return out
-
-    def read(name: str, given: Sequence[tuple[Place, Mapping]]) -> tuple[Place, Mapping, Sequence[Mapping]]:
-        (where, row), form, out = given[0], FORMATS[name], []
-        fields = (*form.fields, *form.signs)
-        try:
-            with _counted(tally):
-                if any(row.get(field) is None for field in fields):
-                    raise Malformed(f"format {name!r} has the fields {', '.join(fields)}, found {names(row)}")
-                one_by_one = form.group or not joins(form)
-                common = in_common(name, row, [row for _, row in given]) if one_by_one else gather(name, given)
-                out = [one for each in common for one in in_pairs(name, each)]
-        except Malformed as error:
-            raise UserError(f"{where}: {error}") from None
-        return where, row, out
-
-    def read_all() -> tuple[Place, Mapping, Sequence[Mapping]]:
-        given = group.copy()
-        group.clear()
-        if FORMATS[grouped].group and not whole and how == BEST_WORST:
-            tally.dropped.update(["neither best nor worst of its prompt"] * (len(given) - 2))
-        return read(grouped, given)
-
-    group: list[tuple[Place, Mapping]] = []
-    grouped, same = "", None
-    for where, row in _without(rows, reading, tally.unread):
-        if not isinstance(row, Mapping):
-            raise UserError(f"{where}: {expected('a JSON object', row)}")
-        name = reading.format or detect(row, pairs=kind in (PAIRS, UNPAIRED))
-        fields = joins(FORMATS[name])
-        values = [None if missing(row.get(field)) else row[field] for field in fields]
-        if group and (name, values) != (grouped, same):
-            yield read_all()
-        if fields:
-            grouped, same = name, values
-            group.append((where, row))
-        elif name == "common" and not is_group(row):
-            yield where, row, (row,)
-        else:
-            yield read(name, [(where, row)])
-    if group:
-        yield read_all()
-
-
-@contextlib.contextmanager
-def _counted(tally: Tally) -> Iterator[None]:
-    """Counts what is left out by its reason."""
-    try:
-        yield
-    except Dropped as reason:
-        tally.dropped[str(reason)] += 1
 
 
 class Prompt(NamedTuple):
@@ -465,7 +296,7 @@ def iter_prompts(rows: Rows, tally: Tally, reading: Reading = _PAIRS) -> Iterato
         try:
             sides = [name for name in ("chosen", *_COMPLETIONS, "text") if not missing(row.get(name))][:1]
             sides += ["rejected"] if sides == ["chosen"] and not missing(row.get("rejected")) else []
-            prompt, answers = _conversation(row, sides, reading, tally, trained=False)
+            prompt, answers = sides_of(row, sides, reading, tally, trained=False)
             used = {*_BESIDE, *_LABELS, *reading.beside, "id", "chosen", "rejected", *_COMPLETIONS, "text"}
             account(row, used, PROMPTS, [prompt, *answers], tally.unread)
             _check_answers(answers)
@@ -542,12 +373,6 @@ def flip_labels(records: Iterable[Record], share: float, seed: int) -> tuple[lis
     return out, len(flipped)
 
 
-def draw_number(seed: int | str, what: Any) -> float:
-    """A number in [0, 1) that is a function of its arguments."""
-    key = f"{seed}\n{json.dumps(what, sort_keys=True, ensure_ascii=False)}"
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
-
-
 # One row -> one record, or the two of a pair that is read as unpaired.
 
 
@@ -560,7 +385,7 @@ def _unpaired(row: Mapping, reading: Reading, tally: Tally) -> list[Record]:
     responses = [name for name in _COMPLETIONS if not missing(row.get(name))][:1]
     if not responses:
         either = f"one of the fields {', '.join(_COMPLETIONS)} with a label, or chosen and rejected"
-        raise Malformed(f"expected {either}, found {names(row)}; {_map(row, ('prompt', 'completion', 'label'))}")
+        raise Malformed(f"expected {either}, found {names(row)}; {what_to_map(row, ('prompt', 'completion', 'label'))}")
     label = truth(row[labels[0]] if labels else None, "label")
     return [_record(row, responses, reading, tally, labels)._replace(label=label)]
 
@@ -585,8 +410,8 @@ def _record(
         fields = [name for name in alternatives if not missing(row.get(name))][:1]
         if not fields:
             either = f"one of the fields {', '.join(alternatives[:-1])} or text"
-            raise Malformed(f"expected {either}, found {names(row)}; {_map(row, ('prompt', 'completion'))}")
-    prompt, sides = _conversation(row, fields, reading, tally)
+            raise Malformed(f"expected {either}, found {names(row)}; {what_to_map(row, ('prompt', 'completion'))}")
+    prompt, sides = sides_of(row, fields, reading, tally)
     used = {*_BESIDE, *fields, *scores, *beside, *reading.columns, *reading.beside} - (
         {"prompt"} if fields == ["text"] else set()
     )
@@ -606,7 +431,7 @@ def _trained(prompt: Text, sides: list[Text], reading: Reading, tally: Tally) ->
     if isinstance(prompt, str):
         return prompt, sides
     if reading.train_on == "last":
-        prompt, sides = _last_alone(prompt, sides)
+        prompt, sides = last_alone(prompt, sides)
     if reading.kind == SUPERVISED and any(map(is_answer, prompt)):
         tally.notes["with earlier answers, which are not trained"] += 1
     answers = [message for side in sides for message in side if is_answer(message)]
@@ -636,7 +461,7 @@ def _group(row: Mapping, responses: Sequence[str], reading: Reading, tally: Tall
         row = {**row, **dict(zip(responses, group.responses, strict=True))}
     else:
         scores, read = _two_scores(row, responses)
-    prompt, sides = _conversation(row, responses, reading, tally)
+    prompt, sides = sides_of(row, responses, reading, tally)
     used = {*_BESIDE, *responses, *read, *reading.columns, *reading.beside}
     account(row, used, PAIRS, [prompt, *sides], tally.unread)
     told = read_told(row, prompt)
@@ -669,106 +494,6 @@ def _two_scores(row: Mapping, responses: Sequence[str]) -> tuple[tuple[float, fl
             return tuple(scores), fields
     margin = _number(row, "margin")
     return ((1.0, 0.0), ()) if margin is None else ((margin, 0.0), ("margin",))
-
-
-def _conversation(
-    row: Mapping, fields: Sequence[str], reading: Reading, tally: Tally, *, trained: bool = True
-) -> tuple[Text, list[Text]]:
-    """(prompt, responses) of a row, wherever it keeps what comes before the responses.
-
-    Args:
-      row: in the common format.
-      fields: of the responses; none for a prompt alone.
-      reading: of which message fields are ignored.
-      tally: for those.
-      trained: whether the responses are to be trained, as weights and masks of messages may ask.
-    """
-    if lacking := [name for name in fields or ("prompt",) if row.get(name) is None]:
-        lacking = [*(["prompt"] if fields and row.get("prompt") is None else []), *lacking]
-        raise Malformed(f"expected {', '.join(('prompt', *fields))}, found {names(row)}; {_map(row, lacking)}")
-    sides = [read_text(row[name], name) for name in fields]
-    asked = None if missing(row.get("prompt")) else read_text(row["prompt"], "prompt")
-    prompt = "" if fields == ["text"] else asked
-    for name, side in zip(fields, sides, strict=True):
-        if type(side) is not type(sides[0]):
-            raise expected(f"{kind(sides[0])}, as in {fields[0]!r}", row[name], name)
-
-    before = _before(row)
-    strings = [*sides, *([] if prompt is None else [prompt])]
-    if isinstance(strings[0], str) and (before is not None or isinstance(prompt, list)):
-        if not prompt and before:
-            field = "system" if not empty(row.get("system")) else "history"
-            raise Malformed(f"field {field!r}: it goes through the chat template; write the rest as messages")
-        if prompt:
-            sides = [[{"role": "assistant", "content": side}] for side in sides]
-            prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if sides and isinstance(sides[0], str):
-        return _split_strings(row, prompt, sides, fields)
-    if not sides and not isinstance(prompt, list):
-        return prompt or "", []
-
-    leave = [name.removeprefix(_MESSAGE) for name in reading.ignore if name.startswith(_MESSAGE)]
-    before = before or []
-    given = [part for part in (before, prompt, *sides) if isinstance(part, list)]
-    for name in leave:
-        tally.unread[_MESSAGE + name] += any(name in message for part in given for message in part)
-    leave += () if trained else FLAGS
-    if leave:
-        prompt = _without_fields(prompt, leave) if isinstance(prompt, list) else prompt
-        before, *sides = (_without_fields(part, leave) for part in (before, *sides))
-    parted = _split_messages(row, prompt, sides, fields, reading.kind if trained else PROMPTS)
-    tally.unread.update(f"{name}[] after the last answer" for name in parted.cut)
-    system = -int(not empty(row.get("system")))  # stands before the row's own history
-    before = obeyed(before, "history", system, trained=False)
-    responses, shared = [], parted.shared
-    for name, side, first in zip(fields, parted.sides, parted.firsts, strict=False):
-        if shared:
-            obeyed(side[:shared], name, first, trained=False)
-        side = obeyed(side, name, first, trained=True)
-        responses.append(untrained(side[:shared]) + side[shared:] if shared else side)
-    parts = [("history", before, system), (parted.asked_in, parted.prompt, 0)]
-    parts += zip(fields, responses, parted.firsts, strict=False)
-    account_messages(parts, reading.kind if trained else PROMPTS, tally.unread)
-    return _joined(before, parted.prompt), responses
-
-
-def _without_fields(messages: Messages, names: Sequence[str]) -> Messages:
-    return [{name: value for name, value in message.items() if name not in names} for message in messages]
-
-
-def _last_alone(prompt: Messages, sides: list[Messages]) -> tuple[Messages, list[Messages]]:
-    """(prompt, responses) with the last trained message alone trained; the prompt of one response ends before it."""
-    lasts = [max(i for i, message in enumerate(side) if is_trained(message)) for side in sides]
-    if len(sides) > 1:
-        return prompt, [untrained(side[:last]) + side[last:] for side, last in zip(sides, lasts, strict=True)]
-    (side,), (last,) = sides, lasts
-    return [*prompt, *map(bare, side[:last])], [side[last:]]
-
-
-def _before(row: Mapping) -> Messages | None:
-    """What a row's system prompt and history put before its prompt; None where it has neither field."""
-    if missing(row.get("system")) and missing(row.get("history")):
-        return None
-    system = "" if missing(row.get("system")) else string(row["system"], "system")
-    history = [] if empty(row.get("history")) else read_history(row["history"])
-    return _joined([{"role": "system", "content": system}] if system else [], history)
-
-
-def _joined(before: Messages, after: Messages) -> Messages:
-    """One conversation of two, with one system prompt."""
-    if before and after and before[0]["role"] == "system" and after[0]["role"] in ("system", "developer"):
-        if before[0] != after[0]:
-            raise Malformed(
-                f"field 'system': the conversation begins with another one, {show(after[0]['content'])}; "
-                "write data.ignore=system, or leave out one of them (data.map_fn)"
-            )
-        after = after[1:]
-    return [*before, *after]
-
-
-def _map(row: Mapping, wanted: Sequence[str]) -> str:
-    """What to write for a row of other columns."""
-    return f"if others hold them, write --config.data.columns={mapping(row, wanted)}"
 
 
 def read_told(row: Mapping, prompt: Text) -> dict[str, tuple]:
@@ -816,7 +541,7 @@ def _margin(row: Mapping, responses: Sequence[str]) -> tuple[float, tuple[str, .
         if better is not None and worse is not None:
             return better - worse, fields
     either = ", or ".join(" and ".join(fields) for fields in (["margin"], *pairs))
-    raise Malformed(f"expected the field {either}, found {names(row)}; {_map(row, ('margin',))}")
+    raise Malformed(f"expected the field {either}, found {names(row)}; {what_to_map(row, ('margin',))}")
 
 
 def _number(row: Mapping, field: str, what: str = "a finite number", above: float = -math.inf) -> float | None:
@@ -828,121 +553,6 @@ def _number(row: Mapping, field: str, what: str = "a finite number", above: floa
     if 0 < value_read < SMALLEST and above == 0:
         raise expected(f"{what} that float32 does not hold as 0", value, field)
     return value_read
-
-
-def _split_strings(row: Mapping, prompt: Text | None, sides: list[str], fields: Sequence[str]) -> tuple[str, list[str]]:
-    """(prompt, responses), the prompt taken out of HH-RLHF transcripts where there is none."""
-    if isinstance(prompt, str):
-        return prompt, sides
-    prompts = []
-    for side, name in zip(sides, fields, strict=True):
-        if not side.startswith(_HUMAN) or _ASSISTANT not in side:
-            raise Malformed(
-                f"expected a field 'prompt', or an HH-RLHF transcript ({_HUMAN!r} ... {_ASSISTANT!r} ...) in {name!r}; "
-                f"found {names(row)}; {_map(row, ('prompt',))}"
-            )
-        prompts.append(side[: side.rindex(_ASSISTANT) + len(_ASSISTANT)])
-    return _same(prompts), [side[len(prompts[0]) :] for side in sides]
-
-
-class Parted(NamedTuple):
-    """Messages of a row as prompt and responses.
-
-    Attributes:
-      prompt: messages, without flags.
-      asked_in: the field that has them.
-      sides: the responses.
-      firsts: the number of the first message of each in its field.
-      shared: so many messages of the responses are the same in all, and are not trained.
-      cut: fields of which something after the last answer is left out.
-    """
-
-    prompt: Messages
-    asked_in: str
-    sides: list[Messages]
-    firsts: Sequence[int]
-    shared: int = 0
-    cut: Sequence[str] = ()
-
-
-def _split_messages(
-    row: Mapping, prompt: Text | None, sides: list[Messages], fields: Sequence[str], kind: str
-) -> Parted:
-    """Prompt and responses, wherever the row keeps the messages before the responses.
-
-    Args:
-      row: in the common format.
-      prompt: its field.
-      sides: the fields of the responses.
-      fields: their names.
-      kind: what the row is read as.
-    """
-    ends = [until_last_answer(side) for side in sides]
-    cut = [name for name, side, end in zip(fields, sides, ends, strict=True) if len(end) < len(side)]
-    if prompt is None or (isinstance(prompt, str) and any(side and not is_answer(side[0]) for side in sides)):
-        # Beside whole conversations a string prompt only repeats one message or all; another text would go unread.
-        if prompt and not _repeats(prompt, [message["content"] for message in sides[0]]):
-            raise expected(f"a message of {fields[0]!r}, which holds the whole conversation", prompt, "prompt")
-        if kind == PROMPTS and len(sides) == 1 and cut:
-            return Parted(sides[0], fields[0], [], ())  # what is asked last has no answer yet
-        for side, end, name in zip(sides, ends, fields, strict=True):
-            if prompt is None and len(side) == len(end) == 1:
-                whole = f"expected a field 'prompt', or a whole conversation in {name!r}"
-                raise Malformed(f"{whole}; found {names(row)}; {_map(row, ('prompt',))}")
-            if not first_answer(end):
-                raise expected("a conversation with an answer of the assistant", side, name)
-        begin, part = _begin(row, ends, fields, kind)
-        if not begin:
-            raise Dropped("prompts differ")
-        prompts = [obeyed(end[:begin], name, trained=False) for name, end in zip(fields, ends, strict=True)]
-        return Parted(prompts[0], fields[0], [end[begin:] for end in ends], [begin] * len(ends), part - begin, cut)
-
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if not prompt:
-        raise expected("at least one message", prompt, "prompt")
-    asked = list(map(bare, prompt))
-    firsts = [len(asked) if list(map(bare, side[: len(asked)])) == asked else 0 for side in sides]
-    for side, first, name in zip(sides, firsts, fields, strict=True):
-        obeyed(side[:first], name, trained=False)
-        if side[first:] and not is_answer(side[first]):
-            first_said = "an assistant message first (what comes before it belongs in the prompt)"
-            raise expected(first_said, side[first:], name)
-    responses = [end[first:] for end, first in zip(ends, firsts, strict=True)]
-    return Parted(obeyed(prompt, "prompt", trained=False), "prompt", responses, firsts, 0, cut)
-
-
-def _begin(row: Mapping, sides: list[Messages], fields: Sequence[str], kind: str) -> tuple[int, int]:
-    """(where the responses of whole conversations begin, up to where they are not trained), see `read_records`."""
-    if len(sides) > 1:
-        return parting(sides)
-    begin = first_answer(sides[0])
-    if kind == UNPAIRED:
-        begin = last_answer(sides[0])
-    elif kind == PROMPTS:
-        begin = len(sides[0]) - 1
-    elif fields == ["chosen"] and isinstance(row.get("rejected"), list):  # a pair whose chosen response is wanted
-        with contextlib.suppress(Malformed):
-            if isinstance(other := read_text(row["rejected"], "rejected"), list) and other:
-                both, part = parting([sides[0], until_last_answer(other)])
-                begin = both or begin
-                return begin, part if begin < part < len(sides[0]) else begin
-    return begin, begin
-
-
-def _repeats(text: str, said: Sequence[str]) -> bool:
-    """Whether a text stands in one that was said, or is all of them with nothing but the names of roles between."""
-    if any(text.strip() in one for one in said):
-        return True
-    for one in said:
-        text = text.replace(one.strip(), "", 1)
-    return not _BETWEEN.sub("", text)
-
-
-def _same(prompts: list) -> Any:
-    if any(prompt != prompts[0] for prompt in prompts):
-        raise Dropped("prompts differ")
-    return prompts[0]
 
 
 def _check_answers(sides: Sequence[Text]) -> None:

@@ -18,7 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefalign_jax.data import trials
-from prefalign_jax.data.records import Messages, Record
+from prefalign_jax.data.messages import Messages
+from prefalign_jax.data.records import Record
 from prefalign_jax.data.remarks import Remarks
 from prefalign_jax.data.shapes import (
     CLOSE,

@@ -15,7 +15,7 @@ from prefalign_jax.data.chat import iter_pairs, load_tokenizer
 from prefalign_jax.data.counts import new_counts
 from prefalign_jax.data.mixture import Source, read_source
 from prefalign_jax.data.pipeline import PairSet, batch_of, make_pair_set, train_batches
-from prefalign_jax.data.records import Tally
+from prefalign_jax.data.reading import Tally
 from prefalign_jax.data.statistics import token_lengths
 from prefalign_jax.data.template import prints_date
 from prefalign_jax.experiment import read
