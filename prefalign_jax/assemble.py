@@ -108,9 +108,15 @@ def assemble(experiment: Experiment, data: Data, tokenizer: Any, mesh: jax.shard
         )
     started, kept, params = _started(experiment, model, base, mesh, tokens), _kept(experiment, base, compared), base
     if lora:
-        make = functools.partial(init_adapters, jax.random.key(config.seed), lora=lora, dtype=drawn_dtype(config))
-        params = jax.tree.map(jnp.copy, loaded) or born(mesh, make, kept)
+        params = jax.tree.map(jnp.copy, loaded) or new_adapters(experiment, lora, kept, mesh)
     return Assembled(model, params, kept, lora, started, training, held_out, digests)
+
+
+def new_adapters(experiment: Experiment, lora: Lora, base: Params, mesh: jax.sharding.Mesh) -> Params:
+    """Adapters at the first step, drawn by the experiment's seed."""
+    config = experiment.config
+    make = functools.partial(init_adapters, jax.random.key(config.seed), lora=lora, dtype=drawn_dtype(config))
+    return born(mesh, make, base)
 
 
 UNREAD = ("init_std", "max_position", "vocab_padding")  # fields of a shape that change nothing of what is computed
@@ -316,25 +322,31 @@ def load_model(
     )
 
 
-def step_of(
-    experiment: Experiment, model: LanguageModel, mesh: jax.sharding.Mesh, schedule: optax.Schedule
-) -> tuple[optax.GradientTransformation, Callable[..., Any]]:
-    """(optimizer, train step) of an experiment."""
+def optimizer_of(
+    experiment: Experiment, schedule: optax.Schedule, **hyper: float | jax.Array
+) -> optax.GradientTransformation:
+    """The optimizer of an experiment, gradient clipping included; `hyper` replaces hyper-parameters of the config."""
+    optimizer = make_optimizer({**experiment.plain["optimizer"], **hyper}, schedule, experiment.config.grad_clip)
+    return in_float32(optimizer) if experiment.config.model.stochastic_rounding else optimizer
+
+
+def update_options(experiment: Experiment) -> dict[str, Any]:
+    """What an update is told beside model, loss, optimizer and what these follow from; see `make_update`."""
     config, moving = experiment.config, None
-    optimizer = make_optimizer(experiment.plain["optimizer"], schedule, config.grad_clip)
-    if config.model.stochastic_rounding:
-        optimizer = in_float32(optimizer)
     if config.reference.kind == "moving":
         moving = mover(config.reference.mixup, config.reference.every)
-    return optimizer, make_train_step(
-        model,
-        experiment.loss,
-        optimizer,
-        mesh,
-        schedule=schedule,
+    return dict(
         chunk=config.vocabulary_chunk,
         move_reference=moving,
         router_weight=config.model.router_weight,
         stochastic_rounding=config.model.stochastic_rounding,
-        seed=config.seed,
     )
+
+
+def step_of(
+    experiment: Experiment, model: LanguageModel, mesh: jax.sharding.Mesh, schedule: optax.Schedule
+) -> tuple[optax.GradientTransformation, Callable[..., Any]]:
+    """(optimizer, train step) of an experiment."""
+    optimizer = optimizer_of(experiment, schedule)
+    options = dict(schedule=schedule, seed=experiment.config.seed, **update_options(experiment))
+    return optimizer, make_train_step(model, experiment.loss, optimizer, mesh, **options)

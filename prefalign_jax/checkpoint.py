@@ -79,6 +79,17 @@ class Checkpoints:
         """What is on disk, in order."""
         return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
 
+    def remove_after(self, step: int) -> None:
+        """Removes what is saved of later steps."""
+        for later in self.steps():
+            if later > step:
+                aside = (
+                    self.directory / f".{later}.unfinished"
+                )  # which nobody takes for a checkpoint if this is cut off
+                (self.directory / str(later)).rename(aside)
+                shutil.rmtree(aside)
+        self.latest = max(self.steps(), default=-1)
+
     def metrics(self, step: int) -> dict[str, float]:
         """Of the evaluation at a step, {} if there was none or nobody can tell."""
         manifest = self.directory / str(step) / MANIFEST

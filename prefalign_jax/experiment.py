@@ -129,6 +129,10 @@ class Experiment:
         data = self.config.data
         return {**self.loss.record_kind, "train_on": data.train_on, "pairs": data.pairs}
 
+    def loss_with(self, **hyper: Any) -> BoundLoss:
+        """The loss with some of its hyper-parameters replaced, by numbers that may be traced."""
+        return _bound(self.config, **hyper) if hyper else self.loss
+
     @property
     def group(self) -> bool | None:
         """Whether pairs with the same prompt come together, see `pipeline.make_pair_set`."""
@@ -239,8 +243,7 @@ def read(
     Raises:
       UserError: naming the field, its value and what it takes.
     """
-    loss = make_loss(config.loss.name, **given(config.loss))
-    loss = ties_as_trl(loss) if config.accuracy_ties == "trl" else loss
+    loss = _bound(config)
     cleaning = cleaning_steps(config.data.clean, config.data.cleaning, loss.kind)
     plain = _plain(config, loss, cleaning)
     given_rows = _given_rows(config, data=data, eval_data=eval_data)
@@ -256,6 +259,12 @@ def read(
     if complete:
         _check_inputs(experiment)
     return experiment
+
+
+def _bound(config: ConfigDict | FrozenConfigDict, **hyper: Any) -> BoundLoss:
+    """The loss of a config; `hyper` replaces hyper-parameters."""
+    loss = make_loss(config.loss.name, **{**given(config.loss), **hyper})
+    return ties_as_trl(loss) if config.accuracy_ties == "trl" else loss
 
 
 def _given_rows(config: ConfigDict, **arguments: RowsOrPath | None) -> dict[str, str | MemoryRows]:

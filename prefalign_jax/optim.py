@@ -171,7 +171,8 @@ def make_optimizer(
     hyper = dict(optimizer)
     name = hyper.pop("name", None)
     make = choose("optimizer.name", name, OPTIMIZERS)
-    check_hyper(f"optimizer {name!r}", hyper, hyper_parameters(make), VALID)
+    known = {key: value for key, value in hyper.items() if not isinstance(value, jax.core.Tracer)}  # and checkable
+    check_hyper(f"optimizer {name!r}", known, hyper_parameters(make), VALID)
     if grad_clip is None:
         return make(schedule, decay_mask, **hyper)
     if not 0 < grad_clip < math.inf:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from prefalign_jax import checkpoint
 from prefalign_jax.alike import check_config, check_inputs, check_state
-from prefalign_jax.assemble import assemble, step_of
+from prefalign_jax.assemble import Assembled, assemble, step_of
 from prefalign_jax.cost.flops import count_flops
 from prefalign_jax.cost.throughput import Meter
 from prefalign_jax.cost.tracing import Tracer
@@ -87,11 +87,8 @@ def train(
 
 def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -> Result:
     # Data: rows -> records -> pairs of token ids. A model that does not fit is found before a long reading.
-    experiment = experiment.fitted(load_config(resolve(experiment.config.model.path)).max_position)
-    tokenizer = load_tokenizer(experiment.config.model.path, experiment.config.data.chat_template)
-    if prints_date(tokenizer):
-        experiment = experiment.dated(workdir)
-    config, plain, loss = experiment.config, experiment.plain, experiment.loss
+    experiment, tokenizer = fitted(experiment, workdir)
+    config, loss = experiment.config, experiment.loss
     mesh = make_mesh(config.mesh)
     data = load_pairs(experiment, tokenizer)
     check_inputs(experiment, data)
@@ -100,9 +97,8 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
 
     # Policy and reference, and batches for them.
     began = assemble(experiment, data, tokenizer, mesh, workdir)
-    model, lora, training, digests = began.model, began.lora, began.training, began.digests
-    datasheet = datasheet_of(experiment, data, training, tokenizer)
-    sample = make_sampler(experiment, model, began.started, tokenizer, mesh, workdir)
+    model, training = began.model, began.training
+    run = Run(experiment, workdir, tokenizer, data, began, mesh, stack)
 
     # State: what a step takes and gives.
     optimizer, train_step = step_of(experiment, model, mesh, experiment.learning_rate(len(data.training)))
@@ -110,50 +106,21 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
     state = init_state(began.params, optimizer, mesh, began.reference, loss.running, model.rules)
 
     # Resume: where an earlier run in this directory stopped, or the beginning.
-    checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", **config.checkpoint)
-    stack.callback(checkpoints.close)
-    state = checkpoint.restore(checkpoints, state, plain, digests)
-    check_state(digests, total, int(state.step))
-    start = int(state.step)
-    changed = checkpoint.changes(checkpoints, plain)
-    late = ", ".join(name for name in changed if name.split(".")[0] in checkpoint.AHEAD)
-    if start > total or (start == total and late):
-        why = f"{total} are asked for" if start > total else f"no step is left for another {late}"
-        return left_alone(workdir, start, why, model, merged(state, lora), tokenizer)
-    history = checkpoint.record_changes(workdir, start, changed)
-    if is_first():  # not before it is known to be this run's
-        write_json(workdir / "config.json", {**plain, "steps": total} | ({"history": history} if history else {}))
-        write_datasheet(workdir, datasheet)
-    kept = start if start < total else start - 1  # a complete run's last evaluation is made again
-    writers = dict(tensorboard=config.tensorboard)
-    writer = stack.enter_context(contextlib.closing(open_writer(workdir, resume_step=start, **writers)))
-    eval_writer = stack.enter_context(contextlib.closing(open_writer(workdir, "eval", resume_step=kept, **writers)))
-    announce(experiment, data, start, total, changed)
-
-    def evaluate_now(step: int) -> dict[str, float]:
-        means = {}
-        if began.held_out is not None:
-            columns = evaluate(eval_step, loss, state.params, state.reference, began.held_out, state.running)
-            means = summary(columns)
-        means |= sample(state, step)
-        if means:
-            check_best(config.checkpoint.best_metric, means, step)
-            eval_writer.write(step, means)
-        return means
-
-    def due(step: int, every: int | None) -> bool:
-        return bool(every) and step % every == 0
+    state = run.restored(state)
+    start = run.start
+    if why := run.cannot_go_on():
+        return left_alone(workdir, start, why, model, merged(state, began.lora), tokenizer)
+    run.open_files(stack)
+    announce(experiment, data, start, total, run.changed)
 
     # Loop. First comes the evaluation at the start, or one that an earlier run was stopped before.
-    evaluated = [row["step"] for row in evaluations(workdir)]
-    if start == 0 or (due(start, config.eval_steps) and start not in evaluated and start < total):
-        evaluate_now(start)
-    order = dict(seed=config.seed, shuffle=config.data.shuffle, balance=config.data.balance)
-    batches = train_batches(training, **order, start=start, stop=total)
+    if run.to_evaluate_first():
+        run.evaluate(eval_step, state, start)
+    batches = train_batches(training, **order_of(experiment), start=start, stop=total)
     abstract = shapes_of(state)
     meter = Meter(training, lambda batch: count_flops(train_step, abstract, shapes_of(batch)))
     timer = checkpoint.Timer(config.save_steps)
-    step, means, log = start, {}, Log(writer, stack.enter_context(Progress(total, "step", start=start)))
+    step, means, log = start, {}, Log(run.writer, stack.enter_context(Progress(total, "step", start=start)))
     with stop_signal() as stop, Tracer(experiment.profiled, start, workdir / "profile") as tracer:
         for step, batch in enumerate(meter.waited(batches), start + 1):
             tracer.before(step, state)
@@ -167,39 +134,154 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
             log.put(step, metrics, meter.read() if logged else None)
             if stop.is_set() or stop_requested(step) or step == total:
                 break
-            evaluating = due(step, config.eval_steps)
-            # Only what is saved can be the best.
-            saving = due(step, config.save_steps) or timer.due(logged)
-            saving |= evaluating and bool(not config.save_steps or config.checkpoint.best_metric)
+            evaluating, saving = evaluates_and_saves(config, step, timer.due(logged))
             if evaluating or saving:
                 log.flush()  # this step's line is on disk before its checkpoint: a resumed run starts after it
                 with meter.paused():
-                    means = evaluate_now(step) if evaluating else {}
+                    means = run.evaluate(eval_step, state, step) if evaluating else {}
                     if saving:
-                        checkpoint.save(checkpoints, state, plain, digests, means)
+                        run.save(state, means)
                         timer.saved()
         log.close()
-        means = evaluate_now(step) if step == total else {}
-        checkpoint.save(checkpoints, state, plain, digests, means)
-        checkpoints.wait()
+        means = run.evaluate(eval_step, state, step) if step == total else {}
+        run.save(state, means)
+        run.checkpoints.wait()
 
     # Finish.
-    result = Result(step, step < total, first_evaluation(workdir), means, model, merged(state, lora), tokenizer)
+    result = Result(step, step < total, first_evaluation(workdir), means, model, merged(state, began.lora), tokenizer)
     if result.stopped:
         note(f"stopped at step {step} of {total}, saved; the same command goes on from there")
         return result
-    if is_first():
-        draw_curves(workdir)
-    if config.export.enabled:
-        which = config.export.checkpoint  # the last is at hand, and its files need not be read
-        if which != "last" and (at := checkpoint.chosen(checkpoints, which)) != step:
-            means = checkpoints.metrics(at)
-            state = state._replace(params=checkpoint.load_params(checkpoints, at, state.params))
-        about = dict(data=as_markdown(datasheet, level=3), metrics=means, history=history)
-        export_run(experiment, merged(state, lora), model.config, tokenizer, workdir, **about)
-        if lora:
-            export_adapters(experiment, state.params, lora, model.config, workdir)
+    run.finish(state, means)
     return result
+
+
+def fitted(experiment: Experiment, workdir: Path, tokenizer: Any = None) -> tuple[Experiment, Any]:
+    """(the experiment with what its model and its directory decide, the tokenizer, read unless it is given)."""
+    config = experiment.config
+    experiment = experiment.fitted(load_config(resolve(config.model.path)).max_position)
+    tokenizer = tokenizer or load_tokenizer(config.model.path, config.data.chat_template)
+    return experiment.dated(workdir) if prints_date(tokenizer) else experiment, tokenizer
+
+
+def due(step: int, every: int | None) -> bool:
+    """Whether something is done at a step that is done every so many."""
+    return bool(every) and step % every == 0
+
+
+def evaluates_and_saves(config: FrozenConfigDict, step: int, timed: bool) -> tuple[bool, bool]:
+    """Whether a step that is not the last is followed by an evaluation, and by a checkpoint; `timed`: it is time to."""
+    evaluating = due(step, config.eval_steps)
+    # Only what is saved can be the best.
+    best = evaluating and bool(not config.save_steps or config.checkpoint.best_metric)
+    return evaluating, due(step, config.save_steps) or timed or best
+
+
+def order_of(experiment: Experiment) -> dict[str, Any]:
+    """In which order the pairs come; options of `train_batches`."""
+    config = experiment.config
+    return dict(seed=config.seed, shuffle=config.data.shuffle, balance=config.data.balance)
+
+
+class Run:
+    """What a run has beside its state: where it begins and ends, and what it writes into its directory.
+
+    Args:
+      experiment: fitted to its model.
+      workdir: of the run, which is locked.
+      tokenizer: of the policy.
+      data: the pairs.
+      began: what it begins with.
+      mesh: where everything lies.
+      stack: closes what is opened.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        workdir: Path,
+        tokenizer: Any,
+        data: Data,
+        began: Assembled,
+        mesh: jax.sharding.Mesh,
+        stack: contextlib.ExitStack,
+    ):
+        self.experiment, self.workdir, self.tokenizer = experiment, workdir, tokenizer
+        self.data, self.began = data, began
+        self.total = experiment.total_steps(len(data.training))
+        self.datasheet = datasheet_of(experiment, data, began.training, tokenizer)
+        self.sample = make_sampler(experiment, began.model, began.started, tokenizer, mesh, workdir)
+        self.checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", **experiment.config.checkpoint)
+        stack.callback(self.checkpoints.close)
+        self.start, self.changed, self.history = 0, {}, []
+
+    def restored(self, state: TrainState) -> TrainState:
+        """The state to go on from: where an earlier run in the directory stopped, or the one that is given."""
+        plain, digests = self.experiment.plain, self.began.digests
+        state = checkpoint.restore(self.checkpoints, state, plain, digests)
+        check_state(digests, self.total, int(state.step))
+        self.start, self.changed = int(state.step), checkpoint.changes(self.checkpoints, plain)
+        return state
+
+    def cannot_go_on(self) -> str:
+        """Why what is there cannot become what is asked for, '' if it can."""
+        late = ", ".join(name for name in self.changed if name.split(".")[0] in checkpoint.AHEAD)
+        if self.start > self.total:
+            return f"{self.total} are asked for"
+        return f"no step is left for another {late}" if self.start == self.total and late else ""
+
+    def open_files(self, stack: contextlib.ExitStack) -> None:
+        """Writes what is known at the start, and opens the files of metrics; not before the directory is this run's."""
+        config, start = self.experiment.config, self.start
+        self.history = checkpoint.record_changes(self.workdir, start, self.changed)
+        if is_first():
+            about = {**self.experiment.plain, "steps": self.total}
+            write_json(self.workdir / "config.json", about | ({"history": self.history} if self.history else {}))
+            write_datasheet(self.workdir, self.datasheet)
+        kept = start if start < self.total else start - 1  # a complete run's last evaluation is made again
+        writers = dict(tensorboard=config.tensorboard)
+        self.writer = stack.enter_context(contextlib.closing(open_writer(self.workdir, resume_step=start, **writers)))
+        self.eval_writer = stack.enter_context(
+            contextlib.closing(open_writer(self.workdir, "eval", resume_step=kept, **writers))
+        )
+
+    def to_evaluate_first(self) -> bool:
+        """Whether an evaluation comes before the first step."""
+        evaluated = [row["step"] for row in evaluations(self.workdir)]
+        missing = due(self.start, self.experiment.config.eval_steps) and self.start not in evaluated
+        return self.start == 0 or (missing and self.start < self.total)
+
+    def evaluate(self, eval_step: Callable[..., Any], state: TrainState, step: int) -> dict[str, float]:
+        """Measures on the held-out pairs and by samples, and writes it down."""
+        means, held_out = {}, self.began.held_out
+        if held_out is not None:
+            loss = self.experiment.loss
+            means = summary(evaluate(eval_step, loss, state.params, state.reference, held_out, state.running))
+        means |= self.sample(state, step)
+        if means:
+            check_best(self.experiment.config.checkpoint.best_metric, means, step)
+            self.eval_writer.write(step, means)
+        return means
+
+    def save(self, state: TrainState, means: Mapping[str, float]) -> None:
+        """Starts writing a checkpoint."""
+        checkpoint.save(self.checkpoints, state, self.experiment.plain, self.began.digests, means)
+
+    def finish(self, state: TrainState, means: Mapping[str, float]) -> None:
+        """Draws the curves and exports, once the last checkpoint is on disk."""
+        config, lora, workdir = self.experiment.config, self.began.lora, self.workdir
+        if is_first():
+            draw_curves(workdir)
+        if config.export.enabled:
+            which = config.export.checkpoint  # the last is at hand, and its files need not be read
+            if which != "last" and (at := checkpoint.chosen(self.checkpoints, which)) != int(state.step):
+                means = self.checkpoints.metrics(at)
+                state = state._replace(params=checkpoint.load_params(self.checkpoints, at, state.params))
+            about = dict(data=as_markdown(self.datasheet, level=3), metrics=means, history=self.history)
+            shape = self.began.model.config
+            export_run(self.experiment, merged(state, lora), shape, self.tokenizer, workdir, **about)
+            if lora:
+                export_adapters(self.experiment, state.params, lora, shape, workdir)
 
 
 def announce(
@@ -280,17 +362,22 @@ class Log:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if rates is not None:
             self.writer.write(step, values | rates)
-        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
-            raise UserError(
-                f"diverged at step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; "
-                "try a lower learning_rate or a longer warm-up (the last checkpoint is kept)"
-            )
+        check_finite(step, values)
         self.progress.update(step, {"loss": values["loss"]})
 
     def close(self) -> None:
         """Writes what waits, and ends the line of progress."""
         self.flush()
         self.progress.close()
+
+
+def check_finite(step: int, values: Mapping[str, float]) -> None:
+    """Refuses to go on after a step that has diverged."""
+    if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+        raise UserError(
+            f"diverged at step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; "
+            "try a lower learning_rate or a longer warm-up (the last checkpoint is kept)"
+        )
 
 
 def check_best(best: str | None, means: Mapping[str, float], step: int) -> None:

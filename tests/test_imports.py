@@ -18,9 +18,10 @@ FLOORS = (
     "experiment judges",
     "cli export load_data",
     "alike assemble library",
+    "members",
     "analysis cost evaluation inspection kept",
     "train",
-    "jobs",
+    "jobs together",
     "commands",
     "__main__",
 )

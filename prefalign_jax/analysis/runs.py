@@ -71,10 +71,13 @@ def latest_stage(directory: Path) -> Path:
 
 
 def read_mark(point: Path) -> dict[str, Any]:
-    """What a sweep keeps of a point: its overrides, its config with dotted names, and in 'done' the 'run' or None."""
-    done = ("null", {"run": "a string"})
-    mark = read_json(point / MARK, {"overrides?": "an object", "config?": "an object", "done": done})
-    return {"overrides": {}, "config": {}, **mark}
+    """What a sweep keeps of a point: its overrides, its config with dotted names, in 'done' the 'run' or None.
+
+    In 'together' are the names of the points that it is run with in one program, [] if it is run by itself.
+    """
+    shape = {"overrides?": "an object", "config?": "an object", "done": ("null", {"run": "a string"})}
+    mark = read_json(point / MARK, {**shape, "together?": ["a string"]})
+    return {"overrides": {}, "config": {}, "together": [], **mark}
 
 
 def read_config(path: Path) -> dict[str, Any]:

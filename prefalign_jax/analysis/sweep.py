@@ -1,4 +1,4 @@
-"""A sweep: many runs of one experiment, each a process of its own; killed at any moment, it goes on where it was."""
+"""A sweep: many runs of one experiment, each a process or several in one; killed at any moment, it goes on."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 from prefalign_jax import processes
+from prefalign_jax.analysis.programs import Point, programs_of
 from prefalign_jax.analysis.runs import MARK, last_row, latest_stage, read_config, read_mark, read_run
 from prefalign_jax.cli.experiments import config_of, sweep_of
 from prefalign_jax.experiment import read
-from prefalign_jax.files import hold, locked, write_json, write_text, writing
+from prefalign_jax.files import hold, locked, read_json, write_json, write_text, writing
+from prefalign_jax.members import FAILED as MEMBER_FAILED
 from prefalign_jax.options import split_values
 from prefalign_jax.processes import note, stop_signal
 from prefalign_jax.tables import aligned
@@ -34,24 +36,9 @@ from prefalign_jax.types import UserError
 
 LOCK = ".point_lock"  # held by the run of a point for as long as it lives, whatever becomes of the sweep
 LOG = "log.txt"
+PROGRAM = "program.json"  # of several points: what each is run with
 LONGEST_NAME = 80
 WAITING, RUNNING, DONE, FAILED, STOPPED = "waiting", "running", "done", "failed", "stopped"
-
-
-class Point(NamedTuple):
-    """One run of a sweep.
-
-    Attributes:
-      name: of its directory.
-      overrides: as the experiment's sweep() gave them.
-      arguments: of the training script, all but --workdir.
-      config: resolved, with dotted names.
-    """
-
-    name: str
-    overrides: dict[str, Any]
-    arguments: list[str]
-    config: dict[str, Any]
 
 
 # From an experiment file to points
@@ -193,69 +180,123 @@ def names_of(listed: Sequence[Mapping[str, Any]]) -> list[str]:
 # Running them
 
 
-class _Job:
+class _State:
     """A point's state while the sweep lives."""
 
     def __init__(self, point: Point, directory: Path):
         self.point, self.directory = point, directory
-        self.process: subprocess.Popen | None = None
         self.state, self.error = WAITING, ""
+
+
+class _Job:
+    """What one process runs: a point, or several that are members of one program.
+
+    Args:
+      members: the points.
+      command: what runs them.
+    """
+
+    def __init__(self, members: Sequence[_State], command: Sequence[str]):
+        self.members, self.command = members, command
+        self.log = members[0].directory / LOG
+        self.process: subprocess.Popen | None = None
         self.log_start = 0
 
-    def start(self, command: Sequence[str]) -> None:
-        """Starts the run, unless one that a killed sweep left behind holds the point: `poll` then tries again."""
-        self.state = RUNNING
-        with writing(self.directory):
-            self.directory.mkdir(parents=True, exist_ok=True)
-        lock = hold(self.directory / LOCK)
-        if lock is None:
-            return
+    @property
+    def state(self) -> str:
+        """Of the process: WAITING, RUNNING, or that of a point which has ended."""
+        states = [one.state for one in self.members]
+        return next((state for state in (RUNNING, WAITING) if state in states), states[0])
+
+    def settle(self, state: str, error: str = "") -> None:
+        """Sets the state of all its points."""
+        for one in self.members:
+            one.state, one.error = state, error
+
+    def start(self) -> None:
+        """Starts the run, unless one that a killed sweep left behind holds a point: `poll` then tries again."""
+        self.settle(RUNNING)
+        locks: list[int] = []
         try:
-            write_json(self.directory / MARK, _mark(self.point, None))
-            with writing(self.directory / LOG), (self.directory / LOG).open("ab") as log:
+            for one in self.members:
+                with writing(one.directory):
+                    one.directory.mkdir(parents=True, exist_ok=True)
+                lock = hold(one.directory / LOCK)
+                if lock is None:
+                    return
+                locks.append(lock)
+            together = [one.point.name for one in self.members] if len(self.members) > 1 else None
+            for one in self.members:
+                write_json(one.directory / MARK, _mark(one.point, None, together))
+            with writing(self.log), self.log.open("ab") as log:
                 self.log_start = log.tell()
                 self.process = subprocess.Popen(
-                    [*command, *self.point.arguments, f"--workdir={self.directory}"],
+                    [*self.command, *self.arguments()],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    pass_fds=[lock],  # the run inherits the lock, so it is let go of when the run ends
+                    pass_fds=locks,  # the run inherits the locks, so they are let go of when the run ends
                     start_new_session=True,  # Ctrl-C reaches the sweep alone, which tells the runs once
                 )
         finally:
-            os.close(lock)
+            for lock in locks:
+                os.close(lock)
 
-    def poll(self, command: Sequence[str], stopping: bool) -> None:
+    def arguments(self) -> list[str]:
+        """What follows the command: of one point its arguments, of several a file that has those of all."""
+        first, *others = self.members
+        if not others:
+            return [*first.point.arguments, f"--workdir={first.directory}"]
+        runs = [{"arguments": one.point.arguments, "workdir": str(one.directory)} for one in self.members]
+        write_json(first.directory / PROGRAM, runs)
+        for one in others:
+            write_text(one.directory / LOG, f"a member of one program; what that says is in {self.log}\n")
+        return [f"--runs={first.directory / PROGRAM}"]
+
+    def poll(self, stopping: bool) -> None:
         """Looks whether the run has ended, and how."""
         if self.process is None:
             if stopping:
-                self.state = STOPPED
+                self.settle(STOPPED)
             else:
-                self.start(command)
+                self.start()
             return
         status = self.process.poll()
         if status is None:
             return
         if status == 0:
-            run = latest_stage(self.directory).relative_to(self.directory)
-            write_json(self.directory / MARK, _mark(self.point, {"run": str(run)}))
-            self.state = DONE
+            for one in self.members:
+                self.end(one)
         elif status in (processes.STOPPED, -signal.SIGTERM) and stopping:
-            self.state = STOPPED
+            self.settle(STOPPED)
         else:
-            self.state, self.error = FAILED, self.last_error(status)
+            self.settle(FAILED, self.last_error(status))
+
+    def end(self, one: _State) -> None:
+        """Takes down what became of a point whose process has ended well; a member may have diverged."""
+        together = [member.point.name for member in self.members] if len(self.members) > 1 else None
+        if together and (one.directory / MEMBER_FAILED).exists():
+            one.state = FAILED
+            one.error = read_json(one.directory / MEMBER_FAILED, {"step": "an integer", "error": "a string"})["error"]
+            write_json(one.directory / MARK, _mark(one.point, None))  # it is tried again by itself
+            (one.directory / MEMBER_FAILED).unlink()
+            return
+        run = latest_stage(one.directory).relative_to(one.directory)
+        write_json(one.directory / MARK, _mark(one.point, {"run": str(run)}, together))
+        one.state = DONE
 
     def last_error(self, status: int) -> str:
         """The line that says why the run failed: its 'error: ...', or the last of what it said."""
-        with (self.directory / LOG).open("rb") as log:
+        with self.log.open("rb") as log:
             log.seek(self.log_start)
             lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
         told = [line for line in lines if line.startswith("error: ")]
         return (told or lines or [""])[-1].removeprefix("error: ") or f"exit status {status}"
 
 
-def _mark(point: Point, done: dict[str, Any] | None) -> dict[str, Any]:
-    return {"overrides": point.overrides, "arguments": point.arguments, "config": point.config, "done": done}
+def _mark(point: Point, done: dict[str, Any] | None, together: list[str] | None = None) -> dict[str, Any]:
+    mark = {"overrides": point.overrides, "arguments": point.arguments, "config": point.config, "done": done}
+    return mark | ({"together": together} if together else {})
 
 
 def run_sweep(
@@ -264,6 +305,8 @@ def run_sweep(
     command: Sequence[str],
     *,
     jobs: int = 1,
+    together: int | None = 1,
+    program: Sequence[str] = (),
     stream: TextIO | None = None,
     poll: float = 0.3,
 ) -> int:
@@ -277,7 +320,9 @@ def run_sweep(
       points: from `read_points`.
       workdir: of the sweep; gets a directory for each point, results.csv and results.json.
       command: what runs a point: these words, the point's arguments and --workdir.
-      jobs: runs at a time.
+      jobs: processes at a time.
+      together: points that are members of one program at most, see `programs_of`; 1 runs each by itself.
+      program: what runs several points in one program: these words and --runs=FILE.
       stream: where the table is shown; stderr by default.
       poll: seconds between looks.
 
@@ -290,9 +335,14 @@ def run_sweep(
     if jobs < 1:
         raise UserError(f"--jobs={jobs} must be at least 1")
     with locked(workdir), stop_signal() as stop:
-        queue = [_Job(point, workdir / point.name) for point in points]
-        for job in queue:
-            job.state = DONE if _done(job.point, workdir) is not None else WAITING
+        states = {point.name: _State(point, workdir / point.name) for point in points}
+        for one in states.values():
+            one.state = DONE if _done(one.point, workdir) is not None else WAITING
+        waiting = [one.point for one in states.values() if one.state == WAITING]
+        queue = [
+            _Job([states[point.name] for point in some], program if len(some) > 1 else command)
+            for some in programs_of(waiting, workdir, together, jobs)
+        ]
         others = len({mark.parent.name for mark in workdir.glob(f"*/{MARK}")} - {point.name for point in points})
         if others:
             note(f"{others} other point(s) in {workdir} are not in this sweep and are left as they are")
@@ -304,9 +354,9 @@ def run_sweep(
             ):
                 for job in queue:
                     if job.state == WAITING and not stop.is_set() and sum(j.state == RUNNING for j in queue) < jobs:
-                        job.start(command)
+                        job.start()
                     elif job.state == RUNNING:
-                        job.poll(command, stop.is_set())
+                        job.poll(stop.is_set())
                         if job.state == DONE:
                             write_results(points, workdir)
                 if stop.is_set() and not told:
@@ -314,7 +364,7 @@ def run_sweep(
                     for job in queue:
                         if job.state == RUNNING and job.process:
                             job.process.terminate()
-                table.show(queue)
+                table.show([*states.values()])
                 if not (stop.is_set() and told):
                     stop.wait(poll)
                 else:
@@ -324,12 +374,12 @@ def run_sweep(
                 if job.process and job.process.poll() is None:
                     job.process.kill()
                     job.process.wait()
-        table.show(queue, last=True)
+        table.show([*states.values()], last=True)
         write_results(points, workdir)
-    count = Counter(job.state for job in queue)
-    failed = [job for job in queue if job.state == FAILED]
-    for job in failed:
-        note(f"{job.point.name} failed: {job.error} ({job.directory / LOG})")
+    count = Counter(one.state for one in states.values())
+    failed = [one for one in states.values() if one.state == FAILED]
+    for one in failed:
+        note(f"{one.point.name} failed: {one.error} ({one.directory / LOG})")
     note(f"{count[DONE]} of {len(points)} points done, {len(failed)} failed; {workdir / 'results.csv'}")
     if stop.is_set():
         note("stopped; the same command goes on from there")
@@ -364,7 +414,7 @@ class _Table:
         self.height = 0
         self.shown: dict[str, str] = {}
 
-    def show(self, queue: Sequence[_Job], last: bool = False) -> None:
+    def show(self, queue: Sequence[_State], last: bool = False) -> None:
         """Shows what has changed; `last` leaves the whole table standing."""
         if not self.terminal:
             for job in queue:
@@ -395,7 +445,9 @@ def progress_of(directory: Path, name: str, state: str) -> tuple[str, ...]:
     step, loss = row.get("step", 0), row.get("loss")
     left = ""
     if state == RUNNING and total and row.get("step_time"):
-        left = str(datetime.timedelta(seconds=round((total - step) * row["step_time"])))
+        members = read_mark(directory)["together"] if (directory / MARK).exists() else []
+        seconds = row["step_time"] * max(1, len(members))  # a member's time is its share of the program's
+        left = str(datetime.timedelta(seconds=round((total - step) * seconds)))
     label = f" ({stage.name})" if stage != directory else ""
     return name, state + label, f"{step}/{total or '?'}", f"{loss:.4f}" if loss is not None else "", left
 

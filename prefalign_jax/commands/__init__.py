@@ -23,6 +23,7 @@ from prefalign_jax.types import UserError
 COMMANDS = {
     "train": "runs an experiment: data, training, evaluation, export",
     "sweep": "runs every point of an experiment's sweep()",
+    "together": "trains several runs that differ in numbers alone in one program",
     "report": "compares runs in a page",
     "export": "turns a kept checkpoint of a run into a Hugging Face directory",
     "generate": "samples responses to prompts",

@@ -3,6 +3,8 @@
 Or of a grid, without a sweep(): --grid loss.beta=0.05,0.1,0.5 --grid learning_rate=1e-4,3e-4 --seeds=8. With both,
 every point of sweep() is run with each combination of the grid. A field set by --config.FIELD is set for all points.
 The same command goes on where a sweep in DIR was stopped.
+
+--together=N runs points that differ in seeds and numbers alone as members of one program, at most N; auto asks memory.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prefalign_jax.cli.parser import Parser, add_config
+from prefalign_jax.types import UserError
 
-TRAIN = [sys.executable, "-P", "-m", "prefalign_jax", "train"]  # -P: no file of the directory is taken for a module
+RUN = [sys.executable, "-P", "-m", "prefalign_jax"]  # -P: no file of the directory is taken for a module
+TRAIN, TOGETHER = [*RUN, "train"], [*RUN, "together"]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,6 +30,8 @@ def main(argv: Sequence[str]) -> int:
         "--grid", action="append", default=[], metavar="FIELD=VALUES", help="values of a field, with commas; repeatable"
     )
     parser.add_argument("--seeds", type=int, metavar="N", help="the seeds 0 to N - 1, as --grid seed=0,1,...")
+    how = "points in one program at most: off (1), a number, or auto, as many as memory has room for"
+    parser.add_argument("--together", default="off", metavar="N", help=how)
     parser.add_argument("--dry_run", action="store_true", help="print the runs' commands and stop")
     options, words = parser.read_with_fields(argv)
     from prefalign_jax.analysis.sweep import commands, read_grid, read_points, run_sweep
@@ -34,4 +40,11 @@ def main(argv: Sequence[str]) -> int:
     if options.dry_run:
         print(*commands(points, options.workdir, TRAIN), sep="\n")
         return 0
-    return run_sweep(points, options.workdir, TRAIN, jobs=options.jobs)
+    words = {"off": 1, "auto": None}
+    together = words.get(options.together, options.together)
+    if isinstance(together, str):
+        if not together.isdecimal():
+            raise UserError(f"--together={together}: write off, auto, or a number of points")
+        together = int(together)
+    many = dict(jobs=options.jobs, together=together, program=TOGETHER)
+    return run_sweep(points, options.workdir, TRAIN, **many)

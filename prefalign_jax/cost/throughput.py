@@ -12,10 +12,16 @@ from prefalign_jax.types import PreferenceBatch
 
 
 class Meter:
-    """Tokens, pairs, operations and seconds since the last logged step, counted on the host for all devices."""
+    """Tokens, pairs, operations and seconds since the last logged step, counted on the host for all devices.
 
-    def __init__(self, data: PairSet, flops_of: Callable[[PreferenceBatch], int]):
-        self.data = data
+    Args:
+      data: what the batches are of.
+      flops_of: of a step.
+      members: runs that a step is of; this one's share of its time, tokens and operations is counted.
+    """
+
+    def __init__(self, data: PairSet, flops_of: Callable[[PreferenceBatch], int], members: int = 1):
+        self.data, self.members = data, members
         self.flops_of, self.known = flops_of, {}  # a count for each shape of batch
         self.reset()
 
@@ -49,22 +55,23 @@ class Meter:
             lengths = self.data.laid_out(index[index >= 0])
             self.tokens += int(lengths.pieces.sum())
             self.trained += int(lengths.trained.sum())
-        self.positions += on_devices.segments.size
+        self.positions += on_devices.segments.size / self.members
         shapes = on_devices.tokens.shape, on_devices.target.shape, on_devices.tiles.shape
         if shapes not in self.known:
             self.known[shapes] = self.flops_of(on_devices)
-        self.flops += self.known[shapes]
+        self.flops += self.known[shapes] // self.members
 
     def read(self) -> dict[str, float]:
         """Rates since the last reading, and starts anew."""
-        seconds = max(time.monotonic() - self.began, 1e-9)
+        whole = max(time.monotonic() - self.began, 1e-9)
+        seconds = whole / self.members
         out = {
             "step_time": seconds / self.steps,
             "pairs_per_second": self.steps * self.data.batch_size / seconds,
             "tokens_per_second": self.tokens / seconds,
             "trained_tokens_per_second": self.trained / seconds,
             "packing_efficiency": self.tokens / self.positions,
-            "input_wait": self.waiting / seconds,
+            "input_wait": self.waiting / whole,
             "flops": self.flops,
             **device_memory(),
         }

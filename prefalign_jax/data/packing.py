@@ -491,6 +491,13 @@ def round_up(x: int, multiple: int) -> int:
     return -(-x // multiple) * multiple
 
 
+def shape_of(batch: PreferenceBatch) -> Shape:
+    """The shape of a packed batch."""
+    groups, trained = batch.source.shape[1:]
+    texts = batch.sequences.index.shape[2:] if batch.sequences is not None else ()
+    return Shape(batch.tokens.shape[1] // groups, batch.tokens.shape[2], trained, batch.tiles.shape[2], *texts)
+
+
 def choose_shapes(
     lengths: Lengths,
     batch_size: int,
@@ -564,7 +571,8 @@ def _rounded(need: Sequence[int], widest: Shape) -> Shape:
     )
 
 
-def _smallest(shapes: Sequence[Shape], need: Shape) -> Shape:
+def smallest(shapes: Sequence[Shape], need: Shape) -> Shape:
+    """The first of some shapes, in increasing order, that holds what is needed."""
     fitting = [shape for shape in shapes if all(np.greater_equal(shape, need))]
     if not fitting:  # an iterator would take a StopIteration for the end of the data
         raise ValueError(f"{need} fits none of {shapes}")
@@ -619,7 +627,7 @@ def pack(
 
     trees = list(map(trees_of, parts))
     plans = [arrange(one.lengths, groups, row_length, sequences) for one in trees]
-    shape = _smallest(shapes, Shape(*np.max([plan.shape for plan in plans], axis=0)))
+    shape = smallest(shapes, Shape(*np.max([plan.shape for plan in plans], axis=0)))
     micro = [
         lay_out(plan, shape, one, [pairs[i] for i in part], [index[i] for i in part], share, means, layout, own)
         for plan, one, part in zip(plans, trees, parts, strict=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import grain
 import jax
@@ -19,6 +19,8 @@ from prefalign_jax.data.packing import (
     mean_tokens,
     pack,
     round_up,
+    shape_of,
+    smallest,
 )
 from prefalign_jax.data.pairs import Pairs, as_pairs
 from prefalign_jax.data.trees import (
@@ -231,6 +233,41 @@ def batch_of(data: PairSet, index: np.ndarray, means: np.ndarray | None = None) 
     return batch._replace(reference=jax.tree.map(lambda x: x[batch.index], data.reference))
 
 
+def alike(sets: Sequence[PairSet]) -> list[PairSet]:
+    """The sets with the same shapes, so that batches of all can be one; see `batches_of`.
+
+    Raises:
+      UserError: the batches of one have a part that those of another lack.
+    """
+    kinds = {(one.layout, one.sharing is None, one.row_length, one.reference is None) for one in sets}
+    if len(kinds) > 1:
+        raise UserError("these data sets make batches of several kinds, which cannot be computed together")
+    count = min(len(one.shapes) for one in sets)
+    shapes = [
+        Shape(*np.max(some, axis=0).tolist()) for some in zip(*(one.shapes[-count:] for one in sets), strict=True)
+    ]
+    return [one._replace(shapes=tuple(shapes)) for one in sets]
+
+
+def batches_of(sets: Sequence[PairSet], numbers: Sequence[np.ndarray]) -> PreferenceBatch:
+    """A batch of each of K sets, in the smallest shape that holds each.
+
+    Args:
+      sets: from `alike`.
+      numbers: of the pairs of each batch.
+
+    Returns:
+      A batch of NumPy arrays with K, then M as leading axes.
+    """
+    batches = [batch_of(data, index) for data, index in zip(sets, numbers, strict=True)]
+    shapes = list(map(shape_of, batches))
+    shape = smallest(sets[0].shapes, Shape(*np.max(shapes, axis=0).tolist()))
+    for k, data in enumerate(sets):
+        if shapes[k] != shape:
+            batches[k] = batch_of(data._replace(shapes=(shape,)), numbers[k])
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
+
+
 def mismatched(pairs: Sequence[Pair], max_length: int) -> Pairs:
     """Gives every example the completion of another prompt as its `rejected`, for KTO's estimate of the KL divergence.
 
@@ -308,6 +345,14 @@ def train_batches(
     Returns:
       An iterator that packs ahead in a thread.
     """
+    numbers_of = train_order(data, seed=seed, shuffle=shuffle, stop=stop, balance=balance)
+    return packed_ahead(lambda step: batch_of(data, numbers_of(step)), start, stop)
+
+
+def train_order(
+    data: PairSet, *, seed: int, shuffle: bool, stop: int, balance: bool | None = None
+) -> Callable[[int], np.ndarray]:
+    """Which pairs batch n has: step -> [batch_size] numbers of pairs; the arguments are those of `train_batches`."""
     pairs, size = len(data.pairs), data.batch_size
     order = grain.MapDataset.source(range(pairs)).seed(seed)
     if shuffle:
@@ -343,7 +388,15 @@ def train_batches(
         begin = first + (step - first) // most * most
         return stretch(begin, min(begin + most, after))[step - begin]
 
-    batches = grain.MapDataset.source(range(stop)).map(lambda step: batch_of(data, numbers_of(step)))
+    return numbers_of
+
+
+T = TypeVar("T")
+
+
+def packed_ahead(make: Callable[[int], T], start: int, stop: int) -> Iterator[T]:
+    """make(start), ..., make(stop - 1), made ahead in a thread."""
+    batches = grain.MapDataset.source(range(stop)).map(make)
     # Slicing before iteration is what makes resuming cost nothing.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     return iter(batches.slice(slice(start, stop)).to_iter_dataset(options))
