@@ -98,7 +98,6 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
     # Policy and reference, and batches for them.
     began = assemble(experiment, data, tokenizer, mesh, workdir)
     model, training = began.model, began.training
-    run = Run(experiment, workdir, tokenizer, data, began, mesh, stack)
 
     # State: what a step takes and gives.
     optimizer, train_step = step_of(experiment, model, mesh, experiment.learning_rate(len(data.training)))
@@ -106,6 +105,7 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
     state = init_state(began.params, optimizer, mesh, began.reference, loss.running, model.rules)
 
     # Resume: where an earlier run in this directory stopped, or the beginning.
+    run = Run(experiment, workdir, tokenizer, data, began, mesh, stack)
     state = run.restored(state)
     start = run.start
     if why := run.cannot_go_on():
