@@ -264,6 +264,7 @@ MALFORMED = [
     ({"scores": [1, 2, 3, 4], "margin": 1}, "field 'margin': the scores of responses say it"),
     ({"responses": "abcd", "scores": [1]}, "field 'responses': expected a list, found a string 'abcd'"),
     ({"responses": ["a", 3], "scores": [1, 2]}, "expected a string or a list of messages, found a number 3"),
+    ({"responses": ["a", None], "scores": [1, 2]}, "field 'responses[1]': expected a text or messages, found nothing"),
     ({"responses": ["a", [assistant("b")]], "scores": [2, 1]}, "expected a string"),
     ({"comparisons": [[0, 4]]}, "field 'comparisons[0]': expected the places of two responses, 0 to 3"),
     ({"comparisons": [[0, -1]]}, "field 'comparisons[0]': expected the places of two responses, 0 to 3"),

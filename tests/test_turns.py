@@ -141,6 +141,13 @@ def test_a_prompt_that_closes_a_thought_is_followed_by_what_comes_after_it(token
     )
 
 
+def test_a_call_is_whole_where_its_prompt_is_written_otherwise(tokenizers):
+    """Mistral's writes the system prompt into the last message, which is another in the prompt alone."""
+    asked = [{"role": "system", "content": "S"}, *ASKED]
+    assert drawn(tokenizers["mistral"], asked, USE) == PICTURES["mistral", "use"]
+    assert drawn(tokenizers["mistral"], asked, TALK) == PICTURES["mistral", "talk"]
+
+
 def test_a_begun_answer_goes_on_and_others_follow(tokenizers):
     begun = [user("Sky?"), assistant("It is")]
     assert drawn(tokenizers["chatml"], begun, [assistant(" blue"), *TALK[1:]]) == (

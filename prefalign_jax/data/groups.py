@@ -88,6 +88,9 @@ def read_group(row: Row) -> Group:
     given = [name for name in RANKINGS if not missing(row.get(name)) and row[name] != ""]
     if len(responses) < 2:
         raise Dropped("fewer than two answers")
+    for i, response in enumerate(responses):
+        if missing(response):
+            raise expected("a text or messages", response, f"responses[{i}]")
     if not given:
         raise Malformed(f"field 'responses': expected one of the fields {', '.join(RANKINGS)} beside it")
     if not empty(row.get("margin")):

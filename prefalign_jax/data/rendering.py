@@ -354,8 +354,10 @@ class Renderer:
                     earlier = longer.partition(mark(count))[0]
             common = len(os.path.commonprefix([start, given, earlier, text]))
             if has_marks(start[common:]):
-                asked_last, given_last = (one[one.rfind(CLOSE) + 1 :] for one in (start, given))
-                reopened, lead = -1, len(given_last.removeprefix(asked_last)) % len(given_last or " ")
+                own = (one for n, one in zip(frame.order, frame.texts, strict=False) if form.parts[n].turn >= before)
+                asked_last, given_last = start[start.rfind(CLOSE) + 1 :], next(own, "")
+                shared = len(os.path.commonprefix([asked_last, given_last]))
+                reopened, lead = -1, (len(given_last) - shared) * bool(shared)
             else:
                 reopened = len(start) - common
             shown = start.rfind(CLOSE, 0, common) + 1
