@@ -79,6 +79,7 @@ def test_responses_that_several_pairs_compare_are_computed_once_and_weigh_by_the
     np.testing.assert_allclose(middle, np.ones_like(middle), rtol=1e-5)
 
 
+@pytest.mark.everything
 def test_a_run_is_trained_with_them_and_goes_on_from_where_it_stopped(models, tmp_path, monkeypatch):
     train(config_of(**FIELDS, **models), tmp_path / "run")
     train(config_of(**FIELDS), tmp_path / "plain")

@@ -104,7 +104,7 @@ def set_of(experiment, model):
     return make_pair_set(pairs_of(experiment.loss), 4, **options)
 
 
-@pytest.mark.parametrize("name", ["dpo", "kto", *map(longer, ("orpo", "simpo", "bco")), "dpo with adapters"])
+@pytest.mark.parametrize("name", ["dpo", *map(longer, ("kto", "orpo", "simpo", "bco", "dpo with adapters"))])
 def test_a_member_is_the_run_that_it_is_alone(name):
     loss, _, adapted = name.partition(" ")
     model = ADAPTED if adapted else MODEL
