@@ -109,6 +109,7 @@ class Program(NamedTuple):
 
     Attributes:
       step: (state, batch) -> (state, {metric: [K]}); the state is donated. The batch has K, then M as leading axes.
+        Like every jitted function it has `lower`.
       empty: reference -> a state of all at step 0, to be filled.
       put: (state, k, state of one) -> the state with that of member k; the state is donated.
       take: (state, k) -> the state of member k.
@@ -192,4 +193,5 @@ def make_program(
     def step(state: TrainState, batch: PreferenceBatch) -> tuple[TrainState, Metrics]:
         return compiled(numbers, state, batch)
 
+    step.lower = lambda state, batch: compiled.lower(numbers, state, batch)
     return Program(step, empty, put, take, place)

@@ -217,7 +217,7 @@ def has_failed(run: Run) -> bool:
 
 def is_complete(run: Run) -> bool:
     """Whether its last step is saved."""
-    return run.total in run.checkpoints.steps()
+    return checkpoint.newest(run.checkpoints) == run.total
 
 
 def common_step(runs: Sequence[Run]) -> int:

@@ -85,7 +85,8 @@ def _become(words: Sequence[str], output: int) -> None:
     from prefalign_jax.commands import main, sweep
 
     if SERVER in os.environ:
-        sweep.TRAIN = [sys.executable, "-I", "-S", __file__]
+        stand_in = [sys.executable, "-I", "-S", __file__]
+        sweep.TRAIN, sweep.TOGETHER = [*stand_in, "train"], [*stand_in, "together"]
     sys.exit(main(words))
 
 
@@ -143,7 +144,7 @@ def _run_of_sweep(asked: socket.socket) -> None:
     sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
     status = 1
     try:
-        status = main(["train", *words])
+        status = main(words)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

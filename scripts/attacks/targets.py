@@ -37,6 +37,7 @@ COMMANDS = {
     "generate": "generate --model=MODEL --prompts=PAIRS --out=OUT/samples.jsonl --n=2 --limit=24 --max_new_tokens=24",
     "judge": "judge --first=INPUTS/first.jsonl --second=INPUTS/second.jsonl --judge=reward:kindness --out=OUT",
     "sweep": "sweep --config=INPUTS/sweep.py --workdir=OUT",
+    "sweep together": "sweep --config=INPUTS/sweep.py --workdir=OUT --together=2",
 }
 _LEFT_OUT = re.compile(r"(^|/)(\.lock|\.point_lock|log\.txt|tokens/.*)$|(checkpoints|tensorboard)/|\.png$")
 _MEASURED = re.compile(r"time|per_second|memory|input_wait|seconds|tokens$|flops")  # of a clock, or of sums over it
