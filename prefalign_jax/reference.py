@@ -21,7 +21,7 @@ from prefalign_jax.files import intact, remove_parts, sealed
 from prefalign_jax.logps import REFERENCE_NEEDS, VOCABULARY_CHUNK, preference_logps
 from prefalign_jax.processes import all_have, by_first, note
 from prefalign_jax.sharding import place_batch
-from prefalign_jax.types import LanguageModel, Pair, PairLogps, Params, Responses, Sides
+from prefalign_jax.types import LanguageModel, Pair, PairLogps, Params, PreferenceBatch, Responses, Sides
 
 FORMAT = 3  # raise it whenever the numbers of an old cache would no longer be right
 
@@ -50,13 +50,7 @@ def compute(
     Returns:
       `PairLogps` of float32 NumPy arrays [len(data.pairs)], with what `needs` names and without prompt.
     """
-
-    @functools.partial(jax.jit, out_shardings=mesh and NamedSharding(mesh, P()))
-    def logps(params, batch):
-        out = preference_logps(model, params, jax.tree.map(lambda x: x[0], batch), chunk, needs & REFERENCE_NEEDS)
-        return PairLogps(*out[:4], shared=out.shared, sampled=out.sampled, responses=out.responses)
-
-    out = None
+    logps, out = _program(model, mesh, chunk, frozenset(needs) & REFERENCE_NEEDS), None
     for batch in eval_batches(data):
         real = batch.index[0] >= 0
         computed = jax.device_get(logps(params, place_batch(mesh, batch)))
@@ -65,6 +59,16 @@ def compute(
             column[batch.index[0][real]] = values[real]
         progress(int(batch.index.max()) + 1)
     return out
+
+
+@functools.lru_cache(maxsize=8)  # what is computed again, as at every evaluation, is not compiled again
+def _program(model: LanguageModel, mesh: Mesh | None, chunk: int, needs: frozenset[str]) -> Callable[..., PairLogps]:
+    @functools.partial(jax.jit, out_shardings=mesh and NamedSharding(mesh, P()))
+    def logps(params: Params, batch: PreferenceBatch) -> PairLogps:
+        out = preference_logps(model, params, jax.tree.map(lambda x: x[0], batch), chunk, needs)
+        return PairLogps(*out[:4], shared=out.shared, sampled=out.sampled, responses=out.responses)
+
+    return logps
 
 
 def cache_key(

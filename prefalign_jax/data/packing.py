@@ -498,6 +498,29 @@ def shape_of(batch: PreferenceBatch) -> Shape:
     return Shape(batch.tokens.shape[1] // groups, batch.tokens.shape[2], trained, batch.tiles.shape[2], *texts)
 
 
+def coarser(shapes: Sequence[Shape]) -> tuple[Shape, ...]:
+    """The shapes, each size up to the next quarter of a power of two: sets of like pairs then have the same ones.
+
+    Example:
+      >>> coarser([Shape(1, 704, 320, 72), Shape(1, 768, 320, 80)])
+      (Shape(rows=1, length=768, trained=320, tiles=80, sequences=0, span=0),)
+    """
+
+    def up(size: int, least: int) -> int:
+        return round_up(size, max(least, 2 ** (size.bit_length() - 3)))
+
+    return tuple(
+        dict.fromkeys(
+            one._replace(
+                length=up(one.length, TILE),
+                trained=up(one.trained, TRAINED_MULTIPLE),
+                tiles=up(one.tiles, TILES_MULTIPLE),
+            )
+            for one in shapes
+        )
+    )
+
+
 def choose_shapes(
     lengths: Lengths,
     batch_size: int,

@@ -14,6 +14,7 @@ from prefalign_jax.data.packing import (
     TILES_MULTIPLE,
     Shape,
     choose_shapes,
+    coarser,
     deal,
     deal_whole,
     mean_tokens,
@@ -88,6 +89,7 @@ def make_pair_set(
     own: Sequence[int] | None = None,
     context: int = 1,
     group: bool | None = False,
+    coarse: bool = False,
 ) -> PairSet:
     """Chooses the shapes for these pairs, by batches as `train_batches` balances them and by others.
 
@@ -99,6 +101,7 @@ def make_pair_set(
       context: devices that the tokens of a row are dealt over.
       group: whether pairs with the same prompt come together, and a batch holds the prompt and each of their responses
         once; None does it where that saves at least WORTH of the tokens. Groups of responses never share.
+      coarse: whether shapes are taken in large steps (`packing.coarser`), for sets that are made again and again.
 
     Raises:
       UserError: there are no pairs, one is longer than `row_length`, or `context` does not divide what it has to.
@@ -135,6 +138,7 @@ def make_pair_set(
     trials = [dealt, other] if dealt else [other]
     packing = dict(groups=groups, row_length=row_length, sequences=attends == "sequences")
     shapes = choose_shapes(lengths, share, trials, layout=layout, sharing=sharing, **packing)
+    shapes = coarser(shapes) if coarse else shapes
     shapes = tuple(shape._replace(length=round_up(shape.length, TILE * context)) for shape in shapes)
     return PairSet(
         pairs, batch_size, micro_steps, groups, layout, lengths, shapes, row_length, own=own, sharing=sharing

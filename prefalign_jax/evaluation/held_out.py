@@ -371,6 +371,7 @@ def sequence_logps(
     model: LanguageModel, params: Params, samples: Sequence[Pair], batch_size: int = 32, mesh: Mesh | None = None
 ) -> np.ndarray:
     """[len(samples)] float32 log-probability of the whole `chosen` response of each; arguments as above."""
-    options = dict(attends=model.attends, group=True, **(packing_of(mesh) if mesh else {}))  # samples share a prompt
+    options = dict(attends=model.attends, **(packing_of(mesh) if mesh else {}))
+    options |= dict(group=True, coarse=True)  # samples share a prompt, and come anew at every evaluation
     data = make_pair_set(samples, batch_size, layout=Layout(rejected=False), **options)
     return compute(model, params, data, mesh=mesh).chosen
