@@ -403,7 +403,9 @@ def _check_data(experiment: Experiment) -> None:
     if data.balance and not data.shuffle:
         raise UserError("data.balance=True deals pairs anew and data.shuffle=False keeps their order; set one of them")
     if data.group and not experiment.group:
-        raise UserError(f"data.group=True: loss {loss.name!r} reads of a response what depends on the other; unset it")
+        reads = "reads of a response what depends on the other"
+        reads = "reads whole groups, which have their prompt once anyway" if "group" in loss.needs else reads
+        raise UserError(f"data.group=True: loss {loss.name!r} {reads}; unset it")
     if data.mean_over == "prompts" and "group" in loss.needs:
         raise UserError(f"data.mean_over='prompts' is for comparisons; loss {loss.name!r} is of whole prompts anyway")
     if data.leaks is not None and not (experiment.held_out or experiment.sources_for("test")):

@@ -138,6 +138,14 @@ def test_evaluate_measures_a_run_after_what_it_was_trained_after(run, trained):
         assert ([pair.prompt.tolist() for pair in pairs] == trained) == same
 
 
+def test_evaluate_takes_which_pairs_of_a_group_there_are(run):
+    parser = evaluate._parser()
+    words = [f"--model={run}", "--data=rows.jsonl", "--loss=bradley_terry", "--out=out"]
+    for more, pairs in (([], "best_worst"), (["--pairs=all"], "all")):
+        experiment = evaluate.experiment_of(parser, *parser.read_others([*words, *more]))
+        assert experiment.record_kind["pairs"] == pairs
+
+
 def test_samples_of_a_run_and_pairs_of_the_policys_own_are_asked_as_in_training(run, trained, monkeypatch):
     monkeypatch.setattr(policy_samples, "sample", raises(2))
     experiment, tokenizer = read_told(), load_tokenizer(run / "export")

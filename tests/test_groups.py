@@ -571,6 +571,7 @@ def test_every_step_of_cleaning_takes_groups(load):
         ("kto", {"data.pairs": "all"}, "data.pairs='all' applies to losses of pairs; loss 'kto' reads unpaired data"),
         ("sft", {"data.pairs": "all"}, "data.pairs='all' applies to losses of pairs; loss 'sft' reads supervised data"),
         ("plackett_luce", {"data.pairs": "all"}, "loss 'plackett_luce' reads whole groups"),
+        ("plackett_luce", {"data.group": True}, "'plackett_luce' reads whole groups, which have their prompt once"),
         ("plackett_luce", {"data.flip_labels": 0.1}, "data.flip_labels applies to pairs without scores"),
     ],
 )

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 LENGTH = 1024  # tokens, where the models have as many positions
 FIELDS = ("too_long", "seed", "batch_size", "dtype")  # options that are fields of an experiment
 DATA_FIELDS = ("split", "format", "limit", "eval_fraction", "chat_template", "ascii_quotes")
-DATA_FIELDS += ("train_on", "keep_end", "mask_format")
+DATA_FIELDS += ("pairs", "train_on", "keep_end", "mask_format")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -72,6 +72,7 @@ def _parser() -> Parser:
     add("--split", default="test", help="of a hub data set or a directory (default: test)")
     add("--format", help="of the rows, see `prefalign list`; told from their fields by default")
     add("--limit", type=int, metavar="N", help="records to read")
+    add("--pairs", default="best_worst", help="of a group: best_worst (default), all, adjacent, random:N")
     add("--eval_fraction", type=float, default=0.0, metavar="X", help="measure what a run with this field held out")
     add("--seed", type=int, default=0, help="of that run, and of the examples at random (default: 0)")
     add("--chat_template", metavar="NAME", help="chatml, llama3, zephyr, a .jinja file; the tokenizer's own by default")
