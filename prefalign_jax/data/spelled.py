@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from prefalign_jax.data.places import Places, Placing
 from prefalign_jax.data.records import Record
 from prefalign_jax.types import UserError
 
@@ -24,8 +25,6 @@ MARKS = frozenset((_BREAK, _OURS))
 
 # What of a record may be in its text.
 _WRITTEN = ("prompt", "chosen", "rejected", "others", "tools", "chat_template_kwargs")
-
-Places = Any  # a `tokenizers.Encoding`, which knows where its tokens lie in their text; None where nobody asked
 
 
 class Written(str):
@@ -45,7 +44,7 @@ class SpecialTokens:
         tokens = sorted((token for token in tokens if len(token) > 1 and token.strip()), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
         self._begins = {token[0] for token in tokens}
-        self._aliased: tuple[Any, dict[int, int]] | None = None
+        self._aliased: tuple[Placing, dict[int, int]] | None = None
 
     def spelled(self, record: Record) -> set[str]:
         """Those that stand in a record's own text."""
@@ -82,11 +81,11 @@ class SpecialTokens:
           UserError: this is a tokenizer without the parts that it takes.
         """
         if self._aliased is None:
-            self._aliased = _aliased(self._tokenizer)
-        backend, ids = self._aliased
-        encode = backend.encode_batch if placed else backend.encode_batch_fast
-        encoded = encode([str(text) for text in texts], add_special_tokens=False)
-        return [([ids.get(one, one) for one in each.ids], each if placed else None) for each in encoded]
+            copy, ids = _aliased(self._tokenizer)
+            self._aliased = Placing(copy), ids
+        placing, ids = self._aliased
+        encoded = placing([str(text) for text in texts], placed)
+        return [([ids.get(one, one) for one in each], places) for each, places in encoded]
 
 
 def strings_of(value: Any) -> list[str]:
@@ -150,12 +149,11 @@ def encoder(
             )
         if backend is None:
             return [(ids, None) for ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids]
-        if placed:
-            return [(one.ids, one) for one in backend.encode_batch(texts, add_special_tokens=False)]
-        return [(one.ids, None) for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return placing(texts, placed)
 
     if backend is not None:
         tokenizer("")  # leaves the backend without truncation and padding
+        placing = Placing(backend)
 
     def encode(texts: Sequence[str], placed: bool = False) -> list[tuple[list[int], Places]]:
         written = [text for text in texts if isinstance(text, Written)]
