@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import random
 
 import numpy as np
@@ -118,6 +119,24 @@ TALKS = {
 @pytest.mark.parametrize(("family", "name"), PICTURES)
 def test_the_assistants_words_and_its_ends_of_turn_are_trained(tokenizers, family, name):
     assert drawn(tokenizers[family], ASKED, TALKS[name]) == PICTURES[family, name]
+
+
+def test_the_named_template_with_tools():
+    """It writes calls and results as Qwen 2.5 does, and what has no tools as ChatML does."""
+    tokenizer = tokenizer_with(chat_.CHAT_TEMPLATES["chatml_tools"].jinja)
+    assert drawn(tokenizer, ASKED, USE) == PICTURES["qwen25", "use"]
+    assert drawn(tokenizer, ASKED, TALK) == PICTURES["chatml", "talk"]
+    twice = [assistant("Let me see.", tool_calls=[CALL, CALL]), tool("9 C"), tool("8 C"), assistant("Cold.")]
+    call = '\n<tool_call>\n{"name": "temp", "arguments": {"city": "Rome"}}\n</tool_call>'
+    assert drawn(tokenizer, ASKED, twice) == (
+        f"⟦Let me see.{call}{call}<|im_end|>⟧\n<|im_start|>user\n<tool_response>\n9 C\n</tool_response>\n"
+        "<tool_response>\n8 C\n</tool_response><|im_end|>\n<|im_start|>assistant\n⟦Cold.<|im_end|>⟧"
+    )
+    weather = {"type": "function", "function": {"name": "temp", "parameters": {"type": "object", "properties": {}}}}
+    for system in ([], [{"role": "system", "content": "Be brief."}]):
+        prompt = tokenizer.decode(pair_of(tokenizer, record(system + ASKED, USE, tools=(weather,))).prompt)
+        begin = "<|im_start|>system\n" + "Be brief.\n\n" * bool(system) + "# Tools\n"
+        assert prompt.startswith(begin) and json.dumps(weather) in prompt and prompt.count("<|im_start|>") == 3
 
 
 def test_what_it_thinks_is_its_own(tokenizers):

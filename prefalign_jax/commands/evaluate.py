@@ -75,7 +75,7 @@ def _parser() -> Parser:
     add("--pairs", default="best_worst", help="of a group: best_worst (default), all, adjacent, random:N")
     add("--eval_fraction", type=float, default=0.0, metavar="X", help="measure what a run with this field held out")
     add("--seed", type=int, default=0, help="of that run, and of the examples at random (default: 0)")
-    add("--chat_template", metavar="NAME", help="chatml, llama3, zephyr, a .jinja file; the tokenizer's own by default")
+    add("--chat_template", metavar="NAME", help="a name of prefalign list, a .jinja file; default: the tokenizer's")
     add("--chat_template_kwargs", metavar="JSON", help="variables of the template (default: those of --model's run)")
     add("--template_may_drop", metavar="PARTS", help="parts that it may leave out: system,... (default: the run's)")
     add("--special_in_text", help="special tokens that rows spell: keep as tokens, split (default: the run's, or keep)")

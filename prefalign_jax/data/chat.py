@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from prefalign_jax.data.alphabet import Alphabet
+from prefalign_jax.data.places import Places
 from prefalign_jax.data.records import Prompt, Record, Text, told_by
 from prefalign_jax.data.remarks import Remarks
 from prefalign_jax.data.rendering import Renderer
-from prefalign_jax.data.spelled import MARKS, Places, SpecialTokens, Written, encoder, strings_of
+from prefalign_jax.data.spelled import MARKS, SpecialTokens, Written, encoder, strings_of
 from prefalign_jax.data.template import AS_IT_IS, ChatOptions
 from prefalign_jax.data.turns import Stretch, Stretches
 from prefalign_jax.limits import time_limit
@@ -53,6 +54,31 @@ class ChatTemplate(NamedTuple):
 CHAT_TEMPLATES = {
     "chatml": ChatTemplate(
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        tokens=("<|im_start|>", "<|im_end|>"),
+        eos="<|im_end|>",
+    ),
+    # ChatML with tools, as Qwen 2.5 and Hermes write them.
+    "chatml_tools": ChatTemplate(
+        "{% if tools %}{{ '<|im_start|>system\n' }}"
+        "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\n\n' }}{% endif %}"
+        "{{ '# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+        "You are provided with function signatures within <tools></tools> XML tags:\n<tools>' }}"
+        "{% for tool in tools %}{{ '\n' + tool | tojson }}{% endfor %}"
+        "{{ '\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
+        "<tool_call></tool_call> XML tags:\n<tool_call>\n"
+        '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n\' }}{% endif %}'
+        "{% for m in messages %}{% if m['role'] == 'tool' %}"
+        "{% if loop.first or loop.previtem['role'] != 'tool' %}{{ '<|im_start|>user' }}{% endif %}"
+        "{{ '\n<tool_response>\n' + m['content'] + '\n</tool_response>' }}"
+        "{% if loop.last or loop.nextitem['role'] != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}"
+        "{% elif not (tools and loop.first and m['role'] == 'system') %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{% if m['content'] %}{{ m['content'] + ('\n' if m['tool_calls'] else '') }}{% endif %}"
+        "{% for call in m['tool_calls'] or [] %}"
+        "{{ '<tool_call>\n{\"name\": ' + call['function']['name'] | tojson }}"
+        "{{ ', \"arguments\": ' + call['function']['arguments'] | tojson }}"
+        "{{ '}\n</tool_call>' + ('' if loop.last else '\n') }}{% endfor %}"
+        "{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
         tokens=("<|im_start|>", "<|im_end|>"),
         eos="<|im_end|>",

@@ -227,8 +227,9 @@ class Renderer:
                     only = (
                         part.name == "reasoning" and not record.rejected and part.turn - before + 1 < len(record.chosen)
                     )
+                    other = " to one that writes it, such as chatml_tools" * (part.name in ("tools", "calls", "tool"))
                     raise UserError(
-                        f"{record.where}: the chat template leaves out the {what}; set data.chat_template, "
+                        f"{record.where}: the chat template leaves out the {what}; set data.chat_template{other}, "
                         f"{'write data.train_on=last, ' * only}or allow it with data.template_may_drop={part.name} "
                         f"({where}: {shown!r})"
                     )
