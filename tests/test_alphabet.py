@@ -94,7 +94,7 @@ def test_dropped_characters_do_not_move_what_is_trained():
     says = [("assistant", "a~b"), ("user", "x~y"), ("assistant", "~z~")]
     response = [{"role": role, "content": text} for role, text in says]
     one = Record([{"role": "user", "content": "~~A~~"}], response, [], where=Place("x", 3))
-    for chat in (ChatOptions(), ChatOptions(special_in_text="split")):
+    for chat in (ChatOptions(), ChatOptions(split_special=True)):
         (pair,), _ = tokenize_records([one], tokenizer, max_length=64, chat=chat)
         assert tokenizer.decode(pair.chosen) == "abxyz</s>" and pair.weights(0).tolist() == [1, 1, 0, 0, 1, 1]
 

@@ -259,5 +259,7 @@ def test_eight_devices_give_what_one_gives_in_value_and_gradient(grouped):
 
 
 def test_a_group_without_scores_is_refused():
-    with pytest.raises(UserError, match=r"x, row 3: a group of responses has no scores"):
+    with pytest.raises(
+        UserError, match=r"x, row 3: a group of responses has no scores; tokenize them for a loss of groups"
+    ):
         make_pair_set([dataclasses.replace(make_pairs(1)[0], where=Place("x", 3))], 1, layout=Layout(group=True))

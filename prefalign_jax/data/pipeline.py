@@ -116,7 +116,8 @@ def make_pair_set(
         raise UserError("no pairs to batch: every record was dropped")
     pairs = as_pairs(pairs)
     if layout.group and (unscored := np.isnan(pairs.scores[:, 0])).any():
-        raise UserError(f"{pairs[int(np.argmax(unscored))].where}: a group of responses has no scores")
+        where = pairs[int(np.argmax(unscored))].where
+        raise UserError(f"{where}: a group of responses has no scores; tokenize them for a loss of groups")
     layout = layout._replace(weighted=pairs.weighted, most=pairs.scores.shape[1])
     lengths, share = lengths_of(pairs, layout), batch_size // micro_steps
     sharing = None if layout.group or group is False else sharing_of(pairs, layout)
