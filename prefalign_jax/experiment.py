@@ -562,7 +562,7 @@ def _check_on_policy(experiment: Experiment) -> None:
     if how.against not in (None, "data"):
         raise UserError(f"on_policy.against={how.against!r} is unknown; write data, for the responses of the rows")
     if how.policies is not None and len(set(split_names(how.policies))) != 2:
-        raise UserError(f"on_policy.policies={how.policies!r}: write two models, BETTER,WORSE")
+        raise UserError(f"on_policy.policies={how.policies!r}: write two different models, BETTER,WORSE")
     groups, scored = loss.record_kind.get("groups"), not (how.against or how.policies)
     if groups and not scored:
         raise UserError(f"on_policy.{telling[0]} makes pairs, and loss {loss.name!r} is trained on groups")

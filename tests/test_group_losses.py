@@ -248,9 +248,11 @@ def test_lipo_learns_from_the_first_step_on_where_all_rewards_are_equal():
     np.testing.assert_allclose(grads, close, rtol=1e-3, atol=1e-6)
 
 
-def test_a_large_score_overflows_no_gain():
-    policy = groups(np.tile([1e4, 2e3, 0.0, -1e4], (B, 1)))
-    values, _, grads = evaluated(make_loss("lipo"), policy, policy)
+@pytest.mark.parametrize("gain", ["exponential", "score"])
+@pytest.mark.parametrize("largest", [1e4, 1e38])
+def test_a_large_score_overflows_no_gain(gain, largest):
+    policy = groups(np.float32(np.tile([largest, largest / 5, 0.0, -largest], (B, 1))))
+    values, _, grads = evaluated(make_loss("lipo", gain=gain), policy, policy)
     assert np.isfinite(values).all() and np.isfinite(grads).all() and grads[0, 0] < 0
 
 

@@ -349,8 +349,8 @@ def test_a_loss_of_groups_gets_each_prompts_samples_in_one_row(prompts, drawn, t
     "fields, says",
     [
         ({**OWN, "on_policy.against": "date"}, "on_policy.against='date' is unknown; write data"),
-        ({**OWN, "on_policy.policies": "a"}, "on_policy.policies='a': write two models, BETTER,WORSE"),
-        ({**OWN, "on_policy.policies": "a,a"}, "on_policy.policies='a,a': write two models"),
+        ({**OWN, "on_policy.policies": "a"}, "on_policy.policies='a': write two different models, BETTER,WORSE"),
+        ({**OWN, "on_policy.policies": "a,a"}, "on_policy.policies='a,a': write two different models"),
         ({**OWN, "on_policy.policies": "a,b", "on_policy.against": "data"}, "on_policy.against and on_policy.policies"),
         ({"on_policy.against": "data"}, "samples.reward='more_words' is not read: on_policy.against"),
         ({**OWN, "on_policy.against": "data", "on_policy.pairing": "all"}, "pairing='all' chooses.*against has none"),

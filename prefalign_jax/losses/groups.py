@@ -18,6 +18,7 @@ from prefalign_jax.types import PairLogps, Responses
 GAINS = ("exponential", "score", "none")
 DISCOUNTS = ("log", "none")
 WIN_RATES = ("scores", "ranks")
+_LARGEST = 1e15  # of the scores that gains are made of: what they weigh stays within float32
 
 
 def plackett_luce(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> Result:
@@ -87,7 +88,7 @@ def _gain(responses: Responses, gain: str) -> jax.Array:
     """[B, K, K] |G_i - G_j|."""
     if gain == "none":
         return jnp.ones_like(ranks.differences(responses.logps))
-    scores = ranks.only_present(responses.scores, responses)
+    scores = jnp.clip(ranks.only_present(responses.scores, responses), -_LARGEST, _LARGEST)
     return jnp.abs(ranks.differences(exp_linear(math.log(2) * scores) if gain == "exponential" else scores))
 
 
