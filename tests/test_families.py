@@ -314,3 +314,10 @@ def test_a_value_of_the_wrong_kind_is_named(field):
 def test_a_model_type_that_is_none_is_refused(model_type):
     with pytest.raises(UserError, match="model_type=.* is not supported"):
         families.from_hf({**MINIMAL, "model_type": model_type})
+
+
+def test_a_config_without_a_model_type_may_be_that_of_a_run():
+    with pytest.raises(
+        UserError, match="model_type=None is not supported; of a run name the directory WORKDIR/export; "
+    ):
+        families.family(None)

@@ -259,7 +259,7 @@ MALFORMED = [
     ({"scores": {"a": 1}}, "field 'scores': expected a list, found an object"),
     ({"scores": "[1, 2"}, "field 'scores': expected JSON"),
     ({"ranks": [0, 1, 2, 3]}, "field 'ranks[0]': expected a rank, 1 for the best (float32), found a number 0"),
-    ({}, "field 'responses': expected one of the fields scores, ranks, comparisons beside it"),
+    ({}, "field 'responses': expected one of the fields scores, ranks, comparisons beside it; if another holds them"),
     ({"scores": [1, 2, 3, 4], "ranks": [4, 3, 2, 1]}, "fields 'scores' and 'ranks': expected one of them"),
     ({"scores": [1, 2, 3, 4], "margin": 1}, "field 'margin': the scores of responses say it"),
     ({"responses": "abcd", "scores": [1]}, "field 'responses': expected a list, found a string 'abcd'"),

@@ -68,7 +68,7 @@ TRL_NAMES: dict[str, str] = {
     "truncation_mode": "write --config.too_long=truncate_prompt (keep_end) or truncate_response (keep_start)",
     "pad_to_multiple_of": "leave it out; batches are packed, and data.row_length can fix the length of a row",
     "completion_only_loss": "write --config.loss.over=chosen, or prompt+chosen",
-    "assistant_only_loss": "write --config.loss.over=chosen, or prompt+chosen",
+    "assistant_only_loss": "leave it out; what the assistant writes is trained, or its last answer: data.train_on=last",
     # The length of a run
     "num_train_epochs": "epochs",
     "num_epochs": "epochs",

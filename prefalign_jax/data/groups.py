@@ -92,7 +92,10 @@ def read_group(row: Row) -> Group:
         if missing(response):
             raise expected("a text or messages", response, f"responses[{i}]")
     if not given:
-        raise Malformed(f"field 'responses': expected one of the fields {', '.join(RANKINGS)} beside it")
+        raise Malformed(
+            f"field 'responses': expected one of the fields {', '.join(RANKINGS)} beside it; if another holds them, "
+            "write --config.data.columns=scores=FIELD"
+        )
     if not empty(row.get("margin")):
         raise Malformed("field 'margin': the scores of responses say it; write data.ignore=margin to leave it out")
     if given[:2] == ["scores", "ranks"]:

@@ -33,6 +33,7 @@ from prefalign_jax.judges.tournament import Grader
 from prefalign_jax.load_data import load_prompts
 from prefalign_jax.models.endings import stop_ids
 from prefalign_jax.models.hf_io import resolve
+from prefalign_jax.models.loading import exported
 from prefalign_jax.options import split_names
 from prefalign_jax.processes import agreed, by_first, note, told_by_first
 from prefalign_jax.progress import Progress
@@ -205,7 +206,7 @@ def _of_two(experiment: Experiment, model_path: str, directory: Path, seed: int)
     paths = split_names(how.policies)
     prompts = load_prompts(how.prompts, how.limit)
     seeds = seed, int(np.random.default_rng((seed, 1)).integers(2**31))  # one would make like models say like things
-    drawn = (_draw(experiment, path, None, prompts, own) for path, own in zip(paths, seeds, strict=True))
+    drawn = (_draw(experiment, exported(path), None, prompts, own) for path, own in zip(paths, seeds, strict=True))
     (better, first), (worse, second) = drawn
     pairs, dropped = put_over(better, worse)
     about = dict(zip(("model", "rejected_model"), paths, strict=True)) | {"seed": seed}

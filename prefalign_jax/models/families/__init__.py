@@ -35,7 +35,8 @@ def family(model_type: str | None) -> Family:
       UserError: the type is not supported.
     """
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise UserError(f"model_type={model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
+        of_a_run = "; of a run name the directory WORKDIR/export" * (model_type is None)
+        raise UserError(f"model_type={model_type!r} is not supported{of_a_run}; supported are {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 
 
