@@ -347,7 +347,8 @@ def test_list_names_everything(capsys):
         assert f" {name}" in said, name
     assert "DPO of any model on any preference data." in said
     assert commands.main(["list", "templates"]) == 0
-    assert capsys.readouterr().out.splitlines()[1].split(", ") == ["  chatml", "llama3", "zephyr"]
+    names = capsys.readouterr().out.splitlines()[1].split(", ")
+    assert names == ["  chatml", "chatml_tools", "llama3", "zephyr"]
 
 
 def test_every_experiment_comes_with_the_package_and_says_what_it_is():
