@@ -245,6 +245,7 @@ def test_pairs_of_a_file_are_tokenized_dealt_and_ended(tmp_path):
         inputs.pairs_for(str(tmp_path / "pairs.jsonl"), 300, 4, 7, 60)
 
 
+@pytest.mark.everything
 def test_packing_on_one_core(tmp_path):
     rows = [{"prompt": "word " * (1 + n % 9), "chosen": "yes " * (1 + n % 5), "rejected": f"no {n}"} for n in range(24)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -160,6 +160,7 @@ def flip(file, bit):
     file.write_bytes(data)
 
 
+@pytest.mark.everything
 def test_one_flipped_bit_in_any_file_is_found_and_the_checkpoint_before_is_used(two_steps, damaged, capsys):
     files = [path.relative_to(two_steps / "2") for path in (two_steps / "2").rglob("*")
              if path.is_file() and path.stat().st_size]  # fmt: skip

@@ -16,6 +16,7 @@ from test_train import TRL, column, config_of
 FIELDS = {"job": "sft_first", "sft.epochs": 0.2, "sft.learning_rate": 1e-3, "steps": 2, "learning_rate": 1e-3}
 
 
+@pytest.mark.everything
 def test_sft_then_dpo_is_the_two_runs_one_after_the_other(light_runs, tmp_path):
     assert JOBS["sft_first"](config_of(**FIELDS), tmp_path / "job") == 0
     train(config_of("sft", **{"epochs": 0.2, "steps": None, "learning_rate": 1e-3}), tmp_path / "sft")

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conftest import longer
 from prefalign_jax.assemble import step_of
 from prefalign_jax.config import defaults
 from prefalign_jax.data.pipeline import alike, batches_of, make_pair_set, mismatched, train_batches, train_order
@@ -104,7 +103,8 @@ def set_of(experiment, model):
     return make_pair_set(pairs_of(experiment.loss), 4, **options)
 
 
-@pytest.mark.parametrize("name", ["dpo", *map(longer, ("kto", "orpo", "simpo", "bco", "dpo with adapters"))])
+@pytest.mark.everything  # tests/test_together.py compares whole runs
+@pytest.mark.parametrize("name", ["dpo", "kto", "orpo", "simpo", "bco", "dpo with adapters"])
 def test_a_member_is_the_run_that_it_is_alone(name):
     loss, _, adapted = name.partition(" ")
     model = ADAPTED if adapted else MODEL

@@ -123,6 +123,7 @@ def test_cut_off_it_goes_on_bit_for_bit_from_what_all_have(undisturbed, tmp_path
     assert_same(tmp_path, undisturbed)
 
 
+@pytest.mark.everything
 def test_one_that_diverges_is_stopped_and_the_others_are_what_they_were(undisturbed, tmp_path, monkeypatch, capfd):
     points = [POINTS[0], {**POINTS[1], "learning_rate": 1e38}]
     cut(monkeypatch, 5, points_of(tmp_path, points))
