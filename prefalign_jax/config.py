@@ -144,7 +144,7 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     c.data.mask_format = False
     c.data.layout = "tree"  # How a pair is packed: its prompt once (tree), or a copy for each response (ordinary).
     # Whether pairs with the same prompt come in one batch, which holds the prompt and each of their responses once.
-    # None does so where it saves a third of the tokens.
+    # None does so for pairs, where it saves a third of the tokens.
     c.data.group = maybe(bool)
     c.data.mean_over = "comparisons"  # What counts equally in the mean: comparisons, or prompts with all of theirs.
     c.data.row_length = maybe(int)  # Tokens in a packed row; None gives each device one row, as long as it takes.

@@ -136,7 +136,9 @@ class Experiment:
     @property
     def group(self) -> bool | None:
         """Whether pairs with the same prompt come together, see `pipeline.make_pair_set`."""
-        return False if UNSHARED & self.loss.needs else self.config.data.group
+        group = self.config.data.group
+        unasked = group is None and self.loss.kind != "pairs"  # single responses come in any order
+        return False if unasked or UNSHARED & self.loss.needs else group
 
     @property
     def chat(self) -> ChatOptions:

@@ -339,3 +339,14 @@ def test_a_mistyped_size_is_refused(name):
     """It would else train a small model at a large one's rate."""
     with pytest.raises(UserError, match="'smal'"):
         read(experiment(EXPERIMENTS[0].with_name(f"{name}.py")).get_config("smal,model=m,data=d"))
+
+
+@pytest.mark.parametrize(
+    ("loss", "unset"), [("dpo", None), ("orpo", None), ("sft", False), ("kto", False), ("simpo", None)]
+)
+def test_pairs_may_come_together_by_default_and_single_responses_do_not(loss, unset):
+    """What a quickstart's fine-tuning gives depends on the order of its rows."""
+    config = defaults(loss)
+    assert read(config, complete=False).group is unset
+    config.data.group = True
+    assert read(config, complete=False).group is True
