@@ -99,9 +99,32 @@ def make_update(
     stochastic_rounding: bool = False,
     seed: int | jax.Array = 0,
 ) -> Callable[[TrainState, PreferenceBatch], tuple[TrainState, Metrics]]:
-    """update(state, batch) -> (state, metrics), the pure function that `make_train_step` compiles; see there.
+    """update(state, batch) -> (state, metrics), the pure function that `make_train_step` compiles.
+
+    loss = sum_i w_i loss_i / sum_i w_i over all pairs of all micro-steps and devices, divided once.
+
+    A loss that needs the whole batch at once gets it, micro-steps or not: the log-probabilities of all micro-steps come
+    first, then the loss and its gradient with respect to them, then each micro-step's share of the gradient.
 
     It may be traced with numbers in place of constants: in the loss, the optimizer, the schedule, the seed.
+
+    Args:
+      model: pure functions of params.
+      loss: bound loss.
+      optimizer: gradient clipping included.
+      schedule: step -> learning rate, only to report it.
+      chunk: columns of logits at once.
+      move_reference: (steps done, new parameters, reference) -> new reference; None keeps it frozen.
+      router_weight: of a mixture of experts' auxiliary loss in the objective; in any case it is the metric
+        router_balance.
+      stochastic_rounding: of bfloat16 parameters, see `optim.apply_updates`; the optimizer is then `in_float32`.
+      seed: of the rounding, and of the dropout of a model that has some. What is dropped is a function of the seed, the
+        step, the micro-step and the place in the packed rows: a resumed run draws the same, another number of
+        micro-steps does not.
+
+    Returns:
+      The function. Its batch has M micro-steps as leading axis; its metrics are scalars: loss, grad_norm (before
+      clipping), learning_rate and the loss's own, averaged like the loss over the pairs that they apply to.
     """
 
     def logps(params: Params, reference: Params | None, micro: tuple[PreferenceBatch, jax.Array | None]):
@@ -188,58 +211,19 @@ def make_update(
 
 
 def make_train_step(
-    model: LanguageModel,
-    loss: BoundLoss,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    *,
-    schedule: Callable[[jax.Array], jax.Array] | None = None,
-    chunk: int = VOCABULARY_CHUNK,
-    move_reference: Callable[[jax.Array, Params, Params], Params] | None = None,
-    router_weight: float = 0.0,
-    stochastic_rounding: bool = False,
-    seed: int = 0,
+    model: LanguageModel, loss: BoundLoss, optimizer: optax.GradientTransformation, mesh: Mesh, **options: Any
 ) -> Callable[[TrainState, PreferenceBatch], tuple[TrainState, Metrics]]:
     """step(state, batch) -> (state, metrics), jitted with explicit shardings; the state is donated.
 
-    loss = sum_i w_i loss_i / sum_i w_i over all pairs of all micro-steps and devices, divided once.
-
-    A loss that needs the whole batch at once gets it, micro-steps or not: the log-probabilities of all micro-steps come
-    first, then the loss and its gradient with respect to them, then each micro-step's share of the gradient.
-
     Args:
-      model: pure functions of params.
-      loss: bound loss.
-      optimizer: gradient clipping included.
+      model, loss, optimizer, **options: as `make_update` takes them.
       mesh: the mesh.
-      schedule: step -> learning rate, only to report it.
-      chunk: columns of logits at once.
-      move_reference: (steps done, new parameters, reference) -> new reference; None keeps it frozen.
-      router_weight: of a mixture of experts' auxiliary loss in the objective; in any case it is the metric
-        router_balance.
-      stochastic_rounding: of bfloat16 parameters, see `optim.apply_updates`; the optimizer is then `in_float32`.
-      seed: of the rounding, and of the dropout of a model that has some. What is dropped is a function of the seed, the
-        step, the micro-step and the place in the packed rows: a resumed run draws the same, another number of
-        micro-steps does not.
 
     Returns:
       The step; like every jitted function it has `lower`, and step.jitted(state, batch) is the jitted function that it
-      calls for such states and batches. Its batch has M micro-steps as leading axis; its metrics are scalars: loss,
-      grad_norm (before clipping), learning_rate and the loss's own, averaged like the loss over the pairs that they
-      apply to.
+      calls for such states and batches.
     """
-
-    step = make_update(
-        model,
-        loss,
-        optimizer,
-        schedule=schedule,
-        chunk=chunk,
-        move_reference=move_reference,
-        router_weight=router_weight,
-        stochastic_rounding=stochastic_rounding,
-        seed=seed,
-    )
+    step = make_update(model, loss, optimizer, **options)
     placed = None
 
     def jitted(state: TrainState, batch: PreferenceBatch):

@@ -203,6 +203,11 @@ class _Job:
         self.log_start = 0
 
     @property
+    def together(self) -> list[str]:
+        """The names of points that are run in one program; [] for a point by itself."""
+        return [one.point.name for one in self.members] if len(self.members) > 1 else []
+
+    @property
     def state(self) -> str:
         """Of the process: WAITING, RUNNING, or that of a point which has ended."""
         states = [one.state for one in self.members]
@@ -225,9 +230,8 @@ class _Job:
                 if lock is None:
                     return
                 locks.append(lock)
-            together = [one.point.name for one in self.members] if len(self.members) > 1 else None
             for one in self.members:
-                write_json(one.directory / MARK, _mark(one.point, None, together))
+                write_json(one.directory / MARK, _mark(one.point, None, self.together))
             with writing(self.log), self.log.open("ab") as log:
                 self.log_start = log.tell()
                 self.process = subprocess.Popen(
@@ -274,15 +278,14 @@ class _Job:
 
     def end(self, one: _State) -> None:
         """Takes down what became of a point whose process has ended well; a member may have diverged."""
-        together = [member.point.name for member in self.members] if len(self.members) > 1 else None
-        if together and (one.directory / MEMBER_FAILED).exists():
+        if self.together and (one.directory / MEMBER_FAILED).exists():
             one.state = FAILED
             one.error = read_json(one.directory / MEMBER_FAILED, {"step": "an integer", "error": "a string"})["error"]
             write_json(one.directory / MARK, _mark(one.point, None))  # it is tried again by itself
             (one.directory / MEMBER_FAILED).unlink()
             return
         run = latest_stage(one.directory).relative_to(one.directory)
-        write_json(one.directory / MARK, _mark(one.point, {"run": str(run)}, together))
+        write_json(one.directory / MARK, _mark(one.point, {"run": str(run)}, self.together))
         one.state = DONE
 
     def last_error(self, status: int) -> str:
@@ -294,9 +297,9 @@ class _Job:
         return (told or lines or [""])[-1].removeprefix("error: ") or f"exit status {status}"
 
 
-def _mark(point: Point, done: dict[str, Any] | None, together: list[str] | None = None) -> dict[str, Any]:
+def _mark(point: Point, done: dict[str, Any] | None, together: Sequence[str] = ()) -> dict[str, Any]:
     mark = {"overrides": point.overrides, "arguments": point.arguments, "config": point.config, "done": done}
-    return mark | ({"together": together} if together else {})
+    return mark | ({"together": list(together)} if together else {})
 
 
 def run_sweep(

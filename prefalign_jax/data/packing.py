@@ -331,8 +331,8 @@ def lay_out(
 
     # Trained tokens.
     source, target = np.zeros((2, groups, shape.trained), np.int32)
-    codes = SIDES if trees.slots is not None else trees.ids.shape[1]
-    slot = np.full((groups, shape.trained), codes * batch_size, np.int32)
+    slots = SIDES if trees.slots is not None else trees.ids.shape[1]  # of a pair, or group
+    slot = np.full((groups, shape.trained), slots * batch_size, np.int32)
     count, first, codes = _targets(lengths, runs, layout)
     offsets = np.take_along_axis(trees.ids[:, None], codes, axis=2)
     owner = np.broadcast_to(group[:, :, None], count.shape).reshape(-1)

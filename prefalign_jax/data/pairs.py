@@ -11,7 +11,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from typing import TYPE_CHECKING, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
@@ -164,13 +164,11 @@ class Pairs(Sequence[Pair]):
 
     def reweighted(self, weight: np.ndarray) -> Pairs:
         """The same with other weights, [P]."""
-        changed = dataclasses.replace(self, weight=weight)
-        return dataclasses.replace(changed, digest=_digests(changed))
+        return self._changed(weight=weight)
 
     def with_token_weights(self, weights: Sequence[np.ndarray | None]) -> Pairs:
         """The same with other weights of their tokens, for each of `buffers`."""
-        changed = dataclasses.replace(self, token_weights=tuple(weights))
-        return dataclasses.replace(changed, digest=_digests(changed))
+        return self._changed(token_weights=tuple(weights))
 
     def with_rejected(self, other: np.ndarray, most: np.ndarray) -> Pairs:
         """Each with the chosen response of another as its rejected one.
@@ -183,7 +181,11 @@ class Pairs(Sequence[Pair]):
         for column in columns.values():
             column[:, 2] = column[other, 1]
         columns["length"][:, 2] = np.minimum(columns["length"][:, 2], most)
-        changed = dataclasses.replace(self, **columns)
+        return self._changed(**columns)
+
+    def _changed(self, **fields: Any) -> Pairs:
+        """With other values of fields that are part of the digest."""
+        changed = dataclasses.replace(self, **fields)
         return dataclasses.replace(changed, digest=_digests(changed))
 
 

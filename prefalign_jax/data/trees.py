@@ -112,28 +112,39 @@ class Sharing(NamedTuple):
 
 def sharing_of(pairs: Pairs, layout: Layout) -> Sharing:
     """Compares prompts and responses token by token."""
-    count = len(pairs)
-    prompt, responses = np.arange(count), np.full((count, layout.sides), -1, np.int64)
+    prompt, responses = prompts_of(pairs), np.full((len(pairs), layout.sides), -1, np.int64)
     there = pairs.length[:, 1 : 1 + layout.sides] > 0
-    responses[there] = count + np.arange(there.sum())  # all different so far
-    _, number, times = np.unique(pairs.prompt_key, return_inverse=True, return_counts=True)
-    names: dict[bytes, int] = {}
-
-    def content(pair: int, part: int) -> bytes:
-        buffer, start = pairs.buffer[pair, part], pairs.start[pair, part]
-        here, weights = slice(start, start + pairs.length[pair, part]), pairs.token_weights[buffer]
-        text = hashlib.blake2b(pairs.buffers[buffer][here].tobytes(), digest_size=16)
-        if weights is not None and np.any(weights[here] != 1):
-            text.update(weights[here].tobytes())
-        return text.digest()
-
-    for pair in np.flatnonzero(times[number] > 1).tolist():  # what reads as another prompt has other tokens
-        prompt[pair] = names.setdefault(content(pair, 0), pair)
-        of_prompt = int(prompt[pair]).to_bytes(8, "little")
+    responses[there] = np.arange(there.sum())  # all different so far
+    names: dict[tuple[int, bytes], int] = {}
+    for pair in _several(prompt):
         for side in np.flatnonzero(there[pair]).tolist():
-            name = of_prompt + content(pair, 1 + side)
+            name = int(prompt[pair]), _content(pairs, pair, 1 + side)
             responses[pair, side] = names.setdefault(name, int(responses[pair, side]))
     return Sharing(prompt, responses)
+
+
+def prompts_of(pairs: Pairs) -> np.ndarray:
+    """[P] int64, for each pair the first one with the same prompt, token by token."""
+    prompt, names = np.arange(len(pairs)), {}
+    for pair in _several(pairs.prompt_key):  # what reads as another prompt has other tokens
+        prompt[pair] = names.setdefault(_content(pairs, pair, 0), pair)
+    return prompt
+
+
+def _several(keys: np.ndarray) -> list[int]:
+    """The places of those that are there several times."""
+    _, number, times = np.unique(keys, return_inverse=True, return_counts=True)
+    return np.flatnonzero(times[number] > 1).tolist()
+
+
+def _content(pairs: Pairs, pair: int, part: int) -> bytes:
+    """A digest of the tokens of a part of a pair, and of their weights."""
+    buffer, start = pairs.buffer[pair, part], pairs.start[pair, part]
+    here, weights = slice(start, start + pairs.length[pair, part]), pairs.token_weights[buffer]
+    digest = hashlib.blake2b(pairs.buffers[buffer][here].tobytes(), digest_size=16)
+    if weights is not None and np.any(weights[here] != 1):
+        digest.update(weights[here].tobytes())
+    return digest.digest()
 
 
 class Trees(NamedTuple):
@@ -254,5 +265,5 @@ def over_prompts(pairs: Pairs) -> Pairs:
       >>> over_prompts(as_pairs([Pair(p, a, b), Pair(p, b, a), Pair(q, a, b)])).weight
       array([0.5, 0.5, 1. ])
     """
-    _, prompt = np.unique(sharing_of(pairs, Layout(rejected=False)).prompt, return_inverse=True)
+    _, prompt = np.unique(prompts_of(pairs), return_inverse=True)
     return pairs.reweighted(pairs.weight / np.bincount(prompt, pairs.weight)[prompt])
