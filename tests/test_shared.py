@@ -181,6 +181,14 @@ def test_pairs_of_a_prompt_come_together_and_each_once_an_epoch():
     np.testing.assert_array_equal(rest, batches[5:])
 
 
+def test_prompts_are_shuffled_anew_in_every_epoch():
+    data = make_pair_set(all_pairs([3] * 8), 3, group=True)  # a prompt is a batch
+    prompts = [int(batch[0, 0]) // 3 for batch in numbers(data, 24, balance=False)]
+    epochs = [prompts[:8], prompts[8:16], prompts[16:]]
+    assert all(sorted(epoch) == [*range(8)] for epoch in epochs)
+    assert len(set(map(tuple, [*epochs, range(8)]))) == 4
+
+
 @pytest.mark.parametrize("size", [4, 5, 16])
 def test_batches_hold_exactly_as_many_pairs_whatever_the_groups(size):
     pairs = all_pairs([4, 2, 5, 3, 3, 1, 2, 6, 2, 2])

@@ -238,6 +238,20 @@ def test_another_pairs_completion_as_the_rejected_one():
     assert digest_of(pairs) == digest_of(PAIRS) and all(map(equal, pairs, PAIRS))
 
 
+def test_a_digest_depends_on_scores_and_on_weights_of_tokens():
+    group = PAIRS[5]
+    changed = [
+        group,
+        dataclasses.replace(group, scores=(*group.scores[:-1], 0.0)),
+        dataclasses.replace(group, others=group.others[::-1]),
+        dataclasses.replace(group, token_weights=(None, np.zeros(len(group.rejected)), *[None] * len(group.others))),
+        dataclasses.replace(group, token_weights=(np.zeros(len(group.chosen)), None, *[None] * len(group.others))),
+    ]
+    assert len({digest_of([one]) for one in changed}) == len(changed)
+    counted_once = tuple(np.ones(len(ids), np.float32) for ids in group.responses)
+    assert digest_of([dataclasses.replace(group, token_weights=counted_once)]) == digest_of([group])
+
+
 def test_the_file_can_be_read_by_others(tmp_path):
     """By any reader of Arrow files, such as the library `datasets`."""
     pa = pytest.importorskip("pyarrow")
