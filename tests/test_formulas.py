@@ -254,6 +254,17 @@ FORMULAS = [
             - 0.1 * ls(odds((p["lw"] + p["ew"]) / (p["nw"] + 1)) - odds((p["ll"] + p["el"]) / (p["nl"] + 1)))
         ),
     ),
+    (
+        "orpo_beta",
+        {"lam": 0.7, "sft_weight": 0.3},
+        lambda p: -0.3 * p["mw"] - 0.7 * ls(0.5 * (odds(p["mw"]) - odds(p["ml"]))),
+    ),
+    (
+        "asft",
+        {"beta": 0.3, "lam": 0.7},
+        lambda p: -p["mw"] - 0.7 * (ls(0.3 * odds(p["mw"])) + ls(-0.3 * odds(p["ml"]))),
+    ),
+    ("asft", {"sft_weight": 0.0}, lambda p: -p["mw"] - math.log(1 - math.exp(p["ml"]))),
     ("simpo", {"gamma": 0.5}, lambda p: -ls(2 * (p["mw"] - p["ml"]) - 0.5)),
     (
         "alphapo",

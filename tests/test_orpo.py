@@ -1,12 +1,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from prefalign_jax.data.trees import Layout
 from prefalign_jax.losses import make_loss
-from prefalign_jax.losses.orpo import log_odds, orpo
+from prefalign_jax.losses.orpo import asft, log_odds, orpo, orpo_beta
+from prefalign_jax.losses.sft import sft
 from prefalign_jax.types import Pair, PairLogps
 from small import MODEL, first, hidden_of, logps_of, make_pairs, make_params, packed
+from test_losses import draw
 
 
 def means(chosen, rejected) -> PairLogps:
@@ -54,6 +57,43 @@ def test_an_empty_response_leaves_the_batch_finite():
     policy = PairLogps(jnp.zeros(1), jnp.float32([-3.0]), jnp.zeros(1), jnp.ones(1))
     loss, _ = orpo(policy)
     assert np.isfinite(loss).all()
+
+
+@pytest.mark.parametrize("lam", [0.1, 1.0])
+def test_a_beta_of_1_is_orpo_to_the_bit(lam):
+    policy, _ = draw(64, dtype=np.float32)
+
+    def both(loss, **hyper):
+        f = lambda w, l: loss(policy._replace(chosen=w, rejected=l), lam=lam, **hyper)  # noqa: E731
+        slopes = jax.grad(lambda w, l: f(w, l)[0].sum(), (0, 1))(policy.chosen, policy.rejected)
+        return *f(policy.chosen, policy.rejected), slopes
+
+    (loss, metrics, slopes), (other, others, other_slopes) = both(orpo), both(orpo_beta, beta=1.0)
+    np.testing.assert_array_equal(loss, other)
+    np.testing.assert_array_equal(slopes, other_slopes)
+    for name in ("logps/chosen", "logps/rejected", "nll_loss", "log_odds_ratio", "log_odds_chosen"):
+        np.testing.assert_array_equal(metrics[name], others[name])
+
+
+@pytest.mark.parametrize("loss", [orpo_beta, asft])
+def test_one_stage_is_two_added(loss):
+    policy, _ = draw(16, dtype=np.float32)
+    after = loss(policy, sft_weight=0.0, lam=0.4)[0]
+    np.testing.assert_allclose(loss(policy, lam=0.4)[0], after + sft(policy, mean="pair")[0], rtol=1e-6)
+
+
+def test_asft_with_a_beta_of_1_is_the_cross_entropy_of_which_response_is_which():
+    """arXiv 2502.01237, section 3.1.1: -log P_w - log(1 - P_l); and it bounds ORPO's from above."""
+    p_w, p_l = jnp.float32([0.3, 0.9, 0.02]), jnp.float32([0.2, 0.95, 0.5])
+    loss = asft(means(jnp.log(p_w), jnp.log(p_l)), sft_weight=0.0)[0]
+    np.testing.assert_allclose(loss, -np.log(p_w) - np.log1p(-p_l), rtol=1e-5)
+    assert (loss >= orpo_beta(means(jnp.log(p_w), jnp.log(p_l)), beta=1.0, sft_weight=0.0)[0]).all()
+
+
+def test_asft_moves_each_response_whatever_the_other_does():
+    slope = jax.grad(lambda w, l: asft(means(w, l), beta=0.3)[0].sum(), (0, 1))
+    chosen, rejected = slope(jnp.float32([-1.0, -1.0]), jnp.float32([-0.2, -5.0]))
+    assert chosen[0] == chosen[1] < 0 < rejected[1] < rejected[0]
 
 
 def test_three_options_together_are_the_authors_code():

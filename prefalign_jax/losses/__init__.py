@@ -102,6 +102,8 @@ LOSSES: dict[str, Loss] = {
     "aot_unpaired": Loss(transport.aot_unpaired, _BATCH, _SUMS),
     # Pairs, without one.
     "orpo": Loss(_orpo.orpo, _orpo_needs),
+    "orpo_beta": Loss(_orpo.orpo_beta, _FREE),
+    "asft": Loss(_orpo.asft, _FREE),
     "simpo": Loss(_simpo.simpo, _FREE),
     "alphapo": Loss(_simpo.alphapo, _FREE),
     "cpo": Loss(_simpo.cpo, _FREE),
@@ -145,6 +147,7 @@ VALID: Checks = {
     "beta": _POSITIVE,
     "tau": _POSITIVE,
     "lam": _AT_LEAST_0,
+    "sft_weight": _AT_LEAST_0,
     "alpha": _AT_LEAST_0,
     "unlikelihood.alpha": (lambda x: 0 <= x <= 1, "a number in [0, 1]"),
     "info_nca.alpha": _POSITIVE,

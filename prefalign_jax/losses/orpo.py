@@ -1,11 +1,11 @@
-"""Odds-ratio preference optimisation."""
+"""Losses of the odds of a response, P / (1 - P) with P its likelihood per token: ORPO, and ASFT."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
-from prefalign_jax.losses.ratios import Result, per_token, rewards
+from prefalign_jax.losses.ratios import Metrics, Result, per_token, rewards
 from prefalign_jax.losses.sft import nll
 from prefalign_jax.types import PairLogps
 
@@ -88,3 +88,83 @@ def orpo(
         "log_odds_chosen": argument,
     }
     return nll_loss - lam * log_odds_ratio, metrics
+
+
+def orpo_beta(
+    policy: PairLogps,
+    reference: None = None,
+    *,
+    beta: float = 0.5,
+    lam: float = 1.0,
+    sft_weight: float = 1.0,
+) -> Result:
+    """-w log pi_w / n_w - lambda log sigmoid(beta (log odds_w - log odds_l)), odds = P / (1 - P), P = exp(log pi / n)
+
+    ORPO whose log-odds are scaled by beta, as DPO's log-ratios are. With sft_weight=0 it is the form of two stages,
+    which begins where supervised fine-tuning ended and does not go on with it.
+
+    Args:
+      policy: [B] float32 log-probabilities, summed over each response, and token counts.
+      reference: none.
+      beta: temperature of the log-odds; 0.2 to 0.7 in the comparison's best runs. 1 is `orpo`.
+      lam: lambda, the weight of the preference; 1 in the comparison. (What TRL's ORPO calls beta is this one.)
+      sft_weight: w, the weight of the negative log-likelihood: 1 for one stage, 0 after a stage of `sft`.
+
+    Returns:
+      (loss [B], metrics {name: [B]}): rewards/* are beta times the log-odds, logps/* means per token; log_odds_ratio is
+      the log-sigmoid and log_odds_chosen its argument, as in `orpo`.
+
+    TRL: none; ORPOTrainer is beta=1, and its `beta` is lambda.
+    Source: Gorbatovski et al., arXiv 2502.01237, version 3, section 3.1.2; length normalisation: appendix A.1.
+    """
+    chosen, rejected, metrics = _log_odds(policy, beta)
+    argument = chosen - rejected
+    log_odds_ratio = jax.nn.log_sigmoid(argument)
+    loss = sft_weight * metrics["nll_loss"] - lam * log_odds_ratio
+    return loss, {**metrics, "log_odds_ratio": log_odds_ratio, "log_odds_chosen": argument}
+
+
+def asft(
+    policy: PairLogps,
+    reference: None = None,
+    *,
+    beta: float = 1.0,
+    lam: float = 1.0,
+    sft_weight: float = 1.0,
+) -> Result:
+    """-w log pi_w / n_w - lambda [log sigmoid(beta log odds_w) + log sigmoid(-beta log odds_l)], odds = P / (1 - P)
+
+    Aligned supervised fine-tuning: each response's odds are moved by themselves, where ORPO moves them against each
+    other. At beta = 1 the bracket is log P_w + log(1 - P_l), the binary cross-entropy of which response is which. With
+    sft_weight=0 it is the form of two stages, which begins where supervised fine-tuning ended.
+
+    Args:
+      policy: [B] float32 log-probabilities, summed over each response, and token counts; P = exp(log pi / n).
+      reference: none.
+      beta: temperature of the log-odds, 1 in the method's own paper; 0.1 to 0.3 in the comparison's best runs.
+      lam: lambda, the weight of the preference; 1 in the comparison.
+      sft_weight: w, the weight of the negative log-likelihood: 1 for one stage, 0 after a stage of `sft`.
+
+    Returns:
+      (loss [B], metrics {name: [B]}): rewards/* are beta times the log-odds, logps/* means per token.
+
+    TRL: none.
+    Source: Wang et al., arXiv 2409.10571; beta and two stages: Gorbatovski et al., arXiv 2502.01237, version 3,
+      sections 2.4 and 3.1.
+    """
+    chosen, rejected, metrics = _log_odds(policy, beta)
+    preference = jax.nn.log_sigmoid(chosen) + jax.nn.log_sigmoid(-rejected)
+    return sft_weight * metrics["nll_loss"] - lam * preference, metrics
+
+
+def _log_odds(policy: PairLogps, beta: float) -> tuple[jax.Array, jax.Array, Metrics]:
+    """(beta log odds_w, beta log odds_l, metrics of both and of the chosen one's negative log-likelihood)."""
+    chosen, rejected = per_token(policy.chosen, policy.rejected, policy)
+    scaled = beta * log_odds(chosen), beta * log_odds(rejected)
+    metrics = {
+        **rewards(*scaled),
+        "logps/chosen": chosen,
+        "logps/rejected": rejected,
+        "nll_loss": nll(policy, over="chosen", mean="pair"),
+    }
+    return *scaled, metrics
