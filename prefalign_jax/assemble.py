@@ -31,7 +31,15 @@ from prefalign_jax.options import given
 from prefalign_jax.processes import note
 from prefalign_jax.progress import Progress
 from prefalign_jax.reference import cache_key, cached, compute, mover, params_digest
-from prefalign_jax.sharding import born, deal_experts, packing_of, param_shardings, spread, what_stays_whole
+from prefalign_jax.sharding import (
+    born,
+    deal_experts,
+    deal_texts,
+    packing_of,
+    param_shardings,
+    spread,
+    what_stays_whole,
+)
 from prefalign_jax.train_step import make_train_step
 from prefalign_jax.types import LanguageModel, Pair, PairLogps, Params, UserError
 
@@ -263,23 +271,29 @@ def drawn_dtype(config: ConfigDict) -> str:
     return "float32" if config.model.param_dtype == "stored" else config.model.param_dtype
 
 
+# Kernels of attention -> what their devices are called in their kind, and in words.
+DEVICES = {"cudnn": ("NVIDIA", "an NVIDIA GPU"), "splash": ("TPU", "a TPU")}
+
+
 def decoder_of(
     config: ConfigDict, shape: DecoderConfig, mesh: jax.sharding.Mesh, lora: Lora | None = None
 ) -> LanguageModel:
     """The decoder of this shape, computed on a mesh as a config says; `lora` is of the adapters that it is to take."""
     options = dict(dtype=config.dtype, param_dtype=drawn_dtype(config), remat=config.model.remat, lora=lora)
-    if config.model.attention == "cudnn":
+    attention = config.model.attention
+    if attention in DEVICES:
+        kind, words = DEVICES[attention]
         device = jax.devices()[0].device_kind
-        if "NVIDIA" not in device:
-            raise UserError(f"model.attention='cudnn' needs an NVIDIA GPU, and this is {device}; write 'tiles'")
+        if kind not in device:
+            raise UserError(f"model.attention={attention!r} needs {words}, and this is {device}; write 'tiles'")
         if mesh.shape["context"] > 1:
-            raise UserError("model.attention='cudnn' takes whole rows; write 'tiles', or mesh.context=1")
+            raise UserError(f"model.attention={attention!r} takes whole rows; write 'tiles', or mesh.context=1")
         if shape.num_kv_heads % mesh.shape["tensor"]:
             raise UserError(
-                "model.attention='cudnn' takes whole heads: mesh.tensor must divide the model's "
+                f"model.attention={attention!r} takes whole heads: mesh.tensor must divide the model's "
                 f"{shape.num_kv_heads} for keys and values, and {mesh.shape['tensor']} does not; or write 'tiles'"
             )
-    options |= dict(attention=config.model.attention, placement=Placement(spread(mesh), deal_experts(mesh)))
+    options |= dict(attention=attention, placement=Placement(spread(mesh), deal_experts(mesh), deal_texts(mesh)))
     return make_decoder(shape, **options, dropout=Dropout(config.model.dropout, config.model.attention_dropout))
 
 

@@ -79,7 +79,8 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     c.model.router_weight = 0.0  # Weight of a mixture of experts' balancing loss; 0.001 to 0.02 is usual.
     c.model.dropout = 0.0  # Share of embeddings and residual branches that a training pass sets to zero.
     c.model.attention_dropout = 0.0  # Share of attention weights that a training pass sets to zero.
-    # How attention is computed. tiles: in XLA, skipping what no token sees. cudnn: in NVIDIA's kernel, text by text.
+    # How attention is computed. tiles: in XLA, skipping what no token sees. cudnn: text by text in NVIDIA's kernel,
+    # for GPUs. splash: text by text in JAX's kernel for TPUs.
     c.model.attention = "tiles"
     # What the backward pass computes again to save memory: nothing (none), all but matrix products (dots), all (full).
     c.model.remat = "none"

@@ -280,6 +280,23 @@ def deal_experts(mesh: Mesh) -> Callable[..., jax.Array]:
     return apply
 
 
+def deal_texts(mesh: Mesh) -> Callable[..., jax.Array]:
+    """How a kernel attends that XLA cannot divide: (kernel, q, k, v) -> kernel(q, k, v), [N, S, heads, d] each.
+
+    Each device takes the texts of its rows, and its share of the heads.
+    """
+
+    def apply(kernel: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
+        if mesh.size == 1:
+            return kernel(*args)
+        rows = ROWS if args[0].shape[0] % groups_of(mesh) == 0 else None
+        spec = P(rows, None, "tensor")
+        # No rule says along which axes what a kernel gives varies.
+        return jax.shard_map(kernel, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(*args)
+
+    return apply
+
+
 def place_batch(mesh: Mesh | None, batch: PreferenceBatch) -> PreferenceBatch:
     """The batch on its shardings; without a mesh, as it is.
 

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from prefalign_jax.data.trees import Layout
-from prefalign_jax.models.attention import attend, gathered, sequence_attend, tiled_attend, tree_mask, tree_tiles
+from prefalign_jax.models.attention import (
+    attend,
+    cudnn,
+    gathered,
+    sequence_attend,
+    splash,
+    tiled_attend,
+    tree_mask,
+    tree_tiles,
+)
 from prefalign_jax.types import Pair
 from small import first, make_pairs, packed
 
@@ -112,31 +121,56 @@ def test_dropped_weights_of_tiles_leave_the_mean():
     assert float(jnp.abs(drawn[0] - drawn[1]).max()) > 0.1
 
 
-@pytest.mark.parametrize(("layout", "groups"), [(Layout(), 2), (Layout(tree=False), 1), (Layout(rejected=False), 2)])
-def test_text_by_text_is_the_dense_product_with_its_gradients(layout, groups):
-    """By XLA's form of the kernel: that cuDNN computes the same is for a GPU to show."""
+XLA = functools.partial(cudnn, implementation="xla")  # that cuDNN computes the same is for a GPU to show
+
+
+@pytest.mark.parametrize(
+    ("kernel", "layout", "groups", "options"),
+    [
+        pytest.param(XLA, Layout(), 2, {}, id="as cuDNN"),
+        pytest.param(XLA, Layout(tree=False), 1, {}, id="as cuDNN, ordinary"),
+        pytest.param(XLA, Layout(rejected=False), 2, {}, id="as cuDNN, chosen alone"),
+        pytest.param(splash, Layout(), 2, {}, id="splash"),
+        pytest.param(splash, Layout(tree=False), 1, {"softcap": 5.0}, id="splash, soft-capped"),
+        pytest.param(splash, Layout(), 1, {"window": 20, "windows": (0, 20, 1000)}, id="splash, window"),
+        pytest.param(splash, Layout(), 1, {"window": 1000, "windows": (0, 20, 1000)}, id="splash, wide window"),
+    ],
+)
+def test_text_by_text_is_the_dense_product_with_its_gradients(kernel, layout, groups, options):
+    """Heads in groups; padding within texts, between them and at the end of rows."""
     batch = first(packed(make_pairs(9, longest=60), groups=groups, layout=layout, attends="sequences"))
     rows, length = batch.tokens.shape
     rng = np.random.default_rng(0)
     q, weight = (jnp.float32(rng.normal(size=(rows, length, 6, 8))) for _ in range(2))
     k, v = (jnp.float32(rng.normal(size=(rows, length, 2, 8))) for _ in range(2))
-    real, mask = batch.segments > 0, jnp.asarray(tree_mask(batch.segments, batch.branches))
+    real, mask = batch.segments > 0, np.asarray(tree_mask(batch.segments, batch.branches))
+    if "window" in options:
+        mask = mask & (batch.positions[:, :, None] - batch.positions[:, None, :] < options["window"])
     sequences = jax.tree.map(jnp.asarray, batch.sequences)
 
     def weighted(out):
         return (out * weight)[real].sum(), out
 
     def dense(q, k, v):
-        return weighted(attend(q, k, v, mask, scale=0.3))
+        return weighted(attend(q, k, v, jnp.asarray(mask), scale=0.3, softcap=options.get("softcap")))
 
     def text_by_text(q, k, v):
-        return weighted(sequence_attend(q, k, v, sequences, scale=0.3, implementation="xla"))
+        return weighted(sequence_attend(q, k, v, sequences, kernel=kernel, scale=0.3, **options))
 
     (wanted, plain), (got, found) = slopes_and_values(dense, q, k, v), slopes_and_values(text_by_text, q, k, v)
     np.testing.assert_allclose(found[real], plain[real], rtol=1e-5, atol=1e-5)
     assert (np.asarray(found)[~real] == 0).all()
     for one, other in zip(wanted, got, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5 * np.abs(one).max())
+
+
+@pytest.mark.parametrize("span", [64, 192, 640])
+def test_splash_takes_texts_of_any_length(span):
+    """In blocks of 128 tokens, of which some are skipped."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.float32(rng.normal(size=(1, span, 2, 8))) for _ in range(3))
+    plain = attend(q, k, v, jnp.tril(jnp.ones((1, span, span), bool)), scale=0.3)
+    np.testing.assert_allclose(jax.jit(functools.partial(splash, scale=0.3))(q, k, v, None), plain, atol=1e-5)
 
 
 def test_gathered_sums_and_their_gradient():

@@ -7,6 +7,7 @@ import pytest
 from prefalign_jax.cost.flops import count_flops
 from prefalign_jax.logps import preference_logps, token_logps
 from prefalign_jax.losses import make_loss
+from prefalign_jax.models.attention import splash
 from prefalign_jax.models.decoder import DecoderConfig, make_decoder
 from prefalign_jax.models.lora import Lora, init_adapters
 from prefalign_jax.train_step import both_logps
@@ -37,6 +38,10 @@ def ragged(x, kernels):
             3 * 2 * 6 * 4 * 5,
         ),
         (lambda x: jnp.sin(x) + x, 0),
+        (
+            lambda x: splash(*[x[None, :, None]] * 3, None, scale=1.0),
+            0,
+        ),  # a kernel's blocks are no count of its products
     ],
 )
 def test_closed_forms(function, count):

@@ -16,8 +16,8 @@ def count_flops(function: Callable[..., Any], *args: Any) -> int:
 
     What is not a matrix product (norms, softmax, activations) is left out, as in counts of "model FLOPs". A loop counts
     as often as it runs: unlike XLA's cost analysis, which takes the body of a scan once. What nothing reads is not
-    computed, as when compiled: the gradient of a frozen kernel, say. Nothing is known of kernels that are no JAX:
-    cuDNN's attention counts 0.
+    computed, as when compiled: the gradient of a frozen kernel, say. Kernels of attention, cuDNN's and
+    splash, count 0.
 
     Args:
       function: of arrays; a gradient, say, or a whole train step.
@@ -51,6 +51,8 @@ def _of_equation(equation: Any) -> int:
         return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shapes[0][axis] for axis in contracted)
     if name.startswith("ragged_dot"):  # [m, k] x [groups, k, n], or [m, k] x [m, n] -> [groups, k, n]: a row, a group
         return 2 * math.prod(shapes[0]) * equation.outvars[0].aval.shape[-1]
+    if name == "pallas_call":  # what it holds is one block's
+        return 0
     inner = [x.jaxpr if isinstance(x, ClosedJaxpr) else x for x in jax.tree.leaves(list(params.values()), is_leaf=_is)]
     counts = [_of_jaxpr(x) for x in inner if isinstance(x, Jaxpr)]
     if name == "cond":

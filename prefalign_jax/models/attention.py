@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -214,14 +216,89 @@ gathered.defvjp(
 )
 
 
+def cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, *, scale: float, implementation: str = "cudnn"
+) -> jax.Array:
+    """NVIDIA's kernel. 'xla' for `implementation` computes the same anywhere, and writes scores to memory.
+
+    Args:
+      q: [N, S, heads, d], in bfloat16 for cuDNN, with d at most 128 and a multiple of 8.
+      k, v: [N, S, kv_heads, d].
+      lengths: [N] int32, tokens of each text; padding follows them.
+      scale: of the scores.
+
+    Returns:
+      [N, S, heads, d] in q's type; anything for padding.
+    """
+    options = dict(scale=scale, is_causal=True, query_seq_lengths=lengths, key_value_seq_lengths=lengths)
+    return jax.nn.dot_product_attention(q, k, v, **options, implementation=implementation)
+
+
+def splash(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: jax.Array | None = None,
+    windows: tuple[int, ...] = (),
+    deal: Callable[..., jax.Array] = lambda kernel, *args: kernel(*args),
+) -> jax.Array:
+    """JAX's kernel for TPUs. On another device Pallas interprets it: the same numbers, for tests, very slowly.
+
+    Blocks of 128 to 512 tokens that lie above the diagonal, or beyond a window, are skipped; those of padding are not.
+
+    Args:
+      q, k, v, lengths, scale: as in `cudnn`, of any type and head size; the lengths are not needed.
+      softcap: as in `attend`.
+      window: [] int32, as in `tiled_attend`: one of `windows`, or 0.
+      windows: all that the model has, since a kernel is compiled for each.
+      deal: (kernel, q, k, v) -> kernel(q, k, v), by which devices do their share: XLA cannot divide a kernel.
+
+    Returns:
+      [N, S, heads, d] in q's type; anything for padding.
+    """
+    # Imported here, since it takes time that nothing else needs.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    span = q.shape[1]
+    padded = span + -span % 128
+    block = math.gcd(padded, 512)
+
+    def kernel(window: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        shape = (padded, padded)
+        mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
+        run = kernels.make_splash_mha_single_device(
+            masks.MultiHeadMask([mask] * q.shape[2]),
+            block_sizes=kernels.BlockSizes(*[block] * 8),
+            attn_logits_soft_cap=softcap,
+            interpret=jax.default_backend() != "tpu",
+        )
+        return jnp.moveaxis(jax.vmap(run)(*(jnp.moveaxis(x, 1, 2) for x in (q, k, v))), 2, 1)
+
+    # A text that fits into a window is seen whole.
+    distinct = (0, *sorted({one for one in windows if 0 < one < span}))
+    branches = [functools.partial(deal, functools.partial(kernel, one)) for one in distinct]
+    q, k, v = (jnp.pad(x, ((0, 0), (0, padded - span), (0, 0), (0, 0))) for x in (q * scale, k, v))
+    which = 0 if window is None else jnp.argmax(jnp.array(distinct) == window)
+    return jax.lax.switch(which, branches, q, k, v)[:, :span]
+
+
+KERNELS = {"cudnn": cudnn, "splash": splash}
+
+
 def sequence_attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     sequences: Sequences,
     *,
+    kernel: Callable[..., jax.Array],
     scale: float | None = None,
-    implementation: str = "cudnn",
+    **options: Any,
 ) -> jax.Array:
     """As `attend`, text by text in a fused kernel for causal, padded sequences, which never writes scores to memory.
 
@@ -229,11 +306,12 @@ def sequence_attend(
     backward pass computes all of it again, so a layer keeps no more than its q, k and v.
 
     Args:
-      q: [R, L, heads, d], in bfloat16 for cuDNN, with d at most 128 and a multiple of 8.
+      q: [R, L, heads, d].
       k, v: [R, L, kv_heads, d].
       sequences: the batch's.
+      kernel: one of KERNELS.
       scale: None is d^-1/2.
-      implementation: 'cudnn' for NVIDIA's GPUs; 'xla' computes the same anywhere.
+      **options: of the kernel.
 
     Returns:
       [R, L, heads, d] in q's type; 0 for padding.
@@ -245,6 +323,7 @@ def sequence_attend(
     own = functools.reduce(lambda first, then: jnp.where(first >= 0, first, then), jnp.split(place, place.shape[1], 1))
     read = _blocks(own[:, 0], index[:, 0]) == jnp.arange(count * span)[None]
     lengths = jnp.maximum(jnp.sum(sequences.index >= 0, axis=-1, dtype=jnp.int32), 1).reshape(-1)
+    options["scale"] = q.shape[-1] ** -0.5 if scale is None else scale
 
     def spread(x: jax.Array) -> jax.Array:
         """[R, L, h, d] -> [G N, S, h, d]."""
@@ -253,14 +332,7 @@ def sequence_attend(
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def attended(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        out = jax.nn.dot_product_attention(
-            *map(spread, (q, k, v)),
-            scale=scale,
-            is_causal=True,
-            query_seq_lengths=lengths,
-            key_value_seq_lengths=lengths,
-            implementation=implementation,
-        )
+        out = kernel(*map(spread, (q, k, v)), lengths, **options)
         out = out.reshape(groups, count * span, *out.shape[2:])
         return gathered(out, own, jnp.where(read[:, None], index, -1)).reshape(q.shape)
 

@@ -11,15 +11,25 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prefalign_jax.models import moe, quantize, rope
-from prefalign_jax.models.attention import Tiles, attend, sequence_attend, tiled_attend, tree_mask, tree_tiles
+from prefalign_jax.models.attention import (
+    KERNELS,
+    Tiles,
+    attend,
+    cudnn,
+    sequence_attend,
+    splash,
+    tiled_attend,
+    tree_mask,
+    tree_tiles,
+)
 from prefalign_jax.models.decoder_config import DecoderConfig
 from prefalign_jax.models.dropout import Dropout, drop, fork
 from prefalign_jax.models.lora import Lora, adapter_shapes, delta, join, stretch
 from prefalign_jax.options import choose
 from prefalign_jax.types import Cached, LanguageModel, Params, Sequences, UserError
 
-# How a batch's tokens attend, tile by tile in XLA or text by text in cuDNN's fused kernel -> `LanguageModel.attends`.
-ATTENTION = {"tiles": "tiles", "cudnn": "sequences"}
+# How a batch's tokens attend, tile by tile in XLA or text by text in a fused kernel -> `LanguageModel.attends`.
+ATTENTION = {"tiles": "tiles"} | dict.fromkeys(KERNELS, "sequences")
 MATRICES = ("kernel", "embedding")  # the parameters that products and look-ups read in the type of the computation
 # What the backward pass keeps of a layer: everything, the results of matrix products, or only the layer's input.
 REMAT: dict[str, Callable | None] = {
@@ -126,10 +136,12 @@ class Placement(NamedTuple):
     Attributes:
       look_up: of tokens and positions, [R, L] each, in the embedding; see `sharding.spread`.
       experts: of `moe.experts`; see `sharding.deal_experts`.
+      texts: of a kernel of attention that XLA cannot divide; see `sharding.deal_texts`.
     """
 
     look_up: Callable[..., jax.Array] = in_place
     experts: Callable[..., jax.Array] = in_place
+    texts: Callable[..., jax.Array] = in_place
 
 
 class Layer(NamedTuple):
@@ -148,6 +160,7 @@ class Layer(NamedTuple):
         slot `at`; None where the tokens at hand are all there is.
       at: [] int32.
       seen: [R, S] int32, the cache's positions.
+      kernel: one of `attention.KERNELS` with its options, for `Sequences`.
       experts: of a `Placement`.
     """
 
@@ -162,6 +175,7 @@ class Layer(NamedTuple):
     cache: tuple[jax.Array, jax.Array] | None = None
     at: jax.Array | None = None
     seen: jax.Array | None = None
+    kernel: Callable[..., jax.Array] | None = None
     experts: Callable[..., jax.Array] = in_place
 
 
@@ -202,7 +216,8 @@ class Attention(nnx.Module):
             )
         window = layer.window if any(c.windows) else None
         if isinstance(layer.mask, Sequences):
-            out = sequence_attend(q, k, v, layer.mask, scale=c.query_scale)
+            windowed = {} if window is None else {"window": window}  # cuDNN's kernel has none
+            out = sequence_attend(q, k, v, layer.mask, kernel=layer.kernel, scale=c.query_scale, **windowed)
             return self.o(out.reshape(*x.shape[:2], -1), of_output), (k, v)
         options = dict(scale=c.query_scale, softcap=c.attention_softcap)
         options |= dict(dropout=layer.dropout.attention, key=of_weights)
@@ -375,6 +390,7 @@ class Decoder(nnx.Module):
         remat: str,
         dropout: Dropout,
         key,
+        kernel: Callable[..., jax.Array] | None,
         placement: Placement,
     ) -> tuple[jax.Array, moe.Routing | None]:
         """Tokens, positions, segments and branches, each [R, L] -> hidden states [R, L, D], routing [layers, E]."""
@@ -391,7 +407,7 @@ class Decoder(nnx.Module):
             block, kind, window, key = block_and_kind
             cos, sin = (turn[kind] for turn in turns)
             of_layer = Layer(mask, positions, cos, sin, window, segments > 0, dropout, key)
-            return block(x, of_layer._replace(experts=placement.experts))[:2]
+            return block(x, of_layer._replace(kernel=kernel, experts=placement.experts))[:2]
 
         if REMAT[remat] is not None:
             layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
@@ -470,17 +486,31 @@ def cast(params: Params, dtype: str, names: tuple[str, ...] = MATRICES) -> Param
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def _refuse_cudnn(config: DecoderConfig, dtype: str, dropout: Dropout) -> None:
-    reasons = {
-        f"dtype={dtype}": dtype == "float32",
-        "soft-capped scores": config.attention_softcap is not None,
-        "sliding windows": any(config.windows),
-        "dropout of attention weights": dropout.attention > 0,
-        f"heads of {config.head_dim} numbers": config.head_dim % 8 != 0 or config.head_dim > 128,
-    }
+def _kernel(
+    attention: str, config: DecoderConfig, dtype: str, dropout: Dropout, placement: Placement
+) -> Callable[..., jax.Array] | None:
+    """The kernel of KERNELS with its options; None for tiles.
+
+    Raises:
+      UserError: it cannot compute what the model asks for.
+    """
+    if attention not in KERNELS:
+        return None
+    reasons = {"dropout of attention weights": dropout.attention > 0}
+    if attention == "cudnn":
+        reasons |= {
+            f"dtype={dtype}": dtype == "float32",
+            "soft-capped scores": config.attention_softcap is not None,
+            "sliding windows": any(config.windows),
+            f"heads of {config.head_dim} numbers": config.head_dim % 8 != 0 or config.head_dim > 128,
+        }
     against = [reason for reason, holds in reasons.items() if holds]
     if against:
-        raise UserError(f"attention='cudnn' is not for {', '.join(against)}; write 'tiles'")
+        raise UserError(f"attention={attention!r} is not for {', '.join(against)}; write 'tiles'")
+    if attention == "cudnn":
+        return cudnn
+    options = dict(softcap=config.attention_softcap, windows=tuple(config.windows), deal=placement.texts)
+    return functools.partial(splash, **options)
 
 
 def make_decoder(
@@ -516,13 +546,12 @@ def make_decoder(
       A `LanguageModel`; its functions trace under jit, grad and vmap.
 
     Raises:
-      UserError: if `remat` or `attention` is unknown, or cuDNN cannot compute the latter.
+      UserError: if `remat` or `attention` is unknown, or a kernel cannot compute the latter.
     """
     if remat not in REMAT:
         raise UserError(f"remat={remat!r} is unknown; write one of {', '.join(REMAT)}")
     attends = choose("attention", attention, ATTENTION)
-    if attention == "cudnn":
-        _refuse_cudnn(config, dtype, dropout)
+    kernel = _kernel(attention, config, dtype, dropout, placement)
 
     def build(key: jax.Array) -> Decoder:
         return Decoder(config, nnx.Rngs(params=key), jnp.dtype(param_dtype))
@@ -561,7 +590,7 @@ def make_decoder(
 
     def routed(params: Params, tokens, positions, segments, branches, *, tiles=None, sequences=None, key=None):
         options = dict(tiles=tiles, sequences=sequences, dtype=jnp.dtype(dtype), remat=remat, dropout=dropout, key=key)
-        options["placement"] = placement
+        options |= dict(kernel=kernel, placement=placement)
         # Kernels are cast once, not in every layer's forward and again in its backward pass.
         out, routing = filled(cast(params, dtype, ("kernel",)))(tokens, positions, segments, branches, **options)
         out = widened(out)
