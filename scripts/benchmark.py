@@ -2,7 +2,7 @@
 
 import sys
 
-from benchmarks import checkpoints, decoding, peers, pipeline, step_cost, tokenizing
+from benchmarks import checkpoints, decoding, peers, pipeline, prefix_sharing, step_cost, tokenizing
 from benchmarks.measuring import run
 from prefalign_jax.exits import status_of
 
@@ -14,6 +14,7 @@ BENCHMARKS = {
     "pack": pipeline.pack,
     "data": pipeline.data,
     "cost": step_cost.cost,
+    "prefix": prefix_sharing.prefix,
     "tokenize": tokenizing.tokenize,
 }
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmark import BENCHMARKS
-from benchmarks import decoding, inputs, measuring, peers, pipeline, step_cost
+from benchmarks import decoding, inputs, measuring, peers, pipeline, prefix_sharing, step_cost
 from benchmarks.measuring import run
 from prefalign_jax.exits import status_of
 from prefalign_jax.models import families, hf_io
@@ -294,3 +294,70 @@ def test_tokenizing_beside_another_checkout_takes_turns_and_compares_the_tokens(
     assert status_of(lambda: run(BENCHMARKS, command)) == 0
     found = json.loads((tmp_path / "out.json").read_text())["found"]
     assert found["pairs"] == 3 and found["same tokens"] is True and found["tokenize, ratio"] > 0
+
+
+# A shared prompt at published lengths
+
+
+@pytest.mark.parametrize("name", prefix_sharing.PUBLISHED)
+def test_drawn_lengths_have_the_published_medians(name):
+    published = prefix_sharing.PUBLISHED[name]
+    drawn = prefix_sharing.drawn_lengths(published, 4096)
+    prompts, responses = drawn[:, :1], drawn[:, 1:]
+    assert drawn.shape == (4096, 3) and drawn.min() >= 2
+    assert np.median(prompts + responses) == pytest.approx(published.length, abs=1)
+    assert np.median(prompts / responses) == pytest.approx(published.ratio, rel=0.03)
+    over_median = np.log(prompts / np.median(prompts))
+    assert over_median.std() == pytest.approx(published.spread[0], rel=0.1)
+    assert over_median.max() < 1.645 * published.spread[0] + 0.2
+
+
+def test_tokens_of_each_layout_are_counted_by_hand():
+    lengths = np.array(
+        [[4, 2, 3], [1, 5, 1]]
+    )  # of prompt, chosen and rejected; nothing follows a response's last token
+    tokens = [prefix_sharing.tokens_in(lengths, layout) for layout in prefix_sharing.LAYOUTS]
+    assert tokens == [(4 + 1 + 2) + (1 + 4 + 0), (5 + 6) + (5 + 1), 4 * (7 - 1)]
+
+
+def test_published_ratios_are_those_of_the_paper():
+    rates = prefix_sharing.PUBLISHED.values()
+    over_packed = [round(one.shared / one.packed, 2) for one in rates]
+    assert over_packed == [1.35, 1.17, 1.48, 1.34, 1.41, 1.57]
+    assert round(prefix_sharing.PUBLISHED["hh-rlhf"].shared / prefix_sharing.PUBLISHED["hh-rlhf"].padded, 1) == 4.6
+
+
+def test_layouts_of_the_same_pairs_are_timed_in_turn(monkeypatch):
+    seen = []
+    monkeypatch.setattr(prefix_sharing, "refuse_others", seen.append)
+    lengths = np.array([[4, 2, 3], [1, 5, 1]])
+    seconds = prefix_sharing.seconds_of(lengths, 2, vocabulary=64, layers=1, width=64)
+    assert len(seconds) == len(prefix_sharing.LAYOUTS) and min(seconds) > 0
+    assert np.shape(seen) == (2, 3, 2) and np.max(seen) < 0
+    np.testing.assert_allclose(seen, np.broadcast_to(seen[0][0], (2, 3, 2)), rtol=1e-5)
+
+
+@pytest.mark.everything
+def test_layouts_of_the_same_pairs_are_timed_and_give_the_same_log_probabilities(tmp_path):
+    tiny = ["--pairs=2", "--batches=3", "--shorter=32", "--vocabulary=64", "--layers=1", "--width=64", "--steps=2"]
+    command = ["prefix", "--sets=tldr,hh-rlhf", *tiny, f"--out={tmp_path / 'out.json'}"]
+    assert status_of(lambda: run(BENCHMARKS, command)) == 0
+    found = json.loads((tmp_path / "out.json").read_text())["found"]
+    assert len(found) == 2 * 14 and all(value > 0 for value in found.values())
+    for name in ("tldr", "hh-rlhf"):
+        tree, packed, padded = (found[f"{name}: tokens a pair, {layout}"] for layout in prefix_sharing.LAYOUTS)
+        assert tree < packed < padded and found[f"{name}: tokens, padded over tree"] == pytest.approx(padded / tree)
+        times = [found[f"{name}: s a step, {layout}"] for layout in prefix_sharing.LAYOUTS]
+        assert found[f"{name}: time, packed over tree"] == pytest.approx(times[1] / times[0])
+
+
+def test_layouts_that_give_different_log_probabilities_are_not_compared():
+    prefix_sharing.refuse_others([[-50.0, -60.0], [-50.001, -60.001], [-50.0, -60.0]])
+    with pytest.raises(UserError, match=r"padded \[-50.0, -61.0\]"):
+        prefix_sharing.refuse_others([[-50.0, -60.0], [-50.0, -60.0], [-50.0, -61.0]])
+
+
+@pytest.mark.parametrize("options", [{"sets": "tldr,hh"}, {"steps": 1}, {"pairs": 0}, {"width": 96}])
+def test_an_option_of_prefix_that_makes_no_sense_is_refused(options):
+    with pytest.raises(UserError, match="--"):
+        prefix_sharing.prefix(**options)

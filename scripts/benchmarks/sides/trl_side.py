@@ -94,7 +94,7 @@ def main() -> None:
         if orpo:
             options["disable_dropout"] = True
         if spec["head"] == "fused":
-            options["use_liger_kernel"] = True
+            options["use_liger_kernel"] = True  # of layers: DPOTrainer fuses the head by itself, and refuses Liger's
         dtype = getattr(torch, spec["param_dtype"])
         model = transformers.AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype)
         more = {}
