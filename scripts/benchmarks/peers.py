@@ -73,8 +73,8 @@ def train(
       remat, peer_remat: what our backward pass keeps, and whether the peer's recomputes activations: none or full.
       attention: of our decoder: tiles or cudnn.
       peer_head: whole leaves TRL as it is; fused sets its use_liger_kernel, which needs liger-kernel and a GPU. Despite
-        the name it adds Liger's kernels for layers alone: TRL 1.16's DPO computes its head in tiles either way, on trained
-        tokens only.
+        the name it adds Liger's kernels for layers alone: TRL 1.16's DPO computes its head in tiles either way, and on
+        trained tokens only.
       reference: copy, or cached: our log-probabilities of the reference, computed before.
       device: cpu or gpu; this process itself computes on the CPU.
       learning_rate: of AdamW without weight decay, constant.
