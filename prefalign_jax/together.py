@@ -20,6 +20,7 @@ from prefalign_jax.cost.throughput import Meter
 from prefalign_jax.data.pairing import WHICH_PAIRS
 from prefalign_jax.data.pipeline import alike, batches_of, packed_ahead, train_order
 from prefalign_jax.evaluation.contrast import weigh_tokens
+from prefalign_jax.evaluation.in_training import make_evaluation
 from prefalign_jax.experiment import Experiment, read
 from prefalign_jax.files import locked, write_json
 from prefalign_jax.load_data import Data, load_pairs
@@ -28,7 +29,7 @@ from prefalign_jax.processes import note, stop_signal
 from prefalign_jax.progress import Progress
 from prefalign_jax.sharding import make_mesh, shapes_of
 from prefalign_jax.train import Run, announce, check_finite, due, evaluates_and_saves, fitted, order_of
-from prefalign_jax.train_step import init_state, make_eval_step
+from prefalign_jax.train_step import init_state
 from prefalign_jax.types import PreferenceBatch, TrainState, UserError
 
 
@@ -67,7 +68,7 @@ def _train(experiments: Sequence[Experiment], workdirs: Sequence[Path], stack: c
     if mesh.size > 1:
         raise UserError(f"members of one program are on one device, and the mesh has {mesh.size}; use --together=off")
     runs = [
-        Run(one, workdir, tokenizer, data, began, mesh, stack)
+        Run(one, workdir, tokenizer, data, began, stack)
         for one, workdir, (data, began) in zip(
             ready, workdirs, assembled(ready, workdirs, tokenizer, mesh), strict=True
         )
@@ -84,7 +85,7 @@ def _train(experiments: Sequence[Experiment], workdirs: Sequence[Path], stack: c
         runs[k].open_files(stack)
 
     # Loop, as that of a run alone.
-    eval_step = make_eval_step(runs[0].began.model, ready[0].loss, mesh, config.vocabulary_chunk)
+    evaluate = make_evaluation(ready, [run.began for run in runs], workdirs, tokenizer, mesh, members=True)
     sets, longest = alike([run.began.training for run in runs]), max(run.total for run in runs)
     orders = [train_order(data, **order_of(run.experiment), stop=longest) for run, data in zip(runs, sets, strict=True)]
     batches = packed_ahead(lambda n: batches_of(sets, [order(n) for order in orders]), start, longest)
@@ -92,14 +93,17 @@ def _train(experiments: Sequence[Experiment], workdirs: Sequence[Path], stack: c
     timer = checkpoint.Timer(config.save_steps)
     log = Log(runs, live, stack.enter_context(Progress(longest, "step", start=start)))
     note(f"{len(runs)} runs in one program, {len(live)} to go on with")
-    for k in [*live]:
-        own = program.take(state, k)
+    for k in live:
         announce(runs[k].experiment, runs[k].data, runs[k].start, runs[k].total, runs[k].changed)
-        if runs[k].start == runs[k].total:
-            conclude(runs[k], own, eval_step)
+    complete = [k for k in live if runs[k].start == runs[k].total]
+    evaluating = [k for k in live if k in complete or runs[k].to_evaluate_first()]
+    means = evaluate(state, start) if evaluating else []
+    for k in evaluating:
+        if k in complete:
+            conclude(runs[k], program.take(state, k), means[k])
             live.remove(k)
-        elif runs[k].to_evaluate_first():
-            runs[k].evaluate(eval_step, own, start)
+        else:
+            runs[k].evaluated(start, means[k])
     step = start
     with stop_signal() as stop, contextlib.closing(log):
         for step, batch in enumerate(meters[0].waited(batches), start + 1):
@@ -124,15 +128,15 @@ def _train(experiments: Sequence[Experiment], workdirs: Sequence[Path], stack: c
                 with contextlib.ExitStack() as pause:
                     for meter in meters:
                         pause.enter_context(meter.paused())
+                    means = evaluate(state, step) if ending or evaluating else [{}] * len(runs)
                     for k in [*live]:
-                        own = program.take(state, k)
                         if k in ending:
-                            conclude(runs[k], own, eval_step)
+                            conclude(runs[k], program.take(state, k), means[k])
                             live.remove(k)
                             continue
-                        means = runs[k].evaluate(eval_step, own, step) if evaluating else {}
+                        own = runs[k].evaluated(step, means[k]) if evaluating else {}
                         if saving:
-                            runs[k].save(own, means)
+                            runs[k].save(program.take(state, k), own)
                     if saving:
                         timer.saved()
         log.flush()
@@ -229,9 +233,9 @@ def common_step(runs: Sequence[Run]) -> int:
     return max((checkpoint.newest(run.checkpoints) or 0 for run in runs), default=0)
 
 
-def conclude(run: Run, state: TrainState, eval_step: Any) -> None:
-    """What comes after the last step of a run."""
-    means = run.evaluate(eval_step, state, run.total)
+def conclude(run: Run, state: TrainState, means: dict[str, float]) -> None:
+    """What comes after the last step of a run; `means` are of its last evaluation."""
+    run.evaluated(run.total, means)
     run.save(state, means)
     run.checkpoints.wait()
     run.finish(state, means)

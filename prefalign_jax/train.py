@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +23,7 @@ from prefalign_jax.data.memory import RowsOrPath
 from prefalign_jax.data.pipeline import train_batches
 from prefalign_jax.data.template import prints_date
 from prefalign_jax.evaluation.contrast import weigh_tokens
-from prefalign_jax.evaluation.held_out import evaluate, summary
-from prefalign_jax.evaluation.policy_samples import make_sampler
+from prefalign_jax.evaluation.in_training import make_evaluation
 from prefalign_jax.experiment import Experiment, read
 from prefalign_jax.export import export_adapters, export_run, hub_token
 from prefalign_jax.files import locked, write_json
@@ -37,7 +36,7 @@ from prefalign_jax.pages import plots
 from prefalign_jax.processes import by_first, is_first, note, stop_requested, stop_signal, told_by_first
 from prefalign_jax.progress import Progress
 from prefalign_jax.sharding import make_mesh, place_batch, shapes_of
-from prefalign_jax.train_step import init_state, make_eval_step
+from prefalign_jax.train_step import init_state
 from prefalign_jax.types import LanguageModel, Params, TrainState, UserError, one_line
 
 
@@ -101,11 +100,11 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
 
     # State: what a step takes and gives.
     optimizer, train_step = step_of(experiment, model, mesh, experiment.learning_rate(len(data.training)))
-    eval_step = make_eval_step(model, loss, mesh, config.vocabulary_chunk)
     state = init_state(began.params, optimizer, mesh, began.reference, loss.running, model.rules)
 
     # Resume: where an earlier run in this directory stopped, or the beginning.
-    run = Run(experiment, workdir, tokenizer, data, began, mesh, stack)
+    run = Run(experiment, workdir, tokenizer, data, began, stack)
+    evaluate = make_evaluation([experiment], [began], [workdir], tokenizer, mesh)
     state = run.restored(state)
     start = run.start
     if why := run.cannot_go_on():
@@ -115,7 +114,7 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
 
     # Loop. First comes the evaluation at the start, or one that an earlier run was stopped before.
     if run.to_evaluate_first():
-        run.evaluate(eval_step, state, start)
+        run.evaluated(start, *evaluate(state, start))
     batches = train_batches(training, **order_of(experiment), start=start, stop=total)
     abstract = shapes_of(state)
     meter = Meter(training, lambda batch: count_flops(train_step, abstract, shapes_of(batch)))
@@ -138,12 +137,12 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
             if evaluating or saving:
                 log.flush()  # this step's line is on disk before its checkpoint: a resumed run starts after it
                 with meter.paused():
-                    means = run.evaluate(eval_step, state, step) if evaluating else {}
+                    means = run.evaluated(step, *evaluate(state, step)) if evaluating else {}
                     if saving:
                         run.save(state, means)
                         timer.saved()
         log.close()
-        means = run.evaluate(eval_step, state, step) if step == total else {}
+        means = run.evaluated(step, *evaluate(state, step)) if step == total else {}
         run.save(state, means)
         run.checkpoints.wait()
 
@@ -192,7 +191,6 @@ class Run:
       tokenizer: of the policy.
       data: the pairs.
       began: what it begins with.
-      mesh: where everything lies.
       stack: closes what is opened.
     """
 
@@ -203,14 +201,12 @@ class Run:
         tokenizer: Any,
         data: Data,
         began: Assembled,
-        mesh: jax.sharding.Mesh,
         stack: contextlib.ExitStack,
     ):
         self.experiment, self.workdir, self.tokenizer = experiment, workdir, tokenizer
         self.data, self.began = data, began
         self.total = experiment.total_steps(len(data.training))
         self.datasheet = datasheet_of(experiment, data, began.training, tokenizer)
-        self.sample = make_sampler(experiment, began.model, began.started, tokenizer, mesh, workdir)
         self.checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", **experiment.config.checkpoint)
         stack.callback(self.checkpoints.close)
         self.start, self.changed, self.history = 0, {}, []
@@ -251,13 +247,8 @@ class Run:
         missing = due(self.start, self.experiment.config.eval_steps) and self.start not in evaluated
         return self.start == 0 or (missing and self.start < self.total)
 
-    def evaluate(self, eval_step: Callable[..., Any], state: TrainState, step: int) -> dict[str, float]:
-        """Measures on the held-out pairs and by samples, and writes it down."""
-        means, held_out = {}, self.began.held_out
-        if held_out is not None:
-            loss = self.experiment.loss
-            means = summary(evaluate(eval_step, loss, state.params, state.reference, held_out, state.running))
-        means |= self.sample(state, step)
+    def evaluated(self, step: int, means: dict[str, float]) -> dict[str, float]:
+        """Writes down what was measured; returns it."""
         if means:
             check_best(self.experiment.config.checkpoint.best_metric, means, step)
             self.eval_writer.write(step, means)

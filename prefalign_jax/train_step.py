@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -263,22 +262,30 @@ def split(slopes: PairLogps, record: PairLogps) -> PairLogps:
 
 
 def make_eval_step(
-    model: LanguageModel, loss: BoundLoss, mesh: Mesh | None = None, chunk: int = VOCABULARY_CHUNK
+    model: LanguageModel,
+    loss: BoundLoss,
+    mesh: Mesh | None = None,
+    chunk: int = VOCABULARY_CHUNK,
+    members: bool = False,
 ) -> Callable[[Params, Params | None, PreferenceBatch], tuple[PairLogps, PairLogps | None]]:
     """logps(params, reference, batch) -> (policy, reference): what the loss reads of a batch's pairs.
 
     Args:
       model, loss, chunk: as in `make_train_step`.
       mesh: deals the rows of a batch to its devices; None computes on one.
+      members: whether the parameters, and with them what is returned, have a leading axis of members.
 
     Returns:
       The function; `jitted` of it is the jitted one that it calls. Its batch has a leading axis of one micro-step.
     """
 
-    # What is per pair goes to every device, so that each of several processes has it.
-    @functools.partial(jax.jit, out_shardings=mesh and NamedSharding(mesh, P()))
-    def on_devices(params: Params, reference: Params | None, batch: PreferenceBatch):
+    def logps(params: Params, reference: Params | None, batch: PreferenceBatch):
         return both_logps(model, loss, params, reference, jax.tree.map(lambda x: x[0], batch), chunk)
+
+    # What is per pair goes to every device, so that each of several processes has it.
+    on_devices = jax.jit(
+        jax.vmap(logps, in_axes=(0, None, None)) if members else logps, out_shardings=mesh and NamedSharding(mesh, P())
+    )
 
     def run(params: Params, reference: Params | None, batch: PreferenceBatch):
         return on_devices(params, reference, place_batch(mesh, batch))

@@ -13,7 +13,7 @@ from prefalign_jax import processes
 from prefalign_jax.config import defaults
 from prefalign_jax.data.chat import CHAT_TEMPLATES, load_tokenizer
 from prefalign_jax.data.records import read_records
-from prefalign_jax.evaluation.policy_samples import draw_samples, measure, scorer_of
+from prefalign_jax.evaluation.policy_samples import draw_samples, measure, reference_logps, scorer_of
 from prefalign_jax.experiment import read
 from prefalign_jax.intervals import bootstrap_mean
 from prefalign_jax.jobs import JOBS, on_policy
@@ -109,7 +109,7 @@ def test_what_is_measured_is_what_was_drawn():
     fields = config_of("x", "pairs").samples
     draw_some = functools.partial(draw_samples, model, params, tokenizer, stop_tokens=[tokenizer.eos_token_id])
     drawn = draw_some(QUESTIONS, fields, per_prompt=5, seed=3)
-    means, scores = measure(drawn, fields, scorer_of("more_words"), (model, params))
+    means, scores = measure(drawn, fields, scorer_of("more_words"), *reference_logps((model, params), fields, [drawn]))
     assert means["samples/kl"] == pytest.approx(0, abs=1e-4)
     np.testing.assert_array_equal(scores, [REWARDS["more_words"]("", text) for text in drawn.texts])
     interval = bootstrap_mean(scores, clusters=drawn.numbers)
@@ -122,14 +122,14 @@ def test_what_is_measured_is_what_was_drawn():
     # Of stop tokens, be they several, a text keeps none, and what they end was not cut off.
     ends = sorted({int(pair.chosen[2]) for pair in drawn.pairs})
     stopped = draw_some(QUESTIONS, fields, per_prompt=5, seed=3, stop_tokens=ends)
-    means, _ = measure(stopped, fields, lambda prompts, texts: Scores(np.full(len(texts), np.nan), []), (model, params))
+    means, _ = measure(stopped, fields, lambda prompts, texts: Scores(np.full(len(texts), np.nan), []))
     assert max(len(pair.chosen) for pair in stopped.pairs) <= 3 and means["samples/cut_off"] == 0.0
     for pair, text in zip(stopped.pairs, stopped.texts, strict=True):
         assert text == tokenizer.decode(pair.chosen[:-1], skip_special_tokens=True)
     assert means["samples/unscored"] == 20 and np.isnan(means["samples/reward"])
     fields.temperature = 0.5
     cooler = draw_some(QUESTIONS, fields, per_prompt=1, seed=3)
-    assert "samples/kl" not in measure(cooler, fields, None, (model, params))[0]
+    assert reference_logps((model, params), fields, [cooler]) == [None]
 
 
 def test_a_stopped_stage_stops_the_job(prompts, tmp_path, monkeypatch):

@@ -56,21 +56,23 @@ def set_logps(
     params: Params,
     reference: Params | None,
     data: PairSet,
+    members: int = 0,
 ) -> tuple[PairLogps, PairLogps | None]:
     """(policy, reference or None): what the loss reads of every pair of a set, [len(data.pairs)] NumPy arrays.
 
     Args:
       eval_step, params, reference, data: as in `evaluate`.
+      members: K where the step is of K members: the arrays then have a leading axis [K].
     """
-    parts = []
+    parts, axis = [], min(members, 1)
     for batch in eval_batches(data):
         real = batch.index[0] >= 0
         means = batch.mean_tokens[0]  # over the whole set
         records = jax.device_get(eval_step(params, reference, batch))
         of_pairs = (record and record._replace(mean_tokens=None) for record in records)
-        parts.append(jax.tree.map(lambda x, real=real: x[real], tuple(of_pairs)))
-    policy, frozen = jax.tree.map(lambda *columns: np.concatenate(columns), *parts)
-    return policy._replace(mean_tokens=means), frozen
+        parts.append(jax.tree.map(lambda x, real=real: np.compress(real, x, axis), tuple(of_pairs)))
+    policy, frozen = jax.tree.map(lambda *columns: np.concatenate(columns, axis), *parts)
+    return policy._replace(mean_tokens=np.tile(means, (members, 1)) if members else means), frozen
 
 
 def columns_of(

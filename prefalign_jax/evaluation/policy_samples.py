@@ -16,7 +16,7 @@ from prefalign_jax.data.template import AS_IT_IS, ChatOptions
 from prefalign_jax.evaluation.held_out import sequence_logps
 from prefalign_jax.experiment import Experiment
 from prefalign_jax.generation.diversity import distinct
-from prefalign_jax.generation.generate import sample
+from prefalign_jax.generation.generate import Completion, sample, sample_members
 from prefalign_jax.generation.sample_files import write_jsonl
 from prefalign_jax.generation.sampling import Sampling
 from prefalign_jax.intervals import bootstrap_mean
@@ -29,6 +29,7 @@ from prefalign_jax.processes import is_first
 from prefalign_jax.types import LanguageModel, Pair, Params, TrainState
 
 BATCH = 64  # samples computed together
+MOST_ROWS = 256  # the same of all members of a program
 MODEL = "model:"  # what a reward's name begins with if it is a reward model's directory
 
 
@@ -63,48 +64,67 @@ def sampling_of(fields: ConfigDict) -> Sampling:
 
 
 def make_sampler(
-    experiment: Experiment,
+    experiments: Sequence[Experiment],
     model: LanguageModel,
     started: tuple[LanguageModel, Params] | None,
     tokenizer: Any,
     mesh: jax.sharding.Mesh,
-    workdir: Path,
-) -> Callable[[TrainState, int], dict[str, float]]:
-    """sample(state, step) -> {metric: mean}: draws from the policy, measures, and writes WORKDIR/samples/STEP.jsonl.
+    workdirs: Sequence[Path],
+    members: bool = False,
+) -> Callable[[TrainState, int], list[dict[str, float]]]:
+    """sample(state, step) -> [{metric: mean}]: draws from the policy, measures, writes WORKDIR/samples/STEP.jsonl.
 
     Args:
-      experiment: `samples` says what is drawn and what it is worth; without prompts nothing is.
+      experiments: whose `samples` say what is drawn and what it is worth; without prompts nothing is. One, or those of
+        members of a program, which differ in their seed alone as far as samples go.
       model: of the policy.
       started: (model, parameters) that they are compared with; None is the reference in the state.
       tokenizer: Hugging Face tokenizer.
       mesh: deals rows to its devices.
-      workdir: of the run.
+      workdirs: of the runs.
+      members: whether the state is of a program, see `members.Program`.
 
     Raises:
       UserError: the prompts or the reward cannot be read.
     """
-    config, fields = experiment.config, experiment.config.samples
+    config, fields = experiments[0].config, experiments[0].config.samples
     if not fields.prompts:
-        return lambda state, step: {}
+        return lambda state, step: [{}] * len(experiments)
     prompts = load_prompts(fields.prompts, fields.limit)
     score = scorer_of(fields.reward) if fields.reward else None
-    ends = stop_ids(resolve(config.model.path), tokenizer)
-    options = dict(stop_tokens=ends, per_prompt=fields.per_prompt, seed=config.seed, chat=experiment.chat)
+    seeds = [one.config.seed for one in experiments]
+    options = dict(stop_tokens=stop_ids(resolve(config.model.path), tokenizer), per_prompt=fields.per_prompt)
+    options |= dict(chat=experiments[0].chat)
 
-    def sample_now(state: TrainState, step: int) -> dict[str, float]:
-        policy = model.join(state.reference, state.params) if model.join else state.params
-        drawn = draw_samples(model, policy, tokenizer, prompts, fields, **options)
-        means, scores = measure(drawn, fields, score, started or (model, state.reference), mesh)
-        about = {"model": workdir.name, "step": step, "seed": config.seed}
-        rows = [
-            {**_row_of(prompt), "response": text, **about}
-            for prompt, text in zip(drawn.prompts, drawn.texts, strict=True)
+    def draw(state: TrainState) -> list[Drawn]:
+        if members and model.join is None:
+            return draw_of_members(model, state.params, tokenizer, prompts, fields, seeds=seeds, **options)
+        # One after another: what is under adapters is too large to be there for each.
+        parts = (
+            [jax.tree.map(lambda x, k=k: x[k], state.params) for k in range(len(seeds))] if members else [state.params]
+        )
+        policies = (model.join(state.reference, part) if model.join else part for part in parts)
+        return [
+            draw_samples(model, policy, tokenizer, prompts, fields, seed=seed, **options)
+            for policy, seed in zip(policies, seeds, strict=True)
         ]
-        if scores is not None:
-            rows = [{**row, "reward": float(value)} for row, value in zip(rows, scores, strict=True)]
-        if is_first():
-            write_jsonl(workdir / "samples" / f"{step}.jsonl", rows)
-        return means
+
+    def sample_now(state: TrainState, step: int) -> list[dict[str, float]]:
+        drawn, out = draw(state), []
+        frozen = reference_logps(started or (model, state.reference), fields, drawn, mesh)
+        for experiment, workdir, one, logps in zip(experiments, workdirs, drawn, frozen, strict=True):
+            means, scores = measure(one, fields, score, logps)
+            about = {"model": workdir.name, "step": step, "seed": experiment.config.seed}
+            rows = [
+                {**_row_of(prompt), "response": text, **about}
+                for prompt, text in zip(one.prompts, one.texts, strict=True)
+            ]
+            if scores is not None:
+                rows = [{**row, "reward": float(value)} for row, value in zip(rows, scores, strict=True)]
+            if is_first():
+                write_jsonl(workdir / "samples" / f"{step}.jsonl", rows)
+            out.append(means)
+        return out
 
     return sample_now
 
@@ -136,18 +156,42 @@ def draw_samples(
       chat: what the chat template is told.
     """
     ids = tokenize_prompts(prompts, tokenizer, chat)
-    completions = sample(
-        model,
-        params,
-        ids,
-        n=per_prompt,
-        seed=seed,
-        max_new_tokens=fields.max_new_tokens,
-        stop_tokens=stop_tokens,
-        sampling=sampling_of(fields),
-        batch_size=BATCH,
-        numbers=range(first, first + len(ids)),
+    how = dict(n=per_prompt, stop_tokens=stop_tokens, numbers=range(first, first + len(ids)), **_how(fields))
+    completions = sample(model, params, ids, seed=seed, batch_size=BATCH, **how)
+    return _as_drawn(prompts, ids, completions, tokenizer)
+
+
+def draw_of_members(
+    model: LanguageModel,
+    params: Params,
+    tokenizer: Any,
+    prompts: Sequence[Text | Prompt],
+    fields: ConfigDict,
+    *,
+    stop_tokens: Sequence[int],
+    per_prompt: int,
+    seeds: Sequence[int],
+    chat: ChatOptions = AS_IT_IS,
+) -> list[Drawn]:
+    """`draw_samples` of each of K models at once; params have a leading axis [K], and there are K seeds."""
+    ids = tokenize_prompts(prompts, tokenizer, chat)
+    how = dict(
+        n=per_prompt, stop_tokens=stop_tokens, batch_size=min(BATCH, -(-MOST_ROWS // len(seeds))), **_how(fields)
     )
+    of_each = sample_members(model, params, ids, seeds=seeds, **how)
+    return [_as_drawn(prompts, ids, completions, tokenizer) for completions in of_each]
+
+
+def _how(fields: ConfigDict) -> dict[str, Any]:
+    return dict(max_new_tokens=fields.max_new_tokens, sampling=sampling_of(fields))
+
+
+def _as_drawn(
+    prompts: Sequence[Text | Prompt],
+    ids: Sequence[np.ndarray],
+    completions: Sequence[Sequence[Completion]],
+    tokenizer: Any,
+) -> Drawn:
     flat = [(i, one) for i, several in enumerate(completions) for one in several]
     empty = np.zeros(0, np.int32)
     return Drawn(
@@ -164,24 +208,46 @@ def _row_of(prompt: Text | Prompt) -> dict[str, Any]:
     return {"prompt": prompt.prompt, **told(prompt)} if isinstance(prompt, Prompt) else {"prompt": prompt}
 
 
+def reference_logps(
+    reference: tuple[LanguageModel, Params],
+    fields: ConfigDict,
+    drawn: Sequence[Drawn],
+    mesh: jax.sharding.Mesh | None = None,
+) -> list[np.ndarray | None]:
+    """Log-probabilities of samples under one reference, which reads a prompt once for the samples of several policies.
+
+    Args:
+      reference: (model, params).
+      fields: a config's `samples`. Where a temperature or a cut tail lets other responses be drawn than the policy's,
+        there is no divergence to be estimated, and nothing is computed.
+      drawn: samples of the same prompts from each of K policies.
+      mesh: deals rows to its devices.
+
+    Returns:
+      K times [N] float32, or None.
+    """
+    if sampling_of(fields) != Sampling():
+        return [None] * len(drawn)
+    pairs = [pair for several in zip(*(one.pairs for one in drawn), strict=True) for pair in several]
+    return list(sequence_logps(*reference, pairs, BATCH, mesh).reshape(-1, len(drawn)).T)
+
+
 def measure(
     drawn: Drawn,
     fields: ConfigDict,
     score: Scorer | None,
-    reference: tuple[LanguageModel, Params],
-    mesh: jax.sharding.Mesh | None = None,
+    reference: np.ndarray | None = None,
 ) -> tuple[dict[str, float], np.ndarray | None]:
     """Means over samples with their 95% intervals, in which whole prompts are the units.
 
     samples/kl is the mean of log policy(y|x) - log reference(y|x), unbiased for KL(policy || reference) over responses
-    up to the limit; there is none where a temperature or a cut tail lets other responses be drawn than the policy's.
+    up to the limit.
 
     Args:
       drawn: the samples.
       fields: a config's `samples`.
       score: what a response is worth; None for no reward.
-      reference: (model, params).
-      mesh: deals rows to its devices.
+      reference: from `reference_logps`; None for no divergence.
 
     Returns:
       ({name: number}: samples/reward, samples/kl, samples/length, each with _low and _high; samples/unscored, how many
@@ -195,8 +261,8 @@ def measure(
         scores = score(drawn.prompts, drawn.texts).values
         columns["reward"] = scores
         out["samples/unscored"] = float(np.isnan(scores).sum())
-    if sampling_of(fields) == Sampling():
-        columns["kl"] = drawn.logps - sequence_logps(*reference, drawn.pairs, BATCH, mesh)
+    if reference is not None:
+        columns["kl"] = drawn.logps - reference
     columns["length"] = np.array([len(pair.chosen) for pair in drawn.pairs], np.float64)
     for name, values in columns.items():
         known = np.isfinite(values)

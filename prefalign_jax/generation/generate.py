@@ -74,6 +74,9 @@ class _State(NamedTuple):
     cache: object
 
 
+_OF_MEMBERS = _State(None, 0, 0, 0, 0, 0, 0)  # all draw the same number of tokens
+
+
 class _Task(NamedTuple):
     """What the programs are compiled for."""
 
@@ -81,6 +84,18 @@ class _Task(NamedTuple):
     parts: Parts
     new_tokens: int
     rows: NamedSharding | None
+    members: bool  # weights, seeds and states of several models have a leading axis; the rows are the same for all
+
+    def vmapped(self, function: Callable[..., _State]) -> Callable[..., _State]:
+        """(weights, head, draw, state or nothing) -> state, of all members where there are some."""
+        if not self.members:
+            return function
+
+        def of_all(weights, head, draw: _Draw, *state: _State) -> _State:
+            axes = (0, 0, _Draw(None, None, 0), *(_OF_MEMBERS for _ in state))
+            return jax.vmap(function, in_axes=axes, out_axes=_OF_MEMBERS)(weights, head, draw, *state)
+
+        return of_all
 
 
 class _Draw(NamedTuple):
@@ -88,7 +103,7 @@ class _Draw(NamedTuple):
 
     numbers: dict[str, np.float32]
     stop: np.ndarray  # [stop tokens] int32
-    seed: np.ndarray  # [] uint32
+    seed: np.ndarray  # [] uint32, of members [K]
 
 
 def sample(
@@ -115,20 +130,25 @@ def sample(
     return [[completions[i, j] for j in range(n)] for i in range(len(prompts))]
 
 
+def sample_members(
+    model: LanguageModel, params: Params, prompts: Sequence[np.ndarray], *, seeds: Sequence[int], n: int = 1, **options
+) -> list[list[list[Completion]]]:
+    """n samples of every prompt from each of K models at once: to rounding, what `sample` gives of each.
+
+    Args:
+      model, prompts, n, options: as `sample` takes them.
+      params: of the models, with a leading axis [K].
+      seeds: K of them.
+
+    Returns:
+      For each model, for each prompt its n samples.
+    """
+    completions = {(k, i, j): one for k, i, j, one in _drawn(model, params, prompts, seed=seeds, n=n, **options)}
+    return [[[completions[k, i, j] for j in range(n)] for i in range(len(prompts))] for k in range(len(seeds))]
+
+
 def stream(
-    model: LanguageModel,
-    params: Params,
-    prompts: Sequence[np.ndarray],
-    *,
-    seed: int,
-    max_new_tokens: int,
-    stop_tokens: Sequence[int],
-    n: int = 1,
-    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
-    stop_strings: Sequence[str] = (),
-    decode: Callable[[np.ndarray], str] | None = None,
-    batch_size: int = 64,
-    numbers: Sequence[int] | None = None,
+    model: LanguageModel, params: Params, prompts: Sequence[np.ndarray], **options
 ) -> Iterator[tuple[int, int, Completion]]:
     """Draws n samples of every prompt and gives them batch by batch, those of short prompts first.
 
@@ -158,8 +178,28 @@ def stream(
       UserError: the model is a reward model, an option is out of range, or prompt and response may be longer than the
         model was made for.
     """
+    return (of_one for _, *of_one in _drawn(model, params, prompts, **options))
+
+
+def _drawn(
+    model: LanguageModel,
+    params: Params,
+    prompts: Sequence[np.ndarray],
+    *,
+    seed: int | Sequence[int],
+    max_new_tokens: int,
+    stop_tokens: Sequence[int],
+    n: int = 1,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    stop_strings: Sequence[str] = (),
+    decode: Callable[[np.ndarray], str] | None = None,
+    batch_size: int = 64,
+    numbers: Sequence[int] | None = None,
+) -> Iterator[tuple[int, int, int, Completion]]:
+    """`stream`, and before the place of the prompt the number of the model: K of them where there are K seeds."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    _check(model, params, lengths, n=n, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    members = np.ndim(seed) > 0
+    _check(model, params, lengths, members, n=n, max_new_tokens=max_new_tokens, batch_size=batch_size)
     if stop_strings and decode is None:
         raise UserError("stop_strings need a tokenizer's `decode`")
     if not len(prompts):
@@ -167,10 +207,10 @@ def stream(
     mesh = mesh_of(params)
     groups = groups_of(mesh) if mesh else 1
     size = -(-min(batch_size, len(prompts) * n) // groups) * groups
-    task = _Task(model, sampling.parts, max_new_tokens, NamedSharding(mesh, P(ROWS)) if mesh else None)
-    draw = _Draw(sampling.numbers, np.array(stop_tokens, np.int32), np.uint32(seed))
+    task = _Task(model, sampling.parts, max_new_tokens, NamedSharding(mesh, P(ROWS)) if mesh else None, members)
+    draw = _Draw(sampling.numbers, np.array(stop_tokens, np.int32), np.asarray(seed, np.uint32))
     numbers = range(len(prompts)) if numbers is None else numbers
-    weights, head = _prepare(model, params)
+    weights, head = _prepare(model, params, members)
     every = SEGMENT if stop_strings else max_new_tokens
     places = [(i, j) for i in np.argsort(lengths, kind="stable").tolist() for j in range(n)]
     for first in range(0, len(places), size):
@@ -179,26 +219,33 @@ def stream(
         if task.rows is not None:
             rows = jax.device_put(rows, task.rows)
         state = _begin(task, weights, head, rows, draw)
-        cuts: dict[int, int] = {}
+        cuts: dict[tuple[int, int], int] = {}
         for until in range(every, max_new_tokens + every, every):
             state = _continue(task, weights, head, rows, draw, state, min(until, max_new_tokens))
-            tokens, logps, ends, done = fetch((state.tokens, state.logps, state.lengths, state.done))
-            for row in set(range(len(batch))) - cuts.keys() if stop_strings else ():
-                if (cut := _first_stop(tokens[row, : ends[row]], stop_strings, decode)) is not None:
-                    cuts[row] = cut
-            done = done | np.isin(np.arange(size), list(cuts))
+            arrays = fetch((state.tokens, state.logps, state.lengths, state.done))
+            tokens, logps, ends, done = arrays if members else (x[None] for x in arrays)
+            texts = [(k, row) for k in range(len(tokens)) for row in range(len(batch))]
+            for at in texts if stop_strings else ():
+                if at not in cuts and (cut := _first_stop(tokens[at][: ends[at]], stop_strings, decode)) is not None:
+                    cuts[at] = cut
+            done = done.copy()
+            for at in cuts:
+                done[at] = True
             if done.all():
                 break
-            state = state._replace(done=jax.device_put(done, state.done.sharding))
-        for row, (i, j) in enumerate(batch):
-            end = cuts.get(row, ends[row])
-            ended = "string" if row in cuts else "token" if tokens[row, end - 1] in draw.stop else "length"
-            yield i, j, Completion(tokens[row, :end].copy(), logps[row, :end].copy(), ended)
+            state = state._replace(done=jax.device_put(done.reshape(state.done.shape), state.done.sharding))
+        for at in texts:
+            k, row = at
+            end = cuts.get(at, ends[at])
+            ended = "string" if at in cuts else "token" if tokens[at][end - 1] in draw.stop else "length"
+            yield k, *batch[row], Completion(tokens[at][:end].copy(), logps[at][:end].copy(), ended)
 
 
-def _check(model: LanguageModel, params: Params, lengths: np.ndarray, *, max_new_tokens: int, **positive: int) -> None:
+def _check(
+    model: LanguageModel, params: Params, lengths: np.ndarray, members: bool, *, max_new_tokens: int, **positive: int
+) -> None:
     """That the model generates, and that prompts of these lengths and what is drawn after them fit it."""
-    if jax.eval_shape(model.head, params).shape[0] == 1:
+    if jax.eval_shape(jax.vmap(model.head) if members else model.head, params).shape[-2] == 1:
         raise UserError("a reward model predicts no tokens; generate with a language model")
     for name, value in {"max_new_tokens": max_new_tokens, **positive}.items():
         if value < 1:
@@ -230,14 +277,33 @@ def uncached(model: LanguageModel) -> Cached:
     )
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _prepare(model: LanguageModel, params: Params):
-    return (model.cached or uncached(model)).prepare(params)
+@functools.partial(jax.jit, static_argnames=("model", "members"))
+def _prepare(model: LanguageModel, params: Params, members: bool = False):
+    prepare = (model.cached or uncached(model)).prepare
+    return (jax.vmap(prepare) if members else prepare)(params)
 
 
 @functools.partial(jax.jit, static_argnames="task")
 def _begin(task: _Task, weights, head, rows: _Rows, draw: _Draw) -> _State:
     """The prompts, and the first token after each."""
+
+    def begin(weights, head, draw: _Draw) -> _State:
+        cache, last = _read(task, weights, rows)
+        count, width = rows.prompt.shape
+        seen = jnp.zeros((count, head.shape[0] if task.parts.repetition_penalty else 0), bool)
+        if task.parts.repetition_penalty:
+            real = jnp.arange(width)[None, :] >= rows.start[:, None]
+            seen = seen.at[jnp.arange(count)[:, None], rows.prompt].max(real)
+        blank = jnp.zeros((count, task.new_tokens))
+        lengths = jnp.zeros(count, jnp.int32)
+        state = _State(jnp.int32(0), blank.astype(jnp.int32), blank, lengths, rows.done, seen, cache)
+        return _draw(task, head, rows, draw, state, last)
+
+    return task.vmapped(begin)(weights, head, draw)
+
+
+def _read(task: _Task, weights, rows: _Rows) -> tuple[object, jax.Array]:
+    """(the cache with the prompts in it, the hidden states [R, D] of their last tokens)."""
     count, width = rows.prompt.shape
     cached = task.model.cached or uncached(task.model)
 
@@ -250,19 +316,10 @@ def _begin(task: _Task, weights, head, rows: _Rows, draw: _Draw) -> _State:
     if task.rows is not None:
         cache = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, _by_rows(task.rows, x.ndim)), cache)
     if width <= CHUNK or task.model.cached is None:
-        cache, last = extend(cache, (jnp.int32(0), rows.prompt))
-    else:
-        chunks = rows.prompt.reshape(count, -1, CHUNK).swapaxes(0, 1)
-        cache, hidden = jax.lax.scan(extend, cache, (CHUNK * jnp.arange(len(chunks)), chunks))
-        last = hidden[-1]
-    seen = jnp.zeros((count, head.shape[0] if task.parts.repetition_penalty else 0), bool)
-    if task.parts.repetition_penalty:
-        real = jnp.arange(width)[None, :] >= rows.start[:, None]
-        seen = seen.at[jnp.arange(count)[:, None], rows.prompt].max(real)
-    blank = jnp.zeros((count, task.new_tokens))
-    lengths = jnp.zeros(count, jnp.int32)
-    state = _State(jnp.int32(0), blank.astype(jnp.int32), blank, lengths, rows.done, seen, cache)
-    return _draw(task, head, rows, draw, state, last)
+        return extend(cache, (jnp.int32(0), rows.prompt))
+    chunks = rows.prompt.reshape(count, -1, CHUNK).swapaxes(0, 1)
+    cache, hidden = jax.lax.scan(extend, cache, (CHUNK * jnp.arange(len(chunks)), chunks))
+    return cache, hidden[-1]
 
 
 @functools.partial(jax.jit, static_argnames="task", donate_argnames="state")
@@ -270,13 +327,14 @@ def _continue(task: _Task, weights, head, rows: _Rows, draw: _Draw, state: _Stat
     """Token after token until so many are drawn or all rows are done."""
     cached = task.model.cached or uncached(task.model)
 
-    def one(state: _State) -> _State:
+    def one(weights, head, draw: _Draw, state: _State) -> _State:
         token = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
         at = rows.prompt.shape[1] + state.step - 1
         hidden, cache = cached.extend(weights, token, at, rows.start, rows.limit, state.cache)
         return _draw(task, head, rows, draw, state._replace(cache=cache), hidden[:, -1])
 
-    return jax.lax.while_loop(lambda state: (state.step < until) & ~state.done.all(), one, state)
+    step = functools.partial(task.vmapped(one), weights, head, draw)
+    return jax.lax.while_loop(lambda state: (state.step < until) & ~state.done.all(), step, state)
 
 
 def _draw(task: _Task, head, rows: _Rows, draw: _Draw, state: _State, hidden: jax.Array) -> _State:

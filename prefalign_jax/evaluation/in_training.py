@@ -1,0 +1,79 @@
+"""The evaluation that a training makes on its way: on held-out pairs and by samples, of a run or of all members."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from prefalign_jax.assemble import Assembled
+from prefalign_jax.evaluation.held_out import columns_of, set_logps, summary
+from prefalign_jax.evaluation.policy_samples import make_sampler
+from prefalign_jax.experiment import Experiment
+from prefalign_jax.train_step import make_eval_step
+from prefalign_jax.types import TrainState
+
+
+def make_evaluation(
+    experiments: Sequence[Experiment],
+    began: Sequence[Assembled],
+    workdirs: Sequence[Path],
+    tokenizer: Any,
+    mesh: jax.sharding.Mesh,
+    members: bool = False,
+) -> Callable[[TrainState, int], list[dict[str, float]]]:
+    """evaluate(state, step) -> [{metric: mean}], one for each run; what was sampled is written into its directory.
+
+    Args:
+      experiments: of one run, or of the members of a program, see `members.shared_fields`.
+      began: what each begins with.
+      workdirs: of each.
+      tokenizer: of the policies.
+      mesh: where everything lies.
+      members: whether the state is of a program, see `members.Program`. Members with the same held-out pairs read them
+        at once.
+
+    Raises:
+      UserError: the prompts of the samples or their reward cannot be read.
+    """
+    model, chunk = began[0].model, experiments[0].config.vocabulary_chunk
+    sample = make_sampler(experiments, model, began[0].started, tokenizer, mesh, workdirs, members)
+    step_of_one, step_of_several = (
+        make_eval_step(model, experiments[0].loss, mesh, chunk, members=several) for several in (False, True)
+    )
+    same: dict[int, list[int]] = {}  # the members with each set
+    for k, one in enumerate(began):
+        same.setdefault(id(one.held_out), []).append(k)
+
+    def measured(state: TrainState, numbers: Sequence[int]) -> list[dict[str, float]]:
+        """Of members with one held-out set."""
+        held_out = began[numbers[0]].held_out
+        if held_out is None:
+            return [{}] * len(numbers)
+        if not members:
+            logps = [set_logps(step_of_one, state.params, state.reference, held_out)]
+        elif len(numbers) == 1:
+            params = jax.tree.map(lambda x: x[numbers[0]], state.params)
+            logps = [set_logps(step_of_one, params, state.reference, held_out)]
+        else:
+            some = slice(None) if len(numbers) == len(began) else np.array(numbers)
+            params = jax.tree.map(lambda x: x[some], state.params)
+            both = set_logps(step_of_several, params, state.reference, held_out, members=len(numbers))
+            logps = [jax.tree.map(lambda x, at=at: x[at], both) for at in range(len(numbers))]
+        out = []
+        for k, (policy, frozen) in zip(numbers, logps, strict=True):
+            running = jax.tree.map(lambda x, k=k: x[k], state.running) if members else state.running
+            out.append(summary(columns_of(experiments[k].loss, policy, frozen, running)))
+        return out
+
+    def evaluate(state: TrainState, step: int) -> list[dict[str, float]]:
+        means: list[dict[str, float]] = [{} for _ in began]
+        for numbers in same.values():
+            for k, some in zip(numbers, measured(state, numbers), strict=True):
+                means[k] |= some
+        return [some | others for some, others in zip(means, sample(state, step), strict=True)]
+
+    return evaluate
