@@ -9,7 +9,7 @@ import pytest
 from conftest import longer
 from prefalign_jax.data.trees import Layout
 from prefalign_jax.generation import generate
-from prefalign_jax.generation.generate import sample, stream
+from prefalign_jax.generation.generate import sample, sample_members, stream
 from prefalign_jax.generation.sampling import Sampling
 from prefalign_jax.models.decoder import make_decoder
 from prefalign_jax.models.lora import Lora, init_adapters
@@ -343,6 +343,27 @@ def test_another_temperature_compiles_nothing():
     sizes = [f._cache_size() for f in (generate._begin, generate._continue)]
     draw(PROMPTS, seed=1, sampling=Sampling(temperature=0.8, top_p=0.6))
     assert [f._cache_size() for f in (generate._begin, generate._continue)] == sizes
+
+
+# Members.
+
+
+@pytest.mark.parametrize("how", [{}, {"stop_strings": (" 1",), "decode": lambda ids: "".join(f" {i}" for i in ids)}])
+def test_several_models_draw_at_once_what_each_draws_alone(how):
+    params, seeds = [make_params(seed) for seed in (0, 1, 2)], [3, 1, 4]
+    options = dict(n=2, max_new_tokens=8, stop_tokens=[3, 5, 11], sampling=Sampling(repetition_penalty=1.5), **how)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *params)
+    together = sample_members(MODEL, stacked, PROMPTS, seeds=seeds, batch_size=3, **options)
+    ends = set()
+    for one, own, seed in zip(together, params, seeds, strict=True):
+        alone = sample(MODEL, own, PROMPTS, seed=seed, **options)
+        assert lists(one) == lists(alone)
+        for a, b in zip(sum(one, []), sum(alone, []), strict=True):
+            np.testing.assert_allclose(a.logps, b.logps, atol=1e-5)
+            assert a.ended == b.ended
+            ends.add(a.ended)
+    assert ends >= {"token", "length"} and ("string" in ends) == bool(how)
+    assert lists(together[0]) != lists(together[1])
 
 
 # Devices.

@@ -24,6 +24,7 @@ from prefalign_jax.evaluation.held_out import (
     prompt_numbers,
     response_logps,
     sequence_log_ratios,
+    set_logps,
     slice_labels,
     summary,
 )
@@ -105,6 +106,16 @@ def test_every_pair_is_seen_once_and_in_order():
 def values_of(name: str, data=DATA, running=None, **hyper):
     loss = make_loss(name, **hyper)
     return evaluate(make_eval_step(MODEL, loss), loss, PARAMS, REFERENCE, data, running)
+
+
+def test_members_read_a_set_at_once_as_each_does_alone():
+    loss, params = make_loss("dpo"), [PARAMS, REFERENCE]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *params)
+    both = set_logps(make_eval_step(MODEL, loss, members=True), stacked, REFERENCE, DATA, members=2)
+    for k, own in enumerate(params):
+        alone = set_logps(make_eval_step(MODEL, loss), own, REFERENCE, DATA)
+        one = jax.tree.map(lambda x, k=k: x[k], both)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), one, alone)
 
 
 @pytest.mark.parametrize("name", ["aot", "kto_pair"])

@@ -34,6 +34,7 @@ def config_of(**fields):
     c.model.path, c.data.path = str(TRL), str(TRL / "pairs.jsonl")
     c.update(dict(batch_size=4, steps=6, max_length=128, log_steps=1, eval_steps=2, save_steps=2, tensorboard=False))
     c.data.eval_fraction, c.data.eval_seed, c.data.eval_limit = 0.3, 0, 8
+    c.samples.update(dict(prompts=str(TRL / "pairs.jsonl"), limit=3, max_new_tokens=8, reward="more_words"))
     c.update_from_flattened_dict(fields)
     return c
 
@@ -77,8 +78,11 @@ def test_each_directory_is_as_of_the_run_alone(undisturbed, tmp_path):
             for one, other in zip(rows(ours / name), rows(theirs / name), strict=True):
                 assert one.keys() == other.keys() and one["step"] == other["step"]
                 for key in one:
-                    if key in ("loss", "grad_norm", "learning_rate") or key.startswith("eval/"):
+                    if key in ("loss", "grad_norm", "learning_rate") or key.startswith(("eval/", "samples/")):
                         np.testing.assert_allclose(one[key], other[key], rtol=1e-5, atol=1e-5, err_msg=key)
+        for name in sorted(files[0]):
+            if name.startswith("samples/"):
+                assert rows(ours / name) == rows(theirs / name)
         one, other = (load_file(d / "export" / "model.safetensors") for d in (ours, theirs))
         for name in one:
             np.testing.assert_allclose(one[name], other[name], atol=1e-4, rtol=0)
