@@ -332,7 +332,7 @@ def test_layouts_of_the_same_pairs_are_timed_in_turn(monkeypatch):
     monkeypatch.setattr(prefix_sharing, "refuse_others", seen.append)
     lengths = np.array([[4, 2, 3], [1, 5, 1]])
     seconds = prefix_sharing.seconds_of(lengths, 2, vocabulary=64, layers=1, width=64)
-    assert len(seconds) == len(prefix_sharing.LAYOUTS) and min(seconds) > 0
+    assert seconds.shape == (2, len(prefix_sharing.LAYOUTS)) and seconds.min() > 0
     assert np.shape(seen) == (2, 3, 2) and np.max(seen) < 0
     np.testing.assert_allclose(seen, np.broadcast_to(seen[0][0], (2, 3, 2)), rtol=1e-5)
 
@@ -343,7 +343,7 @@ def test_layouts_of_the_same_pairs_are_timed_and_give_the_same_log_probabilities
     command = ["prefix", "--sets=tldr,hh-rlhf", *tiny, f"--out={tmp_path / 'out.json'}"]
     assert status_of(lambda: run(BENCHMARKS, command)) == 0
     found = json.loads((tmp_path / "out.json").read_text())["found"]
-    assert len(found) == 2 * 14 and all(value > 0 for value in found.values())
+    assert len(found) == 2 * 19 and all(value > 0 for value in found.values())
     for name in ("tldr", "hh-rlhf"):
         tree, packed, padded = (found[f"{name}: tokens a pair, {layout}"] for layout in prefix_sharing.LAYOUTS)
         assert tree < packed < padded and found[f"{name}: tokens, padded over tree"] == pytest.approx(padded / tree)

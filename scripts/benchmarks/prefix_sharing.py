@@ -86,8 +86,8 @@ def prefix(
       steps: timed steps of each layout, the first not counted.
 
     Returns:
-      For each data set the tokens a pair and their ratios, the same ratios of the timed batch, seconds a step and their
-      ratios, and the published ratios of rates.
+      For each data set the tokens a pair and their ratios, the same ratios of the timed batch, seconds and processor
+      seconds a step and their ratios, and the published ratios of rates.
     """
     names = sets.split(",")
     for name in names:
@@ -114,16 +114,20 @@ def prefix_step(
         short = np.maximum(2, drawn // shorter)
         counts = np.array([[tokens_in(batch, layout) for layout in LAYOUTS] for batch in short])
         typical = np.argsort(counts[:, 2] / counts[:, 0])[batches // 2]
-        seconds = seconds_of(short[typical], steps, **model)
-        for layout, count, second in zip(LAYOUTS, tokens, seconds, strict=True):
-            figures |= {f"{name}: tokens a pair, {layout}": count / (batches * pairs)}
-            figures |= {f"{name}: s a step, {layout}": second}
+        seconds, busy = seconds_of(short[typical], steps, **model)
+        for number, layout in enumerate(LAYOUTS):
+            figures |= {
+                f"{name}: tokens a pair, {layout}": tokens[number] / (batches * pairs),
+                f"{name}: s a step, {layout}": seconds[number],
+                f"{name}: CPU-s a step, {layout}": busy[number],
+            }
         for number, layout in enumerate(LAYOUTS[1:], 1):
             ratio = f"{layout} over tree"
             figures |= {
                 f"{name}: tokens, {ratio}": tokens[number] / tokens[0],
                 f"{name}: tokens of the timed batch, {ratio}": counts[typical, number] / counts[typical, 0],
                 f"{name}: time, {ratio}": seconds[number] / seconds[0],
+                f"{name}: CPU time, {ratio}": busy[number] / busy[0],
                 f"{name}: published, {ratio}": one.shared / getattr(one, layout),
             }
     return {key: float(value) for key, value in figures.items()}
@@ -163,8 +167,11 @@ def laid_out(pairs: Sequence[Pair], layout: str) -> tuple[list[Pair], Layout]:
     return [filled(pair) for pair in pairs], Layout(tree=False)
 
 
-def seconds_of(lengths: np.ndarray, steps: int, *, vocabulary: int, layers: int, width: int) -> list[float]:
-    """Medians of the seconds that a DPO step takes on the same pairs in each of LAYOUTS, in turn.
+def seconds_of(lengths: np.ndarray, steps: int, *, vocabulary: int, layers: int, width: int) -> np.ndarray:
+    """Times DPO steps on the same pairs in each of LAYOUTS, in turn.
+
+    Returns:
+      [2, LAYOUTS] medians of seconds and of processor seconds a step; the first step is not counted.
 
     Raises:
       UserError: the layouts give different log-probabilities.
@@ -188,13 +195,13 @@ def seconds_of(lengths: np.ndarray, steps: int, *, vocabulary: int, layers: int,
     for _ in range(steps):
         logps, taken = [], []
         for batch in batches:
-            began = time.perf_counter()
+            began = np.array([time.perf_counter(), time.process_time()])
             state, metrics = step(state, batch)
             logps.append([float(metrics[f"logps/{side}"]) for side in ("chosen", "rejected")])
-            taken.append(time.perf_counter() - began)
+            taken.append(np.array([time.perf_counter(), time.process_time()]) - began)
         refuse_others(logps)
         seconds.append(taken)
-    return np.median(seconds[1:], axis=0).tolist()
+    return np.median(seconds[1:], axis=0).T
 
 
 def refuse_others(logps: Sequence[Sequence[float]]) -> None:
