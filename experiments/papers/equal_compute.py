@@ -46,4 +46,4 @@ def get_config(arg: str = ""):
 
 
 def sweep():
-    return [{"config": f"method={method}", "seed": seed} for method in METHODS for seed in range(2)]
+    return [{"config": f"method={method}", "seed": seed} for method in METHODS for seed in range(8)]

@@ -64,5 +64,5 @@ def sweep():
     for method, (_, field, values) in METHODS.items():
         for value in values:
             strength = {f"loss.{field}": value} if field else {}
-            for seed in range(2):
+            for seed in range(8):
                 yield {"config": f"method={method}", **strength, "seed": seed}

@@ -56,5 +56,5 @@ def sweep():
         for rate in RATES:
             if rate == 0 and method in ("conservative", "robust"):
                 continue  # those are DPO without noise
-            for seed in range(2):
+            for seed in range(8):
                 yield {"config": f"method={method},rate={rate}", "seed": seed}

@@ -36,4 +36,4 @@ def get_config(arg: str = ""):
 
 def sweep():
     settings = [(0.0, "odds"), (0.1, "odds"), (0.5, "odds"), (1.0, "odds"), (1.0, "probability")]
-    return [{"loss.lam": lam, "loss.ratio": ratio, "seed": seed} for lam, ratio in settings for seed in range(2)]
+    return [{"loss.lam": lam, "loss.ratio": ratio, "seed": seed} for lam, ratio in settings for seed in range(8)]
