@@ -66,7 +66,10 @@ def _train(experiments: Sequence[Experiment], workdirs: Sequence[Path], stack: c
         ready.append(one)
     config, mesh = ready[0].config, make_mesh(ready[0].config.mesh)
     if mesh.size > 1:
-        raise UserError(f"members of one program are on one device, and the mesh has {mesh.size}; use --together=off")
+        raise UserError(
+            f"members of one program are on one device, and this process sees {mesh.size}; let each program see one of "
+            "them with --devices=0,1,..., or use --together=off"
+        )
     runs = [
         Run(one, workdir, tokenizer, data, began, stack)
         for one, workdir, (data, began) in zip(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import pathlib
 import signal
@@ -22,7 +23,7 @@ from prefalign_jax.members import FAILED
 from prefalign_jax.types import UserError
 
 TRL = pathlib.Path(__file__).parent / "goldens" / "trl"
-FIELDS = read(defaults("dpo"), complete=False).fields
+FIELDS = {**read(defaults("dpo"), complete=False).fields, "model.path": str(TRL)}
 
 # Stands for both commands: a line in work.txt for each start, and what a run leaves for the results.
 FAKE = """
@@ -92,6 +93,21 @@ def test_what_differs_in_numbers_alone_is_one_program(tmp_path):
         programs_of(points, tmp_path, 0)
 
 
+def test_programs_are_halved_until_every_device_has_one(tmp_path):
+    points = [*points_of(6), point_of("b", batch_size=8)]
+    for devices in range(9):
+        programs = names(programs_of(points, tmp_path, 8, devices=devices))
+        assert sum(programs, []) == [point.name for point in points]
+        assert len(programs) == min(max(devices, 2), 7)
+        sizes = [len(some) for some in programs[:-1]]
+        assert max(sizes) <= 2 * min(sizes) + 1
+    begun = ["p0", "p1", "p2"]
+    for name in begun:
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "point.json", _mark(points[int(name[1])], None, begun))
+    assert names(programs_of(points, tmp_path, 8, devices=9))[0] == begun
+
+
 def test_a_point_goes_on_as_it_began(tmp_path):
     points = points_of(5)
     for point, together in ((points[0], None), (points[1], ["p1", "p3"]), (points[3], ["p1", "p3"])):
@@ -100,13 +116,17 @@ def test_a_point_goes_on_as_it_began(tmp_path):
     assert names(programs_of(points, tmp_path, 8)) == [["p0"], ["p1", "p3"], ["p2", "p4"]]
 
 
-def test_a_program_has_as_many_members_as_memory_has_room_for():
-    small = {**FIELDS, "model.path": str(TRL), "max_length": 128, "batch_size": 4}
-    assert room_for(small, 1e12) == MOST and room_for(small, 1.0) == 1
+def test_a_program_has_as_many_members_as_memory_has_room_for(tmp_path):
+    small = {**FIELDS, "max_length": 128, "batch_size": 4}
+    assert room_for(small, math.inf) == sys.maxsize and room_for(small, 1.0) == 1
     some = room_for(small, 300e6)
     assert 1 < some < MOST and room_for({**small, "batch_size": 16}, 300e6) < some
     assert room_for({**small, "lora.rank": 2}, 300e6) >= some
     assert room_for({**small, "model.path": "/nowhere"}, 1e12) == 1
+    shape = json.loads((TRL / "config.json").read_text()) | {"architectures": ["MixtralForCausalLM"]}
+    shape |= {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    assert room_for({**small, "model.path": str(tmp_path)}, math.inf) == 1
 
 
 def test_members_are_run_once_and_have_results_of_their_own(tmp_path, fake, capsys):

@@ -35,6 +35,7 @@ def log(name, text):
     with (workdir / name).open("a") as file:
         file.write(text + "\\n")
 log("starts.txt", str(time.monotonic()))
+log("device.txt", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 signal.signal(signal.SIGTERM, lambda *_: (log("ends.txt", str(time.monotonic())), os._exit(143)))
 if "fail" in options and not (workdir / "mended").exists():
     print("working on it")
@@ -106,6 +107,24 @@ def test_no_more_run_at_a_time_than_jobs_and_no_fewer(tmp_path, fake):
         for line in lines(workdir / point.name / f"{name}.txt")
     ]
     assert max(itertools.accumulate(change for _, change in sorted(events))) == 2
+
+
+def test_each_device_has_one_run_at_a_time(tmp_path, fake, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    points, workdir = points_of(6, "--pause=0.02"), tmp_path / "sweep"
+    assert go(points, workdir, fake, devices=["3", "5"]) == 0
+    spans = []
+    for point in points:
+        device, start, end = (lines(workdir / point.name / f"{name}.txt")[0] for name in ("device", "starts", "ends"))
+        spans.append((device, float(start), float(end)))
+    spans.sort()
+    assert {device for device, *_ in spans} == {"3", "5"}
+    for (one, _, end), (other, start, _) in itertools.pairwise(spans):
+        assert one != other or end < start
+    assert go(points_of(1), tmp_path / "all", fake) == 0
+    assert lines(tmp_path / "all" / "p0" / "device.txt") == [""]
+    with pytest.raises(UserError, match="--devices=1,1 must name each device once"):
+        go(points, workdir, fake, devices=["1", "1"])
 
 
 def test_a_failed_point_says_why_stops_no_other_and_is_tried_again(tmp_path, fake, capsys):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +40,9 @@ class Point(NamedTuple):
     config: dict[str, Any]
 
 
-def programs_of(points: Sequence[Point], workdir: Path, together: int | None, jobs: int = 1) -> list[list[Point]]:
+def programs_of(
+    points: Sequence[Point], workdir: Path, together: int | None, jobs: int = 1, devices: int = 0
+) -> list[list[Point]]:
     """The points by programs, in the order of their first ones.
 
     A point that was begun goes on as it began: by itself, or with those that it began with. Others are members of one
@@ -48,7 +52,9 @@ def programs_of(points: Sequence[Point], workdir: Path, together: int | None, jo
       points: that are not done.
       workdir: of the sweep.
       together: members of a program at most; None is as many as memory has room for, 1 is one a program.
-      jobs: programs at a time.
+      jobs: programs at a time, that share the memory.
+      devices: over which the programs are dealt, one on each; the largest are halved until every device has one. 0 is
+        for programs that share what there is.
     """
     if together is not None and together < 1:
         raise UserError(f"--together={together} must be auto, off, or at least 1")
@@ -67,16 +73,28 @@ def programs_of(points: Sequence[Point], workdir: Path, together: int | None, jo
     for key, family in families.items():
         most = len(family)
         if len(family) > 1 and not key.startswith("begun"):
-            most = together or room_for(family[0].config, memory() / jobs)
+            own = math.inf if together else memory() / (1 if devices else jobs)
+            most = min(together or MOST, room_for(family[0].config, own))
         count = -(-len(family) // max(1, most))
         programs += [family[len(family) * i // count : len(family) * (i + 1) // count] for i in range(count)]
+    while len(programs) < devices:
+        largest = max((some for some in programs if not _begun(some, workdir)), key=len, default=[])
+        if len(largest) < 2:
+            break
+        half, at = len(largest) // 2, programs.index(largest)
+        programs[at : at + 1] = [largest[:half], largest[half:]]
     if any(len(some) > 1 for some in programs):
         note(f"{len(points)} points in {len(programs)} programs, of {', '.join(str(len(some)) for some in programs)}")
     return programs
 
 
+def _begun(points: Sequence[Point], workdir: Path) -> bool:
+    """Whether these have begun as members of one program, which they then remain."""
+    return any((workdir / point.name / MARK).exists() for point in points)
+
+
 def room_for(config: Mapping[str, Any], memory: float) -> int:
-    """How many members fit into a share of the memory, by what each holds of its own; at most MOST.
+    """How many members fit into a share of the memory, by what each holds of its own; 1 for a mixture of experts.
 
     That is its parameters, gradients and moments, and what the backward pass reads of the layers. An estimate: what XLA
     holds besides is not known before it compiles.
@@ -103,7 +121,7 @@ def room_for(config: Mapping[str, Any], memory: float) -> int:
     kept = tokens * shape.num_layers * (12 * shape.hidden_size + 4 * shape.intermediate_size)
     logits = 4 * tokens * min(shape.vocab_size, config["vocabulary_chunk"])
     own = 4 * (4 * weights + kept + logits)
-    return max(1, min(MOST, int(SHARE * memory / own)))
+    return max(1, int(min(sys.maxsize, SHARE * memory / own)))
 
 
 def memory() -> float:

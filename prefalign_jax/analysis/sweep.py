@@ -200,6 +200,7 @@ class _Job:
         self.members, self.command = members, command
         self.log = members[0].directory / LOG
         self.process: subprocess.Popen | None = None
+        self.device: str | None = None
         self.log_start = 0
 
     @property
@@ -218,9 +219,14 @@ class _Job:
         for one in self.members:
             one.state, one.error = state, error
 
-    def start(self) -> None:
-        """Starts the run, unless one that a killed sweep left behind holds a point: `poll` then tries again."""
+    def start(self, device: str | None = None) -> None:
+        """Starts the run, unless one that a killed sweep left behind holds a point: `poll` then tries again.
+
+        Args:
+          device: number of the only accelerator that it sees, for as long as it runs; None lets it see all.
+        """
         self.settle(RUNNING)
+        self.device = device
         locks: list[int] = []
         try:
             for one in self.members:
@@ -241,6 +247,7 @@ class _Job:
                     stderr=log,
                     pass_fds=locks,  # the run inherits the locks, so they are let go of when the run ends
                     start_new_session=True,  # Ctrl-C reaches the sweep alone, which tells the runs once
+                    env={**os.environ, **seeing(self.device)},
                 )
         finally:
             for lock in locks:
@@ -263,7 +270,7 @@ class _Job:
             if stopping:
                 self.settle(STOPPED)
             else:
-                self.start()
+                self.start(self.device)
             return
         status = self.process.poll()
         if status is None:
@@ -302,12 +309,26 @@ def _mark(point: Point, done: dict[str, Any] | None, together: Sequence[str] = (
     return mark | ({"together": list(together)} if together else {})
 
 
+def seeing(device: str | None) -> dict[str, str]:
+    """The environment of a process that sees one NVIDIA GPU, or one TPU chip, of several; {} for None.
+
+    Example:
+      >>> seeing("2")["CUDA_VISIBLE_DEVICES"], seeing(None)
+      ('2', {})
+    """
+    if device is None:
+        return {}
+    of_one_chip = {"TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1", "TPU_PROCESS_BOUNDS": "1,1,1"}
+    return {"CUDA_VISIBLE_DEVICES": device, "TPU_VISIBLE_DEVICES": device, **of_one_chip}
+
+
 def run_sweep(
     points: Sequence[Point],
     workdir: Path,
     command: Sequence[str],
     *,
     jobs: int = 1,
+    devices: Sequence[str] = (),
     together: int | None = 1,
     program: Sequence[str] = (),
     stream: TextIO | None = None,
@@ -324,6 +345,8 @@ def run_sweep(
       workdir: of the sweep; gets a directory for each point, results.csv and results.json.
       command: what runs a point: these words, the point's arguments and --workdir.
       jobs: processes at a time.
+      devices: numbers of accelerators, for each of which there is one process at a time, that sees no other; () lets
+        all see all.
       together: points that are members of one program at most, see `programs_of`; 1 runs each by itself.
       program: what runs several points in one program: these words and --runs=FILE.
       stream: where the table is shown; stderr by default.
@@ -337,6 +360,9 @@ def run_sweep(
     """
     if jobs < 1:
         raise UserError(f"--jobs={jobs} must be at least 1")
+    if len({*devices}) < len(devices) or "" in devices:
+        raise UserError(f"--devices={','.join(devices)} must name each device once, as in --devices=0,1,2,3")
+    jobs = len(devices) or jobs
     with locked(workdir), stop_signal() as stop:
         states = {point.name: _State(point, workdir / point.name) for point in points}
         for one in states.values():
@@ -344,7 +370,7 @@ def run_sweep(
         waiting = [one.point for one in states.values() if one.state == WAITING]
         queue = [
             _Job([states[point.name] for point in some], program if len(some) > 1 else command)
-            for some in programs_of(waiting, workdir, together, jobs)
+            for some in programs_of(waiting, workdir, together, jobs, len(devices))
         ]
         others = len({mark.parent.name for mark in workdir.glob(f"*/{MARK}")} - {point.name for point in points})
         if others:
@@ -356,8 +382,9 @@ def run_sweep(
                 not stop.is_set() and any(job.state == WAITING for job in queue)
             ):
                 for job in queue:
-                    if job.state == WAITING and not stop.is_set() and sum(j.state == RUNNING for j in queue) < jobs:
-                        job.start()
+                    running = [j.device for j in queue if j.state == RUNNING]
+                    if job.state == WAITING and not stop.is_set() and len(running) < jobs:
+                        job.start(next((device for device in devices if device not in running), None))
                     elif job.state == RUNNING:
                         job.poll(stop.is_set())
                         if job.state == DONE:

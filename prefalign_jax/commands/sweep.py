@@ -5,6 +5,7 @@ every point of sweep() is run with each combination of the grid. A field set by 
 The same command goes on where a sweep in DIR was stopped.
 
 --together=N runs points that differ in seeds and numbers alone as members of one program, at most N; auto asks memory.
+--devices=0,1,2,3 deals runs and programs to accelerators.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser("prefalign sweep", __doc__)
     add_config(parser)
     parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="gets the runs, and results.csv")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time, 1 by default")
+    numbers = "GPUs or TPU chips, as in 0,1,2,3: on each one run, or one program, at a time, that sees no other"
+    parser.add_argument("--devices", metavar="N,N", help=numbers)
     parser.add_argument(
         "--grid", action="append", default=[], metavar="FIELD=VALUES", help="values of a field, with commas; repeatable"
     )
@@ -46,5 +49,8 @@ def main(argv: Sequence[str]) -> int:
         if not together.isdecimal():
             raise UserError(f"--together={together}: write off, auto, or a number of points")
         together = int(together)
-    many = dict(jobs=options.jobs, together=together, program=TOGETHER)
+    if options.jobs is not None and options.devices is not None:
+        raise UserError("--devices says how many runs there are at a time; leave --jobs out")
+    devices = options.devices.split(",") if options.devices is not None else ()
+    many = dict(jobs=1 if options.jobs is None else options.jobs, devices=devices, together=together, program=TOGETHER)
     return run_sweep(points, options.workdir, TRAIN, **many)
