@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from prefalign_jax.assemble import optimizer_of, update_options
 from prefalign_jax.experiment import Experiment
 from prefalign_jax.losses import LOSSES, MODIFIERS, hyper_of
+from prefalign_jax.models.dropout import Dropout
 from prefalign_jax.options import hyper_parameters
 from prefalign_jax.sharding import batch_shardings, state_shardings
 from prefalign_jax.train_step import Metrics, make_update
@@ -27,7 +28,7 @@ from prefalign_jax.types import LanguageModel, PreferenceBatch, TrainState
 
 # Fields in which members may differ, beside the numbers that their loss itself takes.
 NUMBERS = ("seed", "learning_rate", "warmup_steps", "warmup_examples", "warmup_epochs")
-NUMBERS += ("optimizer.weight_decay", "data.flip_labels")
+NUMBERS += ("optimizer.weight_decay", "data.flip_labels", "model.dropout", "model.attention_dropout")
 # Hyper-parameters of losses whose value decides what is computed: it has to be known when the program is made.
 BRANCHING = ("reward_alpha", "centre", "bradley_terry.margin", "exo.label_smoothing", "cpo.label_smoothing")
 FAILED = "failed.json"  # in the directory of a member that diverged: at which step, and what there is to say of it
@@ -74,12 +75,14 @@ class Numbers(NamedTuple):
       rates: [K, steps] float32, the learning rate of every step; 0 after a member's last.
       loss: {hyper-parameter: [K] float32}, those that differ.
       optimizer: {hyper-parameter: [K] float32}, those that differ.
+      dropout: {rate: [K] float32}, those that differ, with their names in a config's `model`.
     """
 
     seed: jax.Array
     rates: jax.Array
     loss: dict[str, jax.Array]
     optimizer: dict[str, jax.Array]
+    dropout: dict[str, jax.Array]
 
 
 def numbers_of(experiments: Sequence[Experiment], pairs: Sequence[int]) -> Numbers:
@@ -99,8 +102,13 @@ def numbers_of(experiments: Sequence[Experiment], pairs: Sequence[int]) -> Numbe
         names = [name for name in known[0] if any(some[name] != known[0][name] for some in known)]
         return {name: jnp.array([some[name] for some in known], jnp.float32) for name in names}
 
-    seeds = jnp.array([one.config.seed for one in experiments], jnp.int32)
-    return Numbers(seeds, jnp.asarray(rates), differing("loss", {}), differing("optimizer", {"weight_decay": 0.0}))
+    return Numbers(
+        seed=jnp.array([one.config.seed for one in experiments], jnp.int32),
+        rates=jnp.asarray(rates),
+        loss=differing("loss", {}),
+        optimizer=differing("optimizer", {"weight_decay": 0.0}),
+        dropout=differing("model", {}),
+    )
 
 
 class Program(NamedTuple):
@@ -131,7 +139,7 @@ def make_program(
     Args:
       experiments: that have their `shared_fields` in common.
       numbers: of them.
-      model: pure functions of params.
+      model: pure functions of params; where rates of dropout differ, one that has `dropping`.
       mesh: the mesh; each member's arrays are dealt to it as those of a run alone.
       one: the state of one of them, or its shapes.
 
@@ -146,8 +154,11 @@ def make_program(
             return numbers.rates[step]
 
         optimizer = optimizer_of(first, rate, **numbers.optimizer)
-        loss = first.loss_with(**numbers.loss)
-        step = make_update(model, loss, optimizer, schedule=rate, seed=numbers.seed, **options)
+        loss, own = first.loss_with(**numbers.loss), model
+        if numbers.dropout:
+            fields = {**first.plain["model"], **numbers.dropout}
+            own = model.dropping(Dropout(fields["dropout"], fields["attention_dropout"]))
+        step = make_update(own, loss, optimizer, schedule=rate, seed=numbers.seed, **options)
         return step(state, batch)
 
     axes = TrainState(step=None, params=0, opt_state=0, reference=None, running=0)

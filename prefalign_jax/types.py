@@ -266,6 +266,7 @@ class LanguageModel(NamedTuple):
         reference passes, evaluation and generation, nothing is dropped.
       attends: by what `hidden` and `routed` know who sees whom: 'tiles' or 'sequences', a field of the batch that they
         take under that name, or None for `segments` and `branches` alone.
+      dropping: a `Dropout`, whose rates may be traced -> the same model with it; None where the rates are fixed.
       cached: for generation; without it every token is a pass over the whole text.
     """
 
@@ -279,4 +280,5 @@ class LanguageModel(NamedTuple):
     join: Callable[[Params, Params], Params] | None = None
     drops: bool = False
     attends: str | None = None
+    dropping: Callable[[Any], LanguageModel] | None = None
     cached: Cached | None = None

@@ -1,6 +1,7 @@
 """Several runs in one program: each member is what it is alone, in its own order, and knows nothing of the others."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from prefalign_jax.data.pipeline import alike, batches_of, make_pair_set, mismat
 from prefalign_jax.experiment import read
 from prefalign_jax.losses import LOSSES, make_loss
 from prefalign_jax.members import loss_numbers, make_program, numbers_of, shared_fields
+from prefalign_jax.models.dropout import Dropout
 from prefalign_jax.models.lora import Lora, init_adapters
 from prefalign_jax.sharding import make_mesh, place_batch
 from prefalign_jax.train_step import init_state
@@ -38,12 +40,15 @@ STRENGTHS = {
 }
 
 
-def experiments_of(loss, points=2, **fields):
+DROPOUT = {"model.dropout": (0.0, 0.3), "model.attention_dropout": (0.1, 0.0)}
+
+
+def experiments_of(loss, points=2, differing=types.MappingProxyType({}), **fields):
     made = []
     for number in range(points):
         c = defaults(loss)
         c.steps, c.batch_size, c.schedule = STEPS, 4, "cosine"
-        own = {name: values[number] for name, values in STRENGTHS[loss].items()}
+        own = {name: values[number] for name, values in {**STRENGTHS[loss], **differing}.items()}
         c.update_from_flattened_dict({**POINTS[number], **own, **fields})
         made.append(read(c, complete=False))
     return made
@@ -104,17 +109,19 @@ def set_of(experiment, model):
 
 
 @pytest.mark.everything  # tests/test_together.py compares whole runs
-@pytest.mark.parametrize("name", ["dpo", "kto", "orpo", "simpo", "bco", "dpo with adapters"])
+@pytest.mark.parametrize("name", ["dpo", "kto", "orpo", "simpo", "bco", "dpo with adapters", "dpo with dropout"])
 def test_a_member_is_the_run_that_it_is_alone(name):
     loss, _, adapted = name.partition(" ")
-    model = ADAPTED if adapted else MODEL
-    experiments = experiments_of(loss)
+    model, dropping = ADAPTED if adapted == "with adapters" else MODEL, adapted == "with dropout"
+    experiments = experiments_of(loss, differing=DROPOUT if dropping else {})
     data = set_of(experiments[0], model)
     assert len(data.shapes) > 1
     rows, seen, params = together(experiments, data, model, MESH)
     for k, experiment in enumerate(experiments):
         batches = list(train_batches(data, **order_of(experiment), start=0))
-        wanted, theirs, last = alone(experiment, data, model, MESH, batches)
+        fields = experiment.config.model
+        own = model.dropping(Dropout(fields.dropout, fields.attention_dropout)) if dropping else model
+        wanted, theirs, last = alone(experiment, data, own, MESH, batches)
         np.testing.assert_array_equal([index[k] for index in seen], theirs)
         for name in wanted[0]:
             got = [row[name][k] for row in rows]

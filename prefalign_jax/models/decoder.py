@@ -551,6 +551,8 @@ def make_decoder(
     if remat not in REMAT:
         raise UserError(f"remat={remat!r} is unknown; write one of {', '.join(REMAT)}")
     attends = choose("attention", attention, ATTENTION)
+    options = dict(dtype=dtype, param_dtype=param_dtype, remat=remat, attention=attention, lora=lora)
+    options["placement"] = placement
     kernel = _kernel(attention, config, dtype, dropout, placement)
 
     def build(key: jax.Array) -> Decoder:
@@ -629,7 +631,8 @@ def make_decoder(
         softcap=config.logit_softcap,
         routed=routed if config.num_experts else None,
         join=join if lora else None,
-        drops=dropout != Dropout() or (lora is not None and lora.dropout > 0),
+        drops=dropout.draws or (lora is not None and lora.dropout > 0),
         attends=attends,
+        dropping=lambda dropout: make_decoder(config, **options, dropout=dropout),
         cached=Cached(prepare, init_cache, extend),
     )

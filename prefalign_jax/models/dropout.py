@@ -17,11 +17,20 @@ class Dropout:
       attention: of the attention weights.
     """
 
-    residual: float = 0.0
-    attention: float = 0.0
+    residual: float | jax.Array = 0.0
+    attention: float | jax.Array = 0.0
+
+    @property
+    def draws(self) -> bool:
+        """Whether anything is drawn. A rate that is traced may be 0, which then keeps everything."""
+        return not (_is_zero(self.residual) and _is_zero(self.attention))
 
 
-def drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+def _is_zero(rate: float | jax.Array) -> bool:
+    return not isinstance(rate, jax.Array) and rate == 0
+
+
+def drop(x: jax.Array, rate: float | jax.Array, key: jax.Array | None) -> jax.Array:
     """Sets a share of x to zero and divides the rest by 1 - rate, so that the mean stays.
 
     Args:
@@ -39,7 +48,7 @@ def drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
       >>> sorted({round(float(x), 3) for x in out})
       [0.0, 1.333]
     """
-    if key is None or not rate:
+    if key is None or _is_zero(rate):
         return x
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
