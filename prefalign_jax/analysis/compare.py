@@ -16,6 +16,7 @@ from prefalign_jax.types import UserError
 
 SEED = "seed"
 HELD_OUT = "eval/"
+SAMPLES = "samples/"
 MAX_GAP = 0.25  # of x: values between evaluations further apart than this are not made up
 SHARES = ("rewards/accuracies",)
 # Metrics in units of the loss's coefficients.
@@ -121,13 +122,14 @@ def points(run: Run, metric: str, column: str = "step") -> tuple[np.ndarray, np.
 
     Args:
       run: the run.
-      metric: a column of eval.jsonl if it begins with 'eval/', else of metrics.jsonl.
+      metric: a column of eval.jsonl if it begins with 'eval/' or 'samples/', else of metrics.jsonl.
       column: what x is: step, or a key of `runs.totals`.
 
     Returns:
       (x [N], values [N]); empty where the run lacks either.
     """
-    rows = [row for row in (run.held_out if metric.startswith(HELD_OUT) else run.train) if row.get(metric) is not None]
+    measured = run.held_out if metric.startswith((HELD_OUT, SAMPLES)) else run.train
+    rows = [row for row in measured if row.get(metric) is not None]
     x, values = (np.array([row[name] for row in rows], np.float64) for name in ("step", metric))
     if column != "step":
         spent = run.spent()
