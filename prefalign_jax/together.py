@@ -96,17 +96,32 @@ def _train(experiments: Sequence[Experiment], workdirs: Sequence[Path], stack: c
     timer = checkpoint.Timer(config.save_steps)
     log = Log(runs, live, stack.enter_context(Progress(longest, "step", start=start)))
     note(f"{len(runs)} runs in one program, {len(live)} to go on with")
-    for k in live:
-        announce(runs[k].experiment, runs[k].data, runs[k].start, runs[k].total, runs[k].changed)
+    for run in {(run.total, len(run.data.training), str(run.changed)): run for run in (runs[k] for k in live)}.values():
+        announce(
+            run.experiment, run.data, run.start, run.total, run.changed
+        )  # once for those of which it says the same
+
     complete = [k for k in live if runs[k].start == runs[k].total]
-    evaluating = [k for k in live if k in complete or runs[k].to_evaluate_first()]
-    means = evaluate(state, start) if evaluating else []
-    for k in evaluating:
-        if k in complete:
-            conclude(runs[k], program.take(state, k), means[k])
-            live.remove(k)
-        else:
-            runs[k].evaluated(start, means[k])
+
+    def settle(step: int, evaluating: Sequence[int], saving: bool = False) -> None:
+        """Evaluates members, saves all if it is time to, and concludes those that end here or ended long ago."""
+        means = evaluate(state, step) if evaluating else []
+        for k in [*live]:
+            own, at = {}, runs[k].total if k in complete else step
+            if k in evaluating:
+                try:
+                    own = runs[k].evaluated(at, means[k])
+                except UserError as error:
+                    give_up(runs[k], at, error)
+                    live.remove(k)
+                    continue
+            if at == runs[k].total:
+                conclude(runs[k], program.take(state, k)._replace(step=np.int32(at)), own)
+                live.remove(k)
+            elif saving:
+                runs[k].save(program.take(state, k), own)
+
+    settle(start, [k for k in live if k in complete or runs[k].to_evaluate_first()])
     step = start
     with stop_signal() as stop, contextlib.closing(log):
         for step, batch in enumerate(meters[0].waited(batches), start + 1):
@@ -131,15 +146,7 @@ def _train(experiments: Sequence[Experiment], workdirs: Sequence[Path], stack: c
                 with contextlib.ExitStack() as pause:
                     for meter in meters:
                         pause.enter_context(meter.paused())
-                    means = evaluate(state, step) if ending or evaluating else [{}] * len(runs)
-                    for k in [*live]:
-                        if k in ending:
-                            conclude(runs[k], program.take(state, k), means[k])
-                            live.remove(k)
-                            continue
-                        own = runs[k].evaluated(step, means[k]) if evaluating else {}
-                        if saving:
-                            runs[k].save(program.take(state, k), own)
+                    settle(step, live if evaluating else ending, saving)
                     if saving:
                         timer.saved()
         log.flush()
@@ -238,10 +245,15 @@ def common_step(runs: Sequence[Run]) -> int:
 
 def conclude(run: Run, state: TrainState, means: dict[str, float]) -> None:
     """What comes after the last step of a run; `means` are of its last evaluation."""
-    run.evaluated(run.total, means)
     run.save(state, means)
     run.checkpoints.wait()
     run.finish(state, means)
+
+
+def give_up(run: Run, step: int, error: UserError) -> None:
+    """Writes down why a run does not go on."""
+    write_json(run.workdir / FAILED, {"step": step, "error": str(error)})
+    note(f"{run.workdir.name}: {error}; the others go on")
 
 
 class Log:
@@ -275,9 +287,7 @@ class Log:
                 check_finite(step, values)
                 losses.append(values["loss"])
             except UserError as error:
-                workdir = self.runs[k].workdir
-                write_json(workdir / FAILED, {"step": step, "error": str(error)})
-                note(f"{workdir.name}: {error}; the others go on")
+                give_up(self.runs[k], step, error)
                 self.live.remove(k)
         self.progress.update(step, {"mean loss": float(np.mean(losses))} if losses else {})
 

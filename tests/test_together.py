@@ -142,6 +142,21 @@ def test_one_that_diverges_is_stopped_and_the_others_are_what_they_were(undistur
 
 
 @pytest.mark.everything
+def test_one_that_cannot_be_evaluated_stops_no_other(undisturbed, tmp_path, monkeypatch):
+    evaluated = train.Run.evaluated
+
+    def fails(self, step, means):
+        if self.workdir.name == "p1" and step == 4:
+            raise UserError("this metric has no number")
+        return evaluated(self, step, means)
+
+    monkeypatch.setattr(train.Run, "evaluated", fails)
+    assert train_together(points_of(tmp_path)) is False
+    assert json.loads((tmp_path / "p1" / FAILED).read_text()) == {"step": 4, "error": "this metric has no number"}
+    assert_same(tmp_path, undisturbed, [0])
+
+
+@pytest.mark.everything
 def test_told_to_stop_it_saves_all_and_goes_on_and_so_does_each_alone(undisturbed, tmp_path, monkeypatch):
     class Log(together.Log):
         def flush(self):
