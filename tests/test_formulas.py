@@ -60,7 +60,10 @@ POLICY = PairLogps(
     text=column("text"),
     text_tokens=column("text_n"),
     responses=responses(0),
-    running={"shift": np.array(0.05), "steps": np.array(1.0), "mean_margin": np.array(0.3)},
+    running={
+        **{"shift": np.array(0.05), "steps": np.array(1.0), "mean_margin": np.array(0.3)},
+        **{"gap_mean": np.array(0.1), "gap_std": np.array(0.4), "gap_seen": np.array(0.8)},
+    },
 )
 REFERENCE = PairLogps(
     chosen=column("rw"),
@@ -122,6 +125,24 @@ def beta_dpo(p, beta=0.1, alpha=0.6, running=0.3):
     return -ls(adapted * p["h"]) * 3 / 2 if p in kept else 0.0
 
 
+def dr_dpo(p, beta=0.1, beta_prime=0.5):
+    """The same for every pair: a mean of the powers of the preferences' chances."""
+    return -beta_prime * math.log(mean([s(beta * q["h"]) ** (1 / beta_prime) for q in PAIRS]))
+
+
+def token_gap(p):
+    return p["a"] / p["nw"] - p["b"] / p["nl"]
+
+
+def chi(ratio):
+    return math.exp(ratio) + ratio
+
+
+def kl(x, y):
+    """Between two chances, given by their log-odds."""
+    return s(x) * math.log(s(x) / s(y)) + s(-x) * math.log(s(-x) / s(-y))
+
+
 def ratios(p, beta=1.0):
     """beta times the log-ratios of the best, the second and the worst response of the group."""
     one, best, worst = (beta * (logp - ref) for logp, ref, _, _ in p["group"])
@@ -165,6 +186,7 @@ FORMULAS = [
     ("dpo", {"reference_free": True}, lambda p: -ls(0.1 * (p["lw"] - p["ll"]))),
     ("dpo", {"weighting": "wpo"}, lambda p: -wpo_weight(p) * ls(0.1 * p["h"])),
     ("robust_dpo", {"beta": 0.3}, lambda p: (-0.9 * ls(0.3 * p["h"]) + 0.1 * ls(-0.3 * p["h"])) / 0.8),
+    ("dr_dpo", {"beta_prime": 0.5}, dr_dpo),
     ("ln_dpo", {}, lambda p: -ls(5 * (p["a"] / p["nw"] - p["b"] / p["nl"]))),
     ("r_dpo", {"alpha": 0.2}, lambda p: -ls(0.1 * p["h"] + 0.2 * (p["nw"] - p["nl"]))),
     (
@@ -182,10 +204,19 @@ FORMULAS = [
     ),
     ("sampo", {}, lambda p: -ls(0.1 * (p["dw"] - p["drw"] - p["dl"] + p["drl"]))),
     ("odpo", {"alpha": 0.5}, lambda p: -ls(0.1 * p["h"] - 0.5 * math.log(p["m"]))),
+    ("reward_aware_rpo", {"eta": 0.7}, lambda p: kl(0.7 * p["m"], 0.1 * p["h"])),
+    ("reward_aware_rpo", {"distance": "forward_kl", "beta": 0.3}, lambda p: kl(0.3 * p["h"], p["m"])),
+    ("reward_aware_rpo", {"distance": "squared", "eta": 2.0}, lambda p: (0.1 * p["h"] - 2 * p["m"]) ** 2),
+    ("rebel", {"beta": 0.5}, lambda p: (0.5 * p["h"] - p["m"]) ** 2),
     ("dpop", {"lam": 5.0}, lambda p: -ls(0.3 * (p["h"] - 5 * max(0, p["rw"] - p["lw"])))),
     ("rpo", {"alpha": 0.5}, lambda p: -ls(0.1 * p["h"]) - 0.5 * p["lw"] / p["nw"]),
     ("cal_dpo", {"beta": 0.1}, lambda p: -ls(p["h"]) + 0.5 * ((p["a"] - 5) ** 2 + (p["b"] + 5) ** 2)),
     ("beta_dpo", {}, beta_dpo),
+    (
+        "alpha_dpo",
+        {"gamma": 0.5, "alpha": 0.3},
+        lambda p: -ls(2.5 * (p["mw"] - p["ml"] - 0.3 * (token_gap(p) - 0.1 / 0.8) / (0.4 / 0.8)) - 0.5),
+    ),
     ("tdpo1", {}, lambda p: -ls(0.1 * (p["h"] - (p["kl"] - p["kw"])))),
     ("tdpo2", {}, lambda p: -ls(0.1 * (p["h"] - 0.5 * (p["kl"] - p["kw"])))),
     ("f_dpo", {}, lambda p: -ls(0.1 * (ls(p["a"]) - ls(p["b"])))),
@@ -201,6 +232,10 @@ FORMULAS = [
         lambda p: -ls(0.1 * (math.exp(0.5 * p["a"]) / 0.5 - math.exp(0.5 * p["b"]) / 0.5)),
     ),
     ("f_dpo", {"divergence": "alpha_trl", "divergence_alpha": 1.0}, lambda p: -ls(0.1 * p["h"])),
+    ("f_dpo", {"divergence": "chi_squared"}, lambda p: -ls(0.1 * (chi(p["a"]) - chi(p["b"])))),
+    ("chi_po", {}, lambda p: -ls(0.1 * (chi(p["a"]) - chi(p["b"])))),
+    ("chi_po", {"reward_max": 0.1}, lambda p: -ls(min(max(0.1 * (chi(p["a"]) - chi(p["b"])), -0.2), 0.2))),
+    ("dpo_shift", {}, lambda p: -ls(0.1 * (p["a"] - 0.7 * p["b"]))),
     ("wpo", {}, lambda p: -wpo_weight(p) * ls(0.1 * p["h"])),
     ("wpo", {"clip": False}, lambda p: -unclipped(p) * ls(0.1 * p["h"])),
     ("ipo", {"weighting": "wpo_unclipped"}, lambda p: unclipped(p) * (p["h"] - 5) ** 2),
@@ -266,6 +301,8 @@ FORMULAS = [
     ),
     ("asft", {"sft_weight": 0.0}, lambda p: -p["mw"] - math.log(1 - math.exp(p["ml"]))),
     ("simpo", {"gamma": 0.5}, lambda p: -ls(2 * (p["mw"] - p["ml"]) - 0.5)),
+    ("repo", {"gamma": 0.3}, lambda p: max(0, 0.3 - (p["mw"] - p["ml"]))),
+    ("simper", {}, lambda p: math.exp(p["ml"]) - math.exp(p["mw"])),
     (
         "alphapo",
         {"reward_alpha": 0.5},

@@ -19,22 +19,31 @@ CASES = {
     "dpo sampled": {"sampled": True},
     "dpo forward_kl": {"divergence": "forward_kl"},
     "robust_dpo": {"label_smoothing": 0.2},
+    "dr_dpo": {"beta_prime": 0.5},
     "ln_dpo": {},
     "r_dpo": {"alpha": 0.1},
     "ld_dpo": {},
     "sampo": {},
     "odpo": {"alpha": 0.5},
+    "reward_aware_rpo": {"eta": 0.7},
+    "reward_aware_rpo forward": {"distance": "forward_kl"},
+    "reward_aware_rpo squared": {"distance": "squared"},
+    "rebel": {"beta": 0.5},
     "dpop": {"lam": 5.0},
     "rpo": {"alpha": 0.5},
     "cal_dpo": {"beta": 0.1},
     "beta_dpo": {},
+    "alpha_dpo": {"gamma": 0.5, "alpha": 0.3, "momentum": 0.8},
     "beta_dpo all": {"keep": 1.0, "alpha": 0.3, "momentum": 0.5},
     "tdpo1": {},
     "tdpo2": {},
     "f_dpo": {},
     "f_dpo forward_kl": {"divergence": "forward_kl"},
+    "f_dpo chi_squared": {"divergence": "chi_squared"},
     "f_dpo alpha": {"divergence": "alpha", "divergence_alpha": 0.3},
     "f_dpo alpha_trl": {"divergence": "alpha_trl", "divergence_alpha": 1.5},
+    "chi_po": {"reward_max": 0.5},
+    "dpo_shift": {"lam": 0.6},
     "wpo": {},
     "wpo unclipped": {"clip": False},
     "ipo": {"tau": 0.3},
@@ -67,6 +76,8 @@ CASES = {
     "asft": {"beta": 0.3},
     "asft after sft": {"sft_weight": 0.0},
     "simpo": {"gamma": 0.5},
+    "repo": {"gamma": 0.3},
+    "simper": {},
     "alphapo": {"reward_alpha": 0.5},
     "cpo": {},
     "cpo hinge": {"surrogate": "hinge", "reward_alpha": 0.25},
@@ -183,9 +194,13 @@ def test_gradients_are_those_of_the_function(case):
             if "sum_squares" in loss.needs:  # they move along, so that the weight, which is a constant, stays
                 moved = (getattr(policy.sum_squares, s) + free[s] - getattr(policy, s) for s in Sides._fields)
                 free = {**free, "sum_squares": Sides(*moved)}
+            held = reference
+            if case == "alpha_dpo":  # so that the gap to the reference, which is a constant, stays
+                moved = {s: getattr(reference, s) + free[s] - getattr(policy, s) for s in Sides._fields}
+                held = reference._replace(**moved)
             if case == "tdpo2":
                 free["token_kl"] = free["token_kl"]._replace(chosen=policy.token_kl.chosen)
-            return call(loss, policy, reference, **free)[0]
+            return call(loss, policy, held, **free)[0]
 
         # The corners have measure zero. The mean log-ratios of kto_pair are negative here, so its points are 0.
         check_grads(f, (free,), order=1, modes=("fwd", "rev"), atol=1e-6, rtol=1e-6)
@@ -203,7 +218,9 @@ TARGETS = (
     "gpo squared",
     "exo",
     "nca",
-    "robust",
+    "robust_dpo",
+    "rebel",
+    "reward_aware_rpo",
     "smoothing",
     "beta_dpo",
 )
@@ -357,6 +374,9 @@ MARGIN_ONLY = (
     "dpo",
     "dpo label_smoothing",
     "robust_dpo",
+    "reward_aware_rpo",
+    "reward_aware_rpo forward",
+    "rebel",
     "hinge",
     "exo",
     "discopop",
@@ -412,6 +432,9 @@ def test_swapping_the_sides_turns_the_margin_and_the_accuracy(case):
         ("dpo", {"tau": 0.1}, "no hyper-parameter 'tau'"),
         ("dpo", {"beta": -1.0}, "beta=-1.0 is out of range"),
         ("dpo", {"label_smoothing": 0.5}, r"\[0, 0.5\)"),
+        ("dpo_shift", {"lam": 1.5}, r"\(0, 1\]"),
+        ("simper", {"beta": 1.0}, "no hyper-parameter 'beta'; it has none"),
+        ("reward_aware_rpo", {"distance": "kl"}, "one of backward_kl, forward_kl, squared"),
         ("exo", {"label_smoothing": 0.0}, r"\(0, 0.5\)"),
         ("sft", {"over": "all"}, "chosen, prompt"),
         ("sft", {"over": "text"}, "one of chosen, prompt"),

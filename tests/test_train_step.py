@@ -45,6 +45,8 @@ LOSSES = {
     "aot": make_loss("aot", beta=0.5),
     "kto": make_loss("kto", beta=0.5),
     "beta_dpo": make_loss("beta_dpo", beta=0.5, momentum=0.0),
+    "alpha_dpo": make_loss("alpha_dpo", momentum=0.0),
+    "dr_dpo": make_loss("dr_dpo", beta=0.5),
     "orpo as its authors": make_loss("orpo", nll_over="text", nll_mean="batch", extra_eos=True),
     "a mixture of everything": make_loss("0.8*ld_dpo + 0.2*bco + tdpo2 + wpo + sampo + sft", beta=0.5),
 }

@@ -18,12 +18,13 @@ from collections.abc import Callable, Mapping, Set
 from typing import TYPE_CHECKING, Any
 
 from prefalign_jax.callable_module import make_callable
-from prefalign_jax.losses import absolute, groups, margin, reward, transport, unpaired
+from prefalign_jax.losses import absolute, adaptive, gaps, groups, links, margin, reward, robust, transport, unpaired
 from prefalign_jax.losses import dpo as _dpo
 from prefalign_jax.losses import orpo as _orpo
 from prefalign_jax.losses import sft as _sft
 from prefalign_jax.losses import simpo as _simpo
 from prefalign_jax.losses.absolute import SHIFTS
+from prefalign_jax.losses.gaps import DISTANCES
 from prefalign_jax.losses.groups import DISCOUNTS, GAINS, WIN_RATES
 from prefalign_jax.losses.loss import NEEDS, WEIGHTINGS, BoundLoss, Loss, bind, known_hyper, ties_as_trl
 from prefalign_jax.losses.margin import SURROGATES
@@ -71,19 +72,31 @@ def _shift(hyper: Mapping[str, Any]) -> Mapping[str, float]:
 LOSSES: dict[str, Loss] = {
     # Pairs, with a reference.
     "dpo": Loss(_dpo.dpo, lambda h: _FREE if h["reference_free"] else _PAIR, _MARGIN),
-    "robust_dpo": Loss(_dpo.robust_dpo, _PAIR, _MARGIN),
+    "robust_dpo": Loss(robust.robust_dpo, _PAIR, _MARGIN),
+    "dr_dpo": Loss(robust.dr_dpo, _BATCH, _SUMS),
     "ln_dpo": Loss(_dpo.ln_dpo, _PAIR, _MARGIN),
     "r_dpo": Loss(_dpo.r_dpo, _PAIR, ("ld_alpha", "weighting")),  # sampling would take away the lengths it reads
     "ld_dpo": Loss(_dpo.ld_dpo, _PAIR | {"shared"}),
     "sampo": Loss(_dpo.sampo, _PAIR | {"sampled"}),
-    "odpo": Loss(_dpo.odpo, _PAIR | {"margin"}, _RATIOS),
+    "odpo": Loss(gaps.odpo, _PAIR | {"margin"}, _RATIOS),
+    "reward_aware_rpo": Loss(gaps.reward_aware_rpo, _PAIR | {"margin"}, _MARGIN),
+    "rebel": Loss(gaps.rebel, _PAIR | {"margin"}, _MARGIN),
     "dpop": Loss(_dpo.dpop, _PAIR, _RATIOS),
     "rpo": Loss(_dpo.rpo, _PAIR, ("weighting",)),
     "cal_dpo": Loss(_dpo.cal_dpo, _PAIR, _RATIOS),
-    "beta_dpo": Loss(_dpo.beta_dpo, _BATCH, (), lambda h: {"mean_margin": 0.0}, _dpo.advance_beta_dpo),
+    "beta_dpo": Loss(adaptive.beta_dpo, _BATCH, (), lambda h: {"mean_margin": 0.0}, adaptive.advance_beta_dpo),
+    "alpha_dpo": Loss(
+        adaptive.alpha_dpo,
+        _BATCH,
+        (),
+        lambda h: {"gap_mean": 0.0, "gap_std": 0.0, "gap_seen": 0.0},
+        adaptive.advance_alpha_dpo,
+    ),
     "tdpo1": Loss(_dpo.tdpo1, _PAIR | {"token_kl"}),
     "tdpo2": Loss(_dpo.tdpo2, _PAIR | {"token_kl"}),
-    "f_dpo": Loss(_dpo.f_dpo, _PAIR, _RATIOS),
+    "f_dpo": Loss(links.f_dpo, _PAIR, _RATIOS),
+    "chi_po": Loss(links.chi_po, _PAIR, _RATIOS),
+    "dpo_shift": Loss(links.dpo_shift, _PAIR, _RATIOS),
     "wpo": Loss(_dpo.wpo, _PAIR | {"sum_squares"}),
     "ipo": Loss(margin.ipo, _PAIR, _MARGIN),
     "hinge": Loss(margin.hinge, _PAIR, _MARGIN),
@@ -105,6 +118,8 @@ LOSSES: dict[str, Loss] = {
     "orpo_beta": Loss(_orpo.orpo_beta, _FREE),
     "asft": Loss(_orpo.asft, _FREE),
     "simpo": Loss(_simpo.simpo, _FREE),
+    "repo": Loss(_simpo.repo, _FREE),
+    "simper": Loss(_simpo.simper, _FREE),
     "alphapo": Loss(_simpo.alphapo, _FREE),
     "cpo": Loss(_simpo.cpo, _FREE),
     "slic": Loss(_simpo.slic, _FREE),
@@ -145,8 +160,12 @@ _NUMBER = (math.isfinite, "a finite number")
 # A hyper-parameter has one name and one range whichever loss takes it; where a loss needs another, LOSS.NAME has it.
 VALID: Checks = {
     "beta": _POSITIVE,
+    "beta_prime": _POSITIVE,
+    "eta": _POSITIVE,
+    "reward_max": _POSITIVE,
     "tau": _POSITIVE,
     "lam": _AT_LEAST_0,
+    "dpo_shift.lam": (lambda x: 0 < x <= 1, "a number in (0, 1]"),
     "sft_weight": _AT_LEAST_0,
     "alpha": _AT_LEAST_0,
     "unlikelihood.alpha": (lambda x: 0 <= x <= 1, "a number in [0, 1]"),
@@ -172,6 +191,7 @@ VALID: Checks = {
     "nll_mean": _one_of(MEAN),
     "ratio": _one_of(RATIOS),
     "divergence": _one_of(DIVERGENCES),
+    "distance": _one_of(DISTANCES),
     "surrogate": _one_of(SURROGATES),
     "cpo.surrogate": _one_of(CPO_SURROGATES),
     "shift": _one_of(SHIFTS),

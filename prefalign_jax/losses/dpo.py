@@ -8,10 +8,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from prefalign_jax.losses.modifiers import diverge, downsample, shorten, wpo_weight
+from prefalign_jax.losses.modifiers import downsample, shorten, wpo_weight
 from prefalign_jax.losses.ratios import (
     Result,
-    batch_mean,
     log_ratios,
     per_token,
     reward_metrics,
@@ -61,28 +60,6 @@ def dpo(
     return loss, reward_metrics(beta * chosen, beta * rejected, policy)
 
 
-def robust_dpo(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.1) -> Result:
-    """[-(1 - e) log sigmoid(beta h) + e log sigmoid(-beta h)] / (1 - 2 e)
-
-    Its mean over labels that are flipped with probability e is DPO's loss on the true ones.
-
-    Args:
-      policy, reference: [B] float32 log-probabilities, summed over each response.
-      beta: as in DPO.
-      label_smoothing: e, in [0, 0.5).
-
-    Returns:
-      (loss [B], metrics {name: [B]}).
-
-    TRL: `robust`, equal.
-    Source: Ray Chowdhury et al., arXiv 2403.00409, section 3.1.
-    """
-    chosen, rejected = log_ratios(policy, reference)
-    x, e = beta * (chosen - rejected), label_smoothing
-    loss = (-(1 - e) * jax.nn.log_sigmoid(x) + e * jax.nn.log_sigmoid(-x)) / (1 - 2 * e)
-    return loss, reward_metrics(beta * chosen, beta * rejected, policy)
-
-
 def ln_dpo(policy: PairLogps, reference: PairLogps, *, beta: float = 5.0) -> Result:
     """-log sigmoid(beta (a / n_w - b / n_l))
 
@@ -122,29 +99,6 @@ def r_dpo(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1, alpha: 
     """
     chosen, rejected = log_ratios(policy, reference)
     x = beta * (chosen - rejected) + alpha * (policy.chosen_tokens - policy.rejected_tokens)
-    return -jax.nn.log_sigmoid(x), reward_metrics(beta * chosen, beta * rejected, policy)
-
-
-def odpo(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1, alpha: float = 1.0) -> Result:
-    """-log sigmoid(beta h - alpha log(score_w - score_l))
-
-    A pair must be told apart by as much as its scores differ.
-
-    Args:
-      policy: [B] float32 log-probabilities, summed over each response, and the data's score gap as `margin`; gaps below
-        1e-6 count as that.
-      reference: log-probabilities.
-      beta: as in DPO.
-      alpha: how much the gap matters, 0.5 to 1; below a gap of 1 the offset is negative.
-
-    Returns:
-      (loss [B], metrics {name: [B]}).
-
-    TRL: none; the authors' code is equal (beta scales no offset) and takes log 0.
-    Source: Amini et al., arXiv 2402.10571, section 3.
-    """
-    chosen, rejected = log_ratios(policy, reference)
-    x = beta * (chosen - rejected) - alpha * jnp.log(jnp.maximum(policy.margin, 1e-6))
     return -jax.nn.log_sigmoid(x), reward_metrics(beta * chosen, beta * rejected, policy)
 
 
@@ -211,61 +165,6 @@ def cal_dpo(policy: PairLogps, reference: PairLogps, *, beta: float = 0.002) -> 
     calibration = 0.5 * (jnp.square(chosen - target) + jnp.square(rejected + target))
     loss = -jax.nn.log_sigmoid(chosen - rejected) + calibration
     return loss, reward_metrics(beta * chosen, beta * rejected, policy)
-
-
-def beta_dpo(
-    policy: PairLogps,
-    reference: PairLogps,
-    *,
-    beta: float = 0.1,
-    alpha: float = 0.6,
-    momentum: float = 0.9,
-    keep: float = 0.8,
-) -> Result:
-    """-log sigmoid(beta' h), beta' = max(0.001, beta (1 + alpha (mean h of the pairs kept - running mean of h)))
-
-    Batches whose pairs are far apart get a larger beta; the share 1 - keep of the pairs, those whose margin lies
-    furthest from the running mean, is left out.
-
-    Args:
-      policy: [B] float32 log-probabilities, summed over each response, and weights; `running` holds the mean margin,
-        this batch in it.
-      reference: log-probabilities.
-      beta: as in DPO, the one around which beta' varies.
-      alpha: how much it varies, 0.6 in the paper.
-      momentum: of the running mean; see `advance_beta_dpo`.
-      keep: share of the batch's pairs that is kept, 0.8 in the paper; 1 keeps all.
-
-    Returns:
-      (loss [B], metrics {name: [B]}); the loss of a kept pair is divided by the share kept, so that the batch's mean is
-      that of the kept pairs.
-
-    TRL: none. The authors draw the kept pairs by Gaussian weights exp(-(h - mean)^2 / 2 std^2), here the likeliest are
-      kept, so that a run depends on no draw; their running mean also moves with every micro-step and evaluation.
-    Source: Wu et al., arXiv 2407.08639, section 4; their code.
-    """
-    chosen, rejected = log_ratios(policy, reference)
-    h = chosen - rejected
-    gap, mean = jax.lax.stop_gradient(h), policy.running["mean_margin"]
-    present = policy.weight > 0
-    distance = jnp.where(present, jnp.abs(gap - mean), jnp.inf)
-    rank = jnp.argsort(jnp.argsort(distance))
-    total = jnp.sum(present)
-    # The sliver keeps what rounding leaves just below a whole number.
-    kept = present & (rank < jnp.maximum(jnp.floor(keep * total + 1e-3), 1))
-    share = batch_mean(kept.astype(h.dtype), policy)
-    gaps = batch_mean(jnp.where(kept, gap, 0.0), policy) / jnp.maximum(share, 1e-30)
-    adapted = jnp.maximum(beta * (1 + alpha * (gaps - mean)), 1e-3)
-    loss = jnp.where(kept, -jax.nn.log_sigmoid(adapted * h), 0.0) / jnp.maximum(share, 1e-30)
-    metrics = reward_metrics(beta * chosen, beta * rejected, policy)
-    return loss, {**metrics, "beta": jnp.broadcast_to(adapted, h.shape), "kept": kept.astype(h.dtype)}
-
-
-def advance_beta_dpo(policy: PairLogps, reference: PairLogps, *, momentum: float, **_) -> dict[str, jax.Array]:
-    """The running mean of the margin: momentum times itself plus (1 - momentum) times this batch's mean."""
-    chosen, rejected = log_ratios(policy, reference)
-    now = batch_mean(chosen - rejected, policy)
-    return {"mean_margin": momentum * policy.running["mean_margin"] + (1 - momentum) * now}
 
 
 def tdpo1(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> Result:
@@ -352,36 +251,6 @@ def sampo(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> Resu
     Source: Lu et al., arXiv 2406.10957, section 3.
     """
     loss, metrics = dpo(*downsample(policy, reference, sampled=True), beta=beta)
-    return loss, with_logps(metrics, policy)
-
-
-def f_dpo(
-    policy: PairLogps,
-    reference: PairLogps,
-    *,
-    beta: float = 0.1,
-    divergence: str = "js",
-    divergence_alpha: float = 0.5,
-) -> Result:
-    """-log sigmoid(beta (f'(u_w) - f'(u_l))), u = pi / pi_ref
-
-    DPO under an f-divergence; `divergence` does the same to any loss of the margin.
-
-    Args:
-      policy, reference: [B] float32 log-probabilities, summed over each response.
-      beta: as in DPO.
-      divergence: reverse_kl, forward_kl, js, alpha (the paper's), alpha_trl; see modifiers.diverge.
-      divergence_alpha: of the last two.
-
-    Returns:
-      (loss [B], metrics {name: [B]}); rewards are beta (f'(u) - f'(1)), the implicit rewards of the divergence.
-
-    TRL: `f_divergence_type`, equal (its alpha divergence is alpha_trl since 0.29, alpha before); its rewards/* stay
-      beta log u.
-    Source: Wang et al., arXiv 2309.16240, section 4.
-    """
-    changed = diverge(policy, reference, divergence=divergence, divergence_alpha=divergence_alpha)
-    loss, metrics = dpo(*changed, beta=beta)
     return loss, with_logps(metrics, policy)
 
 

@@ -71,6 +71,7 @@ DIVERGENCES: dict[str, Callable[[jax.Array, float], jax.Array]] = {
     "reverse_kl": lambda ratio, alpha: ratio,  # f = u log u
     "forward_kl": lambda ratio, alpha: 1 - exp_linear(-ratio),  # f = -log u
     "js": lambda ratio, alpha: jax.nn.log_sigmoid(ratio) + math.log(2),  # f = u log u - (u + 1) log((u + 1) / 2)
+    "chi_squared": lambda ratio, alpha: ratio + _alpha_link(ratio, -1.0),  # f = u log u + (u - 1)^2 / 2
     "alpha": _alpha_link,  # f = (u^(1 - alpha) - (1 - alpha) u - alpha) / (alpha (alpha - 1))
     "alpha_trl": lambda ratio, alpha: _alpha_link(ratio, 1 - alpha),  # the same f, by TRL's alpha
 }
@@ -85,8 +86,9 @@ def diverge(
 ) -> Records:
     """The log-ratio log u becomes f'(u) - f'(1), for a pull to the reference by the f-divergence with generator f.
 
-    reverse_kl: log u. forward_kl: 1 - 1 / u. js: log(2 u / (1 + u)). alpha: (1 - u^-alpha) / alpha, which runs from the
-    reverse KL (0) to the forward KL (1). alpha_trl: (u^(alpha - 1) - 1) / (alpha - 1), the same with 1 - alpha.
+    reverse_kl: log u. forward_kl: 1 - 1 / u. js: log(2 u / (1 + u)). chi_squared: log u + u - 1, the reverse KL and the
+    chi-squared divergence added. alpha: (1 - u^-alpha) / alpha, which runs from the reverse KL (0) to the forward KL
+    (1). alpha_trl: (u^(alpha - 1) - 1) / (alpha - 1), the same with 1 - alpha.
 
     Args:
       policy, reference: log-probabilities.
@@ -97,7 +99,7 @@ def diverge(
     Returns:
       Records whose log-ratios are f'(u) - f'(1).
 
-    Source: f-DPO, Wang et al., arXiv 2309.16240, section 4.
+    Source: f-DPO, Wang et al., arXiv 2309.16240, section 4; chi_squared: Huang et al., arXiv 2407.13399.
     """
     if divergence == "reverse_kl":
         return policy, reference

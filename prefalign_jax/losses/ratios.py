@@ -71,6 +71,9 @@ def with_logps(metrics: Metrics, policy: PairLogps) -> Metrics:
     return {**metrics, "logps/chosen": policy.chosen, "logps/rejected": policy.rejected}
 
 
-def reward_metrics(chosen: jax.Array, rejected: jax.Array, policy: PairLogps) -> Metrics:
-    """TRL's metrics per pair: implicit rewards and summed log-probabilities."""
-    return with_logps(rewards(chosen, rejected), policy)
+def reward_metrics(chosen: jax.Array, rejected: jax.Array, policy: PairLogps, means: bool = False) -> Metrics:
+    """TRL's metrics per pair: implicit rewards, and log-probabilities as sums or as means per token."""
+    metrics = with_logps(rewards(chosen, rejected), policy)
+    if means:
+        metrics["logps/chosen"], metrics["logps/rejected"] = per_token(policy.chosen, policy.rejected, policy)
+    return metrics

@@ -1,4 +1,4 @@
-"""Losses of pairs without a reference, other than ORPO: SimPO, CPO, AlphaPO, SLiC-HF, RRHF, unlikelihood."""
+"""Losses of likelihoods without a reference: SimPO, RePO, SimPER, AlphaPO, CPO, SLiC-HF, RRHF, unlikelihood."""
 
 from __future__ import annotations
 
@@ -10,14 +10,6 @@ from prefalign_jax.losses.sft import nll
 from prefalign_jax.types import PairLogps
 
 CPO_SURROGATES = ("sigmoid", "hinge", "ipo")
-
-
-def _metrics(chosen: jax.Array, rejected: jax.Array, policy: PairLogps, means: bool) -> dict[str, jax.Array]:
-    """`reward_metrics`, with logps/* as means per token where the loss is of means."""
-    metrics = reward_metrics(chosen, rejected, policy)
-    if means:
-        metrics["logps/chosen"], metrics["logps/rejected"] = per_token(policy.chosen, policy.rejected, policy)
-    return metrics
 
 
 def shaped(logp: jax.Array, reward_alpha: float) -> jax.Array:
@@ -56,7 +48,49 @@ def simpo(
     """
     chosen, rejected = per_token(policy.chosen, policy.rejected, policy)
     loss = smoothed(beta * (chosen - rejected) - gamma, label_smoothing)
-    return loss, _metrics(beta * chosen, beta * rejected, policy, means=True)
+    return loss, reward_metrics(beta * chosen, beta * rejected, policy, means=True)
+
+
+def repo(policy: PairLogps, reference: None = None, *, gamma: float = 0.4) -> Result:
+    """max(0, gamma - log pi_w / n_w + log pi_l / n_l)
+
+    RePO, preference optimisation by a ReLU: SimPO's limit as beta grows. A pair whose margin exceeds gamma has no
+    gradient, all others have the same.
+
+    Args:
+      policy: [B] float32 log-probabilities, summed over each response, and token counts.
+      reference: none.
+      gamma: target margin of the log-likelihoods per token, in [0, 1]; 0.4 in the paper's analysis, 0.6 in a script.
+
+    Returns:
+      (loss [B], metrics {name: [B]}); rewards and logps/* are means per token.
+
+    TRL: none; the authors' code is equal.
+    Source: Wu et al., arXiv 2503.07426, section 3.1 (revised version), and their code.
+    """
+    chosen, rejected = per_token(policy.chosen, policy.rejected, policy)
+    loss = jax.nn.relu(gamma - chosen + rejected)
+    return loss, reward_metrics(chosen, rejected, policy, means=True)
+
+
+def simper(policy: PairLogps, reference: None = None) -> Result:
+    """-exp(log pi_w / n_w) + exp(log pi_l / n_l)
+
+    SimPER: the inverse perplexity of the chosen response is raised, that of the rejected one lowered. It has neither a
+    reference nor a hyper-parameter, and a response that is unlikely has hardly a gradient.
+
+    Args:
+      policy: [B] float32 log-probabilities, summed over each response, and token counts.
+      reference: none.
+
+    Returns:
+      (loss [B], metrics {name: [B]}); rewards and logps/* are means per token.
+
+    TRL: none; the authors' code is equal.
+    Source: Xiao et al., arXiv 2502.00883, and their code.
+    """
+    chosen, rejected = per_token(policy.chosen, policy.rejected, policy)
+    return jnp.exp(rejected) - jnp.exp(chosen), reward_metrics(chosen, rejected, policy, means=True)
 
 
 def alphapo(
@@ -86,7 +120,7 @@ def alphapo(
     """
     chosen, rejected = (shaped(x, reward_alpha) for x in per_token(policy.chosen, policy.rejected, policy))
     loss = -jax.nn.log_sigmoid(beta * (chosen - rejected) - gamma)
-    return loss, _metrics(beta * chosen, beta * rejected, policy, means=True)
+    return loss, reward_metrics(beta * chosen, beta * rejected, policy, means=True)
 
 
 def cpo(
@@ -128,7 +162,7 @@ def cpo(
     else:
         loss = smoothed(beta * h, label_smoothing)
     imitation = nll(policy, over="chosen", mean="pair")
-    metrics = _metrics(beta * chosen, beta * rejected, policy, means=False)
+    metrics = reward_metrics(beta * chosen, beta * rejected, policy)
     return loss + alpha * imitation, {**metrics, "nll_loss": imitation}
 
 
@@ -150,7 +184,7 @@ def slic(policy: PairLogps, reference: None = None, *, delta: float = 1.0, lam: 
     Source: Zhao et al., arXiv 2305.10425, section 2.
     """
     loss = jax.nn.relu(delta - policy.chosen + policy.rejected) - lam * policy.chosen
-    return loss, _metrics(policy.chosen, policy.rejected, policy, means=False)
+    return loss, reward_metrics(policy.chosen, policy.rejected, policy)
 
 
 def rrhf(policy: PairLogps, reference: None = None, *, lam: float = 1.0) -> Result:
@@ -171,7 +205,7 @@ def rrhf(policy: PairLogps, reference: None = None, *, lam: float = 1.0) -> Resu
     Source: Yuan et al., arXiv 2304.05302, section 3, as in Meng et al., arXiv 2405.14734.
     """
     chosen, rejected = per_token(policy.chosen, policy.rejected, policy)
-    return jax.nn.relu(rejected - chosen) - lam * policy.chosen, _metrics(chosen, rejected, policy, means=True)
+    return jax.nn.relu(rejected - chosen) - lam * policy.chosen, reward_metrics(chosen, rejected, policy, means=True)
 
 
 def unlikelihood(policy: PairLogps, reference: None = None, *, alpha: float = 0.1) -> Result:
@@ -191,4 +225,4 @@ def unlikelihood(policy: PairLogps, reference: None = None, *, alpha: float = 0.
     Source: Rafailov et al., arXiv 2305.18290, section 6. (Welleck et al., arXiv 1908.04319, bound it:
       -log(1 - p) of each token.)
     """
-    return alpha * policy.rejected - policy.chosen, _metrics(policy.chosen, policy.rejected, policy, means=False)
+    return alpha * policy.rejected - policy.chosen, reward_metrics(policy.chosen, policy.rejected, policy)

@@ -58,7 +58,7 @@ def row(name: str) -> list[str]:
     return [
         f"`{name}`",
         f"`{' '.join(doc.splitlines()[0].split())}`",
-        options + (f"; {more}" if more else ""),
+        "; ".join(filter(None, (options, more))) or "none",
         "yes" if "reference" in loss.needs else "no",
         ", ".join(sorted(loss.needs - usual)) or "-",
         paragraph(doc, "TRL").rstrip("."),
