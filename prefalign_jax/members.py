@@ -1,13 +1,15 @@
 """Several runs in one program: a train step vmapped over what they differ in; what they share is there once.
 
 The members of a program are runs of one experiment that differ in their seed and in some numbers (`NUMBERS`). Each has
-parameters, moments and batches of its own. A frozen reference, or the base under adapters, has no axis of members:
-what it computes for all is one big product. Nothing passes from one member to another, so a member's numbers are
-those of the run alone, to rounding, and one that diverges changes no other.
+parameters and moments of its own. A frozen reference, or the base under adapters, has no axis of members: what it
+computes for all is one big product. Those that see the same data in the same order have one batch. Nothing passes from
+one member to another, so a member's numbers are those of the run alone, to rounding, and one that diverges changes no
+other.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +25,7 @@ from prefalign_jax.losses import LOSSES, MODIFIERS, hyper_of
 from prefalign_jax.models.dropout import Dropout
 from prefalign_jax.options import hyper_parameters
 from prefalign_jax.sharding import batch_shardings, state_shardings
-from prefalign_jax.train_step import Metrics, make_update
+from prefalign_jax.train_step import Metrics, make_update, reference_logps
 from prefalign_jax.types import LanguageModel, PreferenceBatch, TrainState
 
 # Fields in which members may differ, beside the numbers that their loss itself takes.
@@ -116,8 +118,8 @@ class Program(NamedTuple):
     the step and the reference, which all have in common.
 
     Attributes:
-      step: (state, batch) -> (state, {metric: [K]}); the state is donated. The batch has K, then M as leading axes.
-        Like every jitted function it has `lower`.
+      step: (state, batch) -> (state, {metric: [K]}); the state is donated. The batch has the streams, then M as leading
+        axes. Like every jitted function it has `lower`.
       empty: reference -> a state of all at step 0, to be filled.
       put: (state, k, state of one) -> the state with that of member k; the state is donated.
       take: (state, k) -> the state of member k.
@@ -132,7 +134,12 @@ class Program(NamedTuple):
 
 
 def make_program(
-    experiments: Sequence[Experiment], numbers: Numbers, model: LanguageModel, mesh: Mesh, one: TrainState
+    experiments: Sequence[Experiment],
+    numbers: Numbers,
+    model: LanguageModel,
+    mesh: Mesh,
+    one: TrainState,
+    stream_of: Sequence[int],
 ) -> Program:
     """The program of some experiments.
 
@@ -142,6 +149,8 @@ def make_program(
       model: pure functions of params; where rates of dropout differ, one that has `dropping`.
       mesh: the mesh; each member's arrays are dealt to it as those of a run alone.
       one: the state of one of them, or its shapes.
+      stream_of: [K] which of a step's batches is each member's. Those that read the same data in the same order have
+        one batch, and a frozen reference reads it once.
 
     Returns:
       The `Program`.
@@ -161,6 +170,14 @@ def make_program(
         step = make_update(own, loss, optimizer, schedule=rate, seed=numbers.seed, **options)
         return step(state, batch)
 
+    def of_all(numbers: Numbers, state: TrainState, batches: PreferenceBatch) -> tuple[TrainState, Metrics]:
+        needs, loss = first.loss.needs, first.loss
+        if "reference" in needs and "token_kl" not in needs and batches.reference is None:
+            read = functools.partial(reference_logps, model, loss, state.reference, chunk=options["chunk"])
+            batches = batches._replace(reference=jax.vmap(functools.partial(jax.lax.map, read))(batches))
+        own = jax.tree.map(lambda x: x[np.array(stream_of)], batches)
+        return jax.vmap(update, in_axes=(0, axes, 0), out_axes=(axes, 0))(numbers, state, own)
+
     axes = TrainState(step=None, params=0, opt_state=0, reference=None, running=0)
     alone = state_shardings(mesh, one, optimizer_of(first, lambda step: 0.0), model.rules)
     whole = NamedSharding(mesh, P())
@@ -175,7 +192,7 @@ def make_program(
         return {name: getattr(state, name) for name in own}
 
     compiled = jax.jit(
-        jax.vmap(update, in_axes=(0, axes, 0), out_axes=(axes, 0)),
+        of_all,
         in_shardings=(None, placed, None),
         out_shardings=(placed, whole),
         donate_argnums=1,

@@ -79,7 +79,9 @@ def _train(experiments: Sequence[Experiment], workdirs: Sequence[Path], stack: c
 
     # State: all at the step where all can go on. A member that has ended keeps its place, and nobody looks at it.
     start = common_step([run for run in runs if not (has_failed(run) or is_complete(run))])
-    program, state = put_together(runs, mesh)
+    streams: dict[tuple[int, int], int] = {}  # data and seed -> number
+    stream_of = [streams.setdefault((id(run.began.training), run.experiment.config.seed), len(streams)) for run in runs]
+    program, state = put_together(runs, mesh, stream_of)
     state = state._replace(step=jax.device_put(np.int32(start), state.step.sharding))
     live = [k for k, run in enumerate(runs) if not has_failed(run)]
     for k in live:
@@ -89,10 +91,14 @@ def _train(experiments: Sequence[Experiment], workdirs: Sequence[Path], stack: c
 
     # Loop, as that of a run alone.
     evaluate = make_evaluation(ready, [run.began for run in runs], workdirs, tokenizer, mesh, members=True)
-    sets, longest = alike([run.began.training for run in runs]), max(run.total for run in runs)
-    orders = [train_order(data, **order_of(run.experiment), stop=longest) for run, data in zip(runs, sets, strict=True)]
+    longest = max(run.total for run in runs)
+    firsts = [runs[stream_of.index(number)] for number in range(len(streams))]
+    sets = alike([run.began.training for run in firsts])
+    orders = [
+        train_order(data, **order_of(one.experiment), stop=longest) for one, data in zip(firsts, sets, strict=True)
+    ]
     batches = packed_ahead(lambda n: batches_of(sets, [order(n) for order in orders]), start, longest)
-    meters = meters_of(sets, program, state)
+    meters = meters_of([sets[number] for number in stream_of], program, state)
     timer = checkpoint.Timer(config.save_steps)
     log = Log(runs, live, stack.enter_context(Progress(longest, "step", start=start)))
     note(f"{len(runs)} runs in one program, {len(live)} to go on with")
@@ -131,7 +137,7 @@ def _train(experiments: Sequence[Experiment], workdirs: Sequence[Path], stack: c
             state, metrics = program.step(state, on_devices)
             rates = {}
             for k, meter in enumerate(meters):
-                meter.add(batch._replace(index=batch.index[k]), on_devices)
+                meter.add(batch._replace(index=batch.index[stream_of[k]]), on_devices)
                 if step in (1, runs[k].total) or due(step, config.log_steps):
                     meter.waiting = meters[0].waiting
                     rates[k] = meter.read()
@@ -192,7 +198,7 @@ def assembled(
     return out
 
 
-def put_together(runs: Sequence[Run], mesh: jax.sharding.Mesh) -> tuple[Program, TrainState]:
+def put_together(runs: Sequence[Run], mesh: jax.sharding.Mesh, stream_of: Sequence[int]) -> tuple[Program, TrainState]:
     """The program of some runs, and their states in one: where each stopped, or its beginning."""
     model, reference = runs[0].began.model, runs[0].began.reference
     numbers = numbers_of([run.experiment for run in runs], [len(run.data.training) for run in runs])
@@ -202,7 +208,7 @@ def put_together(runs: Sequence[Run], mesh: jax.sharding.Mesh) -> tuple[Program,
         params = jax.tree.map(jnp.copy, run.began.params)  # others have them too, and a checkpoint replaces them
         own = init_state(params, optimizer, mesh, reference, run.experiment.loss.running, model.rules)
         if program is None:
-            program = make_program([run.experiment for run in runs], numbers, model, mesh, own)
+            program = make_program([run.experiment for run in runs], numbers, model, mesh, own, stream_of)
             state = program.empty(reference)
         state = program.put(state, k, own if has_failed(run) else run.restored(own))
     return program, state

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from prefalign_jax.logps import VOCABULARY_CHUNK, policy_and_reference_logps, preference_logps
+from prefalign_jax.logps import REFERENCE_NEEDS, VOCABULARY_CHUNK, policy_and_reference_logps, preference_logps
 from prefalign_jax.losses import BoundLoss
 from prefalign_jax.metrics import metric_sums, weighted_sum
 from prefalign_jax.optim import apply_updates
@@ -54,6 +54,13 @@ def both_logps(
         return policy_and_reference_logps(model, params, reference, batch, chunk, loss.needs, key)
     policy = preference_logps(model, params, batch, chunk, loss.needs, key)
     return policy, batch.reference if "reference" in loss.needs else None
+
+
+def reference_logps(
+    model: LanguageModel, loss: BoundLoss, reference: Params, batch: PreferenceBatch, chunk: int = VOCABULARY_CHUNK
+) -> PairLogps:
+    """What `both_logps` has of the reference; arguments as there. A batch may carry it in place of a computation."""
+    return preference_logps(model, reference, batch, chunk, loss.needs & REFERENCE_NEEDS)
 
 
 def init_state(

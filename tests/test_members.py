@@ -89,15 +89,19 @@ def together(experiments, data, model, mesh, steps=STEPS):
     count = len(data.pairs)
     states = [began(experiment, data, model, mesh)[1] for experiment in experiments]
     numbers = numbers_of(experiments, [count] * len(experiments))
-    program = make_program(experiments, numbers, model, mesh, states[0])
+    seeds = [one.config.seed for one in experiments]
+    streams = list(dict.fromkeys(seeds))
+    stream_of = [streams.index(seed) for seed in seeds]
+    program = make_program(experiments, numbers, model, mesh, states[0], stream_of)
     state = program.empty(states[0].reference)
     for k, one in enumerate(states):
         state = program.put(state, k, one)
-    sets, orders = alike([data] * len(experiments)), [train_order(data, **order_of(one)) for one in experiments]
+    firsts = [experiments[seeds.index(seed)] for seed in streams]
+    sets, orders = alike([data] * len(firsts)), [train_order(data, **order_of(one)) for one in firsts]
     rows, seen = [], []
     for n in range(steps):
         batch = batches_of(sets, [order(n) for order in orders])
-        seen.append(batch.index)
+        seen.append(batch.index[stream_of])
         state, metrics = program.step(state, program.place(batch))
         rows.append(jax.device_get(metrics))
     return rows, seen, [jax.device_get(program.take(state, k).params) for k in range(len(experiments))]
@@ -109,11 +113,25 @@ def set_of(experiment, model):
 
 
 @pytest.mark.everything  # tests/test_together.py compares whole runs
-@pytest.mark.parametrize("name", ["dpo", "kto", "orpo", "simpo", "bco", "dpo with adapters", "dpo with dropout"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dpo",
+        "kto",
+        "orpo",
+        "simpo",
+        "bco",
+        "dpo with adapters",
+        "dpo with dropout",
+        "dpo in one order",
+        "kto in one order",
+    ],
+)
 def test_a_member_is_the_run_that_it_is_alone(name):
     loss, _, adapted = name.partition(" ")
     model, dropping = ADAPTED if adapted == "with adapters" else MODEL, adapted == "with dropout"
-    experiments = experiments_of(loss, differing=DROPOUT if dropping else {})
+    fields = {"seed": 0} if adapted == "in one order" else {}
+    experiments = experiments_of(loss, differing=DROPOUT if dropping else {}, **fields)
     data = set_of(experiments[0], model)
     assert len(data.shapes) > 1
     rows, seen, params = together(experiments, data, model, MESH)
