@@ -33,7 +33,8 @@ LAYOUTS = ("tree", "packed", "padded")
 class Published(NamedTuple):
     """A data set of arXiv 2410.20305.
 
-    Tables 1 and 2 of the paper hold all but `spread`. Its rates are pairs a second on 8 H100.
+    Tables 1 and 2 of the paper hold all but `spread`. Rates are pairs a second on 8 H100. The tables do not say what a
+    length counts. Taken as a prompt and one response, the packed rates are nearly as many tokens a second for each set.
 
     Attributes:
       length: median number of tokens of a prompt with one response.
@@ -49,8 +50,8 @@ class Published(NamedTuple):
     padded: float
     packed: float
     shared: float
-    # The authors cut Capybara at 2,842 tokens, 1.1 times its 95th percentile: a text is spread by 0.49, so its parts by
-    # about 0.65. This is assumed of the others.
+    # The authors pack Capybara into 3,968 tokens, 1.1 times the 95th percentile of a prompt with both responses. So the
+    # sum is spread by 0.49, and each part by about 0.65. This is assumed of the others.
     spread: tuple[float, float] = (0.65, 0.65)
 
 
@@ -136,7 +137,7 @@ def prefix_step(
 def drawn_lengths(published: Published, count: int) -> np.ndarray:
     """[count, 3] tokens of prompt, chosen and rejected response: log-normal, with the stated medians.
 
-    None is longer than 1.1 times the 95th percentile of its kind, as the authors cut texts.
+    None is longer than 1.1 times the 95th percentile of its kind, which is how the authors bound a packed sequence.
     """
     rng, (of_prompts, of_responses) = np.random.default_rng(0), published.spread
     spread = np.array([of_prompts, of_responses, of_responses])
