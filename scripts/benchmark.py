@@ -2,7 +2,7 @@
 
 import sys
 
-from benchmarks import checkpoints, decoding, peers, pipeline, prefix_sharing, step_cost, tokenizing
+from benchmarks import checkpoints, decoding, gpu, peers, pipeline, prefix_sharing, step_cost, tokenizing
 from benchmarks.measuring import run
 from prefalign_jax.exits import status_of
 
@@ -11,6 +11,7 @@ BENCHMARKS = {
     "memory": step_cost.memory,
     "decode": decoding.decode,
     "train": peers.train,
+    "gpu": gpu.gpu,
     "pack": pipeline.pack,
     "data": pipeline.data,
     "cost": step_cost.cost,

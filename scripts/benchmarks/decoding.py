@@ -65,14 +65,21 @@ def decode(
 
 
 def decode_step(
-    directory: str, who: str, rows: int, prompt: int, new_tokens: int, cores: int, devices: int
+    directory: str,
+    who: str,
+    rows: int,
+    prompt: int,
+    new_tokens: int,
+    cores: int,
+    devices: int = 1,
+    dtype: str = "float32",
 ) -> dict[str, Any]:
     """One side of `decode`: seconds of the first run and of three more, and the tokens."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-cores:])  # before either library starts its threads
     config = hf_io.load_config(directory)
     ids = np.random.default_rng(0).integers(3, config.vocab_size, (rows, prompt)).astype(np.int32)
     if who == "ours":
-        model, params = make_decoder(config), hf_io.load_params(directory, config)
+        model, params = make_decoder(config, dtype=dtype), hf_io.load_params(directory, config, dtype=dtype)
         options = dict(seed=0, stop_tokens=[], sampling=Sampling(temperature=0.0), batch_size=rows)
 
         def run() -> list[list[int]]:
@@ -83,7 +90,7 @@ def decode_step(
         import transformers
 
         torch.set_num_threads(cores)
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
         theirs.generation_config.eos_token_id = None  # nothing stops
         text = torch.from_numpy(ids).long()
         options = dict(attention_mask=torch.ones_like(text), do_sample=False, pad_token_id=0)

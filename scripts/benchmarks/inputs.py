@@ -79,6 +79,7 @@ def pairs_for(lengths: str, vocabulary: int, size: int, steps: int, max_length: 
             room = max_length - len(asked)
             answers = [rng.integers(2, vocabulary, around(response, room) - 1).tolist() + [EOS] for _ in range(count)]
             drawn += [(asked, *pair) for pair in itertools.combinations(answers, 2)]
+        drawn = dealt(drawn, size) if count == 2 else drawn  # more have to stay together
     else:
         records, _ = read_records(lengths)
         texts = [(record.prompt, record.chosen, record.rejected) for record in records]
@@ -89,14 +90,18 @@ def pairs_for(lengths: str, vocabulary: int, size: int, steps: int, max_length: 
         encoded = [[one.ids for one in tokenizer.encode_batch(list(three))] for three in texts]
         drawn = [(prompt, chosen + [EOS], rejected + [EOS]) for prompt, chosen, rejected in encoded]
         drawn = [x for x in drawn if len(x[0]) + max(len(x[1]), len(x[2])) <= max_length and x[1] != x[2]]
-        lengths_ = lengths_of([Pair(*map(np.array, x)) for x in drawn], Layout())
-        order = np.random.default_rng(0).permutation(len(drawn))
-        batches = balanced(lengths_.of(order), size)
-        dealt = [order[batches[b]] for b in np.random.default_rng(1).permutation(len(batches))]
-        drawn = [drawn[i] for batch in dealt for i in batch]
+        drawn = dealt(drawn, size)
     if len(drawn) < size * steps:
         raise UserError(f"{lengths}: {len(drawn)} pairs of at most {max_length} tokens are not enough")
     return dict(zip(("prompt", "chosen", "rejected"), map(list, zip(*drawn, strict=True)), strict=True))
+
+
+def dealt(drawn: list[tuple[list[int], ...]], size: int) -> list[tuple[list[int], ...]]:
+    """Pairs in another order, in which batches hold about as many tokens each."""
+    lengths = lengths_of([Pair(*map(np.array, x)) for x in drawn], Layout())
+    order = np.random.default_rng(0).permutation(len(drawn))
+    batches = balanced(lengths.of(order), size)
+    return [drawn[i] for b in np.random.default_rng(1).permutation(len(batches)) for i in order[batches[b]]]
 
 
 def write_pairs(directory: Path, file: Path, count: int) -> None:

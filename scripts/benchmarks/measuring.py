@@ -23,6 +23,7 @@ from prefalign_jax.tables import aligned
 from prefalign_jax.types import UserError
 
 GIB = 2**30
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda"}  # --device -> what JAX calls it
 
 
 def run(benchmarks: Mapping[str, Callable[..., dict[str, Any]]], argv: Sequence[str]) -> None:
@@ -41,11 +42,19 @@ def run(benchmarks: Mapping[str, Callable[..., dict[str, Any]]], argv: Sequence[
         print(*(f"  {key:<8}{function.__doc__.splitlines()[0]}" for key, function in benchmarks.items()), sep="\n")
         return
     function = choose("benchmark", name, benchmarks)
-    parser = Parser(f"benchmark.py {name}", function.__doc__)
-    for option, default in hyper_parameters(function).items():
-        parser.add_argument(f"--{option}", type=type(default), default=default, help=f"default: {default}")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE.json", help="gets options and figures")
+    parser, takes = Parser(f"benchmark.py {name}", function.__doc__), hyper_parameters(function)
+    writes = takes.pop("out", None) is not None  # the benchmark itself, into a directory
+    for option, default in takes.items():
+        if isinstance(default, bool):
+            parser.add_truth(f"--{option}", f"default: {default}")
+        else:
+            parser.add_argument(f"--{option}", type=type(default), default=default, help=f"default: {default}")
+    metavar = "DIR" if writes else "FILE.json"
+    parser.add_argument("--out", required=True, type=Path, metavar=metavar, help="gets options and figures")
     options = vars(parser.read(rest))
+    if writes:
+        print(table(name, function(**options)))
+        return
     out = options.pop("out")
     figures = function(**options)
     print(table(name, figures))
@@ -83,6 +92,54 @@ def measured(step: str, **arguments: Any) -> tuple[dict[str, Any], int, int]:
     if child.returncode:
         raise UserError(f"the process that was to {step} ended with status {child.returncode}")
     return json.loads(text.splitlines()[-1]), *peaks
+
+
+# Runs a command in place of itself that ends when the process that started it does, however that ends. Linux alone has
+# prctl: 1 is PR_SET_PDEATHSIG, 9 SIGKILL. Where that process has ended already, another is the parent.
+_TIED = """import ctypes, os, sys
+getattr(ctypes.CDLL(None), "prctl", lambda *_: None)(1, 9)
+os.getppid() == int(sys.argv[1]) and os.execvp(sys.argv[2], sys.argv[2:])"""
+
+
+def answer_of(
+    command: Sequence[str], device: str, *, seconds: float | None = None, cache: Path | None = None, apart: bool = False
+) -> dict[str, Any]:
+    """Runs a process on one device and reads the JSON in the last line that it prints.
+
+    Args:
+      command: the program and its arguments.
+      device: a key of PLATFORMS.
+      seconds: it is ended after so many.
+      cache: directory of compiled programs; None compiles all anew.
+      apart: it is to import nothing of this checkout.
+
+    Returns:
+      What it printed.
+
+    Raises:
+      subprocess.TimeoutExpired: it took longer.
+      UserError: it failed.
+    """
+    environment = {**os.environ, "JAX_PLATFORMS": PLATFORMS[device], "HF_HUB_OFFLINE": "1"}
+    environment["JAX_ENABLE_COMPILATION_CACHE"] = "false" if cache is None else "true"
+    if cache is not None:
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+    environment["JAX_TRACEBACK_FILTERING"] = "off"  # so that an error's last line is the error
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    else:
+        environment.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    flags = environment.get("XLA_FLAGS", "").split()
+    environment["XLA_FLAGS"] = " ".join(x for x in flags if "device_count" not in x)  # one device, not many simulated
+    paths = [str(Path(__file__).parents[1]), *filter(None, [environment.pop("PYTHONPATH", None)])]
+    if not apart:
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+    tied = [sys.executable, "-S", "-c", _TIED, str(os.getpid()), *command]
+    done = subprocess.run(tied, capture_output=True, text=True, env=environment, timeout=seconds)
+    if done.returncode:
+        last = next(iter(done.stderr.strip().splitlines()[-1:]), "no message")
+        raise UserError(f"{Path(command[-2]).name} ended with status {done.returncode}: {last}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def resident(pid: int) -> tuple[int, int]:

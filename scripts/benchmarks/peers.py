@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -15,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.inputs import EOS, FIXED, GROUPS, SHAPES, pairs_for, random_params
-from benchmarks.measuring import GIB
+from benchmarks.measuring import GIB, PLATFORMS, answer_of
 from prefalign_jax.data.rows import content_digest
-from prefalign_jax.files import whole
-from prefalign_jax.models import hf_io
+from prefalign_jax.files import whole, write_json
+from prefalign_jax.models import families, hf_io
 from prefalign_jax.models.decoder import REMAT
 from prefalign_jax.options import choose
 from prefalign_jax.types import UserError
@@ -27,7 +26,6 @@ SIDES = Path(__file__).parent / "sides"
 REFERENCES = ("copy", "cached")
 OURS = (*REFERENCES, "separate", "none")  # peers that are this package itself, or nobody
 SCRIPTS = {name: f"{name}_side.py" for name in ("trl", "tunix", "easydel")} | dict.fromkeys(OURS, "our_side.py")
-PLATFORMS = {"cpu": "cpu", "gpu": "cuda"}  # --device -> what JAX calls it
 
 
 def train(
@@ -158,15 +156,25 @@ def refuse_options(
 
 
 def write_inputs(
-    scratch: Path, shape: str, dtype: str, lengths: str, pairs: int, steps: int, max_length: int
+    scratch: Path,
+    shape: str,
+    dtype: str,
+    lengths: str,
+    pairs: int,
+    steps: int,
+    max_length: int,
+    *,
+    weights: bool = True,
 ) -> tuple[Path, Path]:
-    """(directory of the model, file of the pairs), made unless they are there."""
+    """(directory of the model, file of the pairs), made unless they are there; without weights it has a shape alone."""
     config, drawn_from = SHAPES[shape], lengths
     if not (FIXED.fullmatch(lengths) or GROUPS.fullmatch(lengths)):
         drawn_from = f"{Path(lengths).name}-{content_digest(lengths)[:8]}"
-    model = scratch / f"{shape}-{dtype}"
+    model = scratch / (f"{shape}-{dtype}" if weights else f"{shape}-shape")
     data = scratch / f"{pairs}x{steps}-{max_length}-{config.vocab_size}-{drawn_from}.json"
-    if not model.exists():
+    if not weights:
+        write_json(model / "config.json", families.to_hf(config))
+    elif not model.exists():
         hf_io.save_params(random_params(config, dtype), config, model, dtype=dtype)
     if not data.exists():
         drawn = json.dumps(pairs_for(lengths, config.vocab_size, pairs, steps, max_length))
@@ -208,37 +216,44 @@ def ratio_of(turn: dict[str, dict[str, Any]], peer: str) -> float:
     return float(np.median(warm(turn[peer], "seconds")) / np.median(warm(turn["ours"], "seconds")))
 
 
+def times_of(results: Sequence[dict[str, Any]], pairs: int) -> dict[str, float]:
+    """Times and memory of a side's steps, over all rounds."""
+    seconds = np.concatenate([warm(one, "seconds") for one in results])
+    return {
+        "steps": len(seconds),
+        "s a step": float(np.median(seconds)),
+        "s a step, least": float(seconds.min()),
+        "s a step, most": float(seconds.max()),
+        "CPU-s a step": float(np.median(np.concatenate([warm(one, "cpu_seconds") for one in results]))),
+        "pairs/s": pairs / float(np.median(seconds)),
+        "peak memory, GiB": max(one["peak_bytes"] for one in results) / GIB,
+        "first step, s": float(np.median([one["seconds"][0] for one in results])),
+    }
+
+
+def counts_of(ours: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """What our side knows besides: tokens, padding, programs, and operations on useful tokens."""
+    names = ("tokens", "positions", "trained", "wait_seconds", "useful_flops", "seconds")
+    counted = {name: np.concatenate([warm(one, name) for one in ours]) for name in names}
+    useful = counted["useful_flops"] / counted["seconds"]
+    return {
+        "trained tokens/s": float(counted["trained"].sum() / counted["seconds"].sum()),
+        "padding, share of positions": float(1 - counted["tokens"].sum() / counted["positions"].sum()),
+        "input wait, share of time": float(counted["wait_seconds"].sum() / counted["seconds"].sum()),
+        "programs compiled": max(one["programs"] for one in ours),
+        "compilation, s": float(np.median([one["compile_seconds"] for one in ours])),
+        "GFLOP/s on useful tokens": float(np.median(useful) / 1e9),
+        "share of this machine's matmul rate": float(np.median(useful) / np.median([x["matmul_flops"] for x in ours])),
+    }
+
+
 def comparison(turns: Sequence[dict[str, dict[str, Any]]], peer: str, pairs: int) -> dict[str, Any]:
     """The figures of `train` from what the sides measured in each round."""
     figures: dict[str, Any] = {"device": turns[0]["ours"]["device"]}
     for name in turns[0]:
-        results = [turn[name] for turn in turns]
-        seconds = np.concatenate([warm(one, "seconds") for one in results])
-        figures |= {
-            f"{name}, steps": len(seconds),
-            f"{name}, s a step": float(np.median(seconds)),
-            f"{name}, s a step, least": float(seconds.min()),
-            f"{name}, s a step, most": float(seconds.max()),
-            f"{name}, CPU-s a step": float(np.median(np.concatenate([warm(one, "cpu_seconds") for one in results]))),
-            f"{name}, pairs/s": pairs / float(np.median(seconds)),
-            f"{name}, peak memory, GiB": max(one["peak_bytes"] for one in results) / GIB,
-            f"{name}, first step, s": float(np.median([one["seconds"][0] for one in results])),
-        }
-    ours = [turn["ours"] for turn in turns]
-    names = ("tokens", "positions", "trained", "wait_seconds", "useful_flops", "seconds")
-    counted = {name: np.concatenate([warm(one, name) for one in ours]) for name in names}
-    useful = counted["useful_flops"] / counted["seconds"]
-    figures |= {
-        "ours, trained tokens/s": float(counted["trained"].sum() / counted["seconds"].sum()),
-        "ours, padding, share of positions": float(1 - counted["tokens"].sum() / counted["positions"].sum()),
-        "ours, input wait, share of time": float(counted["wait_seconds"].sum() / counted["seconds"].sum()),
-        "ours, programs compiled": max(one["programs"] for one in ours),
-        "ours, compilation, s": float(np.median([one["compile_seconds"] for one in ours])),
-        "ours, GFLOP/s on useful tokens": float(np.median(useful) / 1e9),
-        "ours, share of this machine's matmul rate": float(
-            np.median(useful) / np.median([x["matmul_flops"] for x in ours])
-        ),
-    }
+        times = times_of([turn[name] for turn in turns], pairs)
+        figures |= {f"{name}, {key}": value for key, value in times.items()}
+    figures |= {f"ours, {key}": value for key, value in counts_of([turn["ours"] for turn in turns]).items()}
     if peer == "none":
         return figures
     rounds = [ratio_of(turn, peer) for turn in turns]
@@ -252,24 +267,18 @@ def comparison(turns: Sequence[dict[str, dict[str, Any]]], peer: str, pairs: int
     }
 
 
-def side(python: str, script: str, spec: dict[str, Any], device: str) -> dict[str, Any]:
+def side(python: str, script: str, spec: dict[str, Any], device: str, **limits: Any) -> dict[str, Any]:
     """Runs one side in a process of its own; what it measured.
+
+    Args:
+      python: the interpreter.
+      script: in the folder `sides`.
+      spec: what it reads.
+      device: cpu or gpu.
+      **limits: seconds and cache of `answer_of`.
 
     Raises:
       UserError: it failed.
     """
-    environment = {**os.environ, "JAX_PLATFORMS": PLATFORMS[device], "HF_HUB_OFFLINE": "1"}
-    environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # compilation is measured too
-    environment["JAX_TRACEBACK_FILTERING"] = "off"  # so that an error's last line is the error
-    if device == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    flags = environment.get("XLA_FLAGS", "").split()
-    environment["XLA_FLAGS"] = " ".join(x for x in flags if "device_count" not in x)  # one device, not many simulated
-    if script != "our_side.py":
-        environment.pop("PYTHONPATH", None)
-    command = [python, str(SIDES / script), json.dumps(spec)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        last = next(iter(done.stderr.strip().splitlines()[-1:]), "no message")
-        raise UserError(f"{script} ended with status {done.returncode}: {last}")
-    return json.loads(done.stdout.splitlines()[-1])
+    others = script in {name for peer, name in SCRIPTS.items() if peer not in OURS}
+    return answer_of([python, str(SIDES / script), json.dumps(spec)], device, apart=others, **limits)

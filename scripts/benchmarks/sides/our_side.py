@@ -3,14 +3,16 @@
 import json
 import sys
 import time
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax_device import device_figures
+from jax_device import device_figures, matmul_rate
 
-from prefalign_jax.data.pipeline import make_pair_set, train_batches
+from prefalign_jax.data.packing import Shape, shape_of
+from prefalign_jax.data.pipeline import PairSet, make_pair_set, train_batches
 from prefalign_jax.data.trees import Layout
 from prefalign_jax.losses import make_loss
 from prefalign_jax.models import hf_io
@@ -19,7 +21,7 @@ from prefalign_jax.models.lora import Lora, init_adapters
 from prefalign_jax.reference import compute
 from prefalign_jax.sharding import make_mesh, param_shardings
 from prefalign_jax.train_step import init_state, make_train_step
-from prefalign_jax.types import Pair
+from prefalign_jax.types import Pair, PreferenceBatch
 
 
 def pairs_of(path: str) -> list[Pair]:
@@ -29,19 +31,9 @@ def pairs_of(path: str) -> list[Pair]:
     return [Pair(*(np.array(ids, np.int32) for ids in three)) for three in zip(*sides.values(), strict=True)]
 
 
-def matmul_rate(dtype: str, size: int = 8192) -> float:
-    """Operations a second of plain products of random numbers, eight in a row: the median of five times."""
-    if jax.default_backend() == "cpu":
-        size //= 8 if dtype == "float32" else 32  # half precision is slow there
-    x = jax.random.normal(jax.random.key(0), (size, size), dtype)
-    product = jax.jit(lambda x: x @ x)
-    product(x).block_until_ready()
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        jax.block_until_ready([product(x) for _ in range(8)])
-        times.append((time.perf_counter() - began) / 8)
-    return 2 * size**3 / float(np.median(times))
+def of_one_shape(data: PairSet, batches: Iterable[PreferenceBatch]) -> PairSet:
+    """The set with a shape that holds each of these batches and no other, where compilation is dear."""
+    return data._replace(shapes=(Shape(*np.max([shape_of(batch) for batch in batches], axis=0).tolist()),))
 
 
 def main() -> None:
@@ -57,7 +49,11 @@ def main() -> None:
     mesh = make_mesh({"data": 1})
     shardings = param_shardings(mesh, jax.eval_shape(model.init, jax.random.key(0)))
     stored = spec["param_dtype"]
-    params = hf_io.load_params(spec["model"], config, dtype=stored, shardings=shardings)
+    if spec.get("drawn"):  # the directory holds a shape alone
+        make = make_decoder(config, param_dtype=stored).init
+        params = jax.jit(make, out_shardings=shardings)(jax.random.key(0))
+    else:
+        params = hf_io.load_params(spec["model"], config, dtype=stored, shardings=shardings)
     # ORPO as TRL computes it: the NLL of prompt and chosen response, over all tokens of the batch.
     as_trl = {"nll_over": "prompt+chosen", "nll_mean": "batch"} if spec["loss"] == "orpo" else {}
     loss = make_loss(spec["loss"], **as_trl)
@@ -70,6 +66,8 @@ def main() -> None:
     data = data._replace(
         pairs=pairs[:used], lengths=data.lengths.of(kept), sharing=data.sharing and data.sharing.of(kept)
     )
+    if spec.get("one_program"):
+        data = of_one_shape(data, train_batches(data, seed=0, shuffle=False, start=0, stop=spec["steps"]))
     frozen = None
     if "reference" in loss.needs:
         if spec["reference"] == "cached":
