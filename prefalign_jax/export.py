@@ -12,13 +12,14 @@ import json
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import huggingface_hub
 import yaml
 
 from prefalign_jax.experiment import Experiment
 from prefalign_jax.files import write_json, write_text
+from prefalign_jax.gguf.file import gguf_file, read_gguf, title
 from prefalign_jax.models import hf_io
 from prefalign_jax.models.decoder import DecoderConfig
 from prefalign_jax.models.endings import end_of_turn, generation_config, special_tokens
@@ -284,7 +285,7 @@ def model_card(card: Mapping[str, Any], *, title: str, scoring: str | None = Non
     if unknown:
         raise UserError(f"model card: unknown field {unknown[0]!r}; the fields are {', '.join(CARD)}")
     card = without_secrets(card)
-    base, license_ = _origin(card)
+    origin = _origin(card)
     tags = [
         "prefalign_jax",
         "preference-alignment",
@@ -295,8 +296,8 @@ def model_card(card: Mapping[str, Any], *, title: str, scoring: str | None = Non
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation" if scoring is None else "text-classification",
-        "license": license_,
-        "base_model": base,
+        "license": origin.license,
+        "base_model": origin.hub_name,
         "datasets": list(card.get("datasets") or _hub_data(card.get("config") or {})),
         "tags": list(dict.fromkeys(tags)),
     }
@@ -305,7 +306,7 @@ def model_card(card: Mapping[str, Any], *, title: str, scoring: str | None = Non
     sections = [
         "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---",
         f"# {title}",
-        what + (f", starting from {base}." if base else "."),
+        what + (f", starting from {origin.called}." if origin.called else "."),
     ]
     if card.get("loss"):
         formula = f": {card['formula']}" if card.get("formula") else ""
@@ -349,11 +350,12 @@ def adapter_card(base: str, quantized: str | None, title: str) -> str:
     Returns:
       Markdown with YAML front matter.
     """
-    name, license_ = _origin({"base_model": base})
-    front = {"library_name": "peft", "base_model": name, "license": license_, "tags": ["prefalign_jax", "lora"]}
+    origin = _origin({"base_model": base})
+    front = {"library_name": "peft", "base_model": origin.hub_name, "license": origin.license}
+    front["tags"] = ["prefalign_jax", "lora"]
     front = {key: value for key, value in front.items() if value}
     text = "---\n" + yaml.safe_dump(front, sort_keys=False) + f"---\n\n# {title}\n\nLow-rank adapters in PEFT's format"
-    text += f" for {name}.\n" if name else ".\n"
+    text += f" for {origin.called}.\n" if origin.called else ".\n"
     if quantized:
         text += (
             f"\nThey were trained over a base whose kernels were stored as {quantized}. Load the base quantized in the "
@@ -362,15 +364,27 @@ def adapter_card(base: str, quantized: str | None, title: str) -> str:
     return text
 
 
-def _origin(card: Mapping[str, Any]) -> tuple[str, str | None]:
-    """(hub name of the base or '', licence): a base in a directory says both on its own card, if it has one."""
+class _Origin(NamedTuple):
+    """The base of a model: what it is called, its name on the hub or '', and its licence."""
+
+    called: str
+    hub_name: str
+    license: str | None
+
+
+def _origin(card: Mapping[str, Any]) -> _Origin:
+    """The base that a card names: one in a directory says what it is on its own card, if it has one."""
     base = str(card.get("base_model") or "")
+    if file := gguf_file(base or "?"):
+        license_ = read_gguf(file).metadata.get("general.license")
+        return _Origin(title(file), "", card.get("license") or (license_ if isinstance(license_, str) else None))
     if not pathlib.Path(base or "?").is_dir():
-        return base if _HUB_NAME.fullmatch(base) else "", card.get("license")
+        name = base if _HUB_NAME.fullmatch(base) else ""
+        return _Origin(name, name, card.get("license"))
     front = front_matter(pathlib.Path(base) / "README.md")
     name, license_ = front.get("base_model"), front.get("license")
     name = name if isinstance(name, str) and _HUB_NAME.fullmatch(name) else ""
-    return name, card.get("license") or (license_ if isinstance(license_, str) else None)
+    return _Origin(name, name, card.get("license") or (license_ if isinstance(license_, str) else None))
 
 
 def front_matter(card: pathlib.Path) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def load(path: str | Path, *, dtype: str = "float32", mesh: Mesh | Mapping[str, 
     """Loads a model with its tokenizer.
 
     Args:
-      path: a Hugging Face directory, a hub name, or the working directory of a run, whose export is taken.
+      path: a Hugging Face directory, a hub name, a GGUF file, or the working directory of a run, whose export is taken.
       dtype: of activations and matrix products, float32 or bfloat16. Parameters, log-softmax and losses are float32.
       mesh: devices that share the parameters: a mesh of `sharding.make_mesh`, or its sizes, such as {'fsdp': -1}. None
         puts everything on one device.

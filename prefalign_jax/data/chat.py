@@ -32,6 +32,8 @@ from prefalign_jax.data.rendering import Renderer
 from prefalign_jax.data.spelled import MARKS, SpecialTokens, Written, encoder, strings_of
 from prefalign_jax.data.template import AS_IT_IS, ChatOptions
 from prefalign_jax.data.turns import Stretch, Stretches
+from prefalign_jax.gguf.file import gguf_file, read_gguf
+from prefalign_jax.gguf.tokenizer import tokenizer_of
 from prefalign_jax.limits import time_limit
 from prefalign_jax.types import Pair, Place, UserError, one_line
 
@@ -104,7 +106,7 @@ def load_tokenizer(path: str | Path, chat_template: str | None = None) -> Tokeni
     model's embedding: the caller resizes it.
 
     Args:
-      path: a directory with tokenizer files (the network is not asked then), or a hub name.
+      path: a directory with tokenizer files (the network is not asked then), a GGUF file, or a hub name.
       chat_template: a name in CHAT_TEMPLATES, a .jinja file, or the template itself; None keeps the tokenizer's own.
 
     Returns:
@@ -113,18 +115,8 @@ def load_tokenizer(path: str | Path, chat_template: str | None = None) -> Tokeni
     Raises:
       UserError: the tokenizer or the template cannot be loaded, or the tokenizer has no end-of-sequence token.
     """
-    from transformers import AutoTokenizer
-
-    path = str(path)
-    local = Path(path).expanduser()
-    if not local.exists() and path.startswith((".", "/", "~")):
-        raise UserError(f"{path}: no such tokenizer directory")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(local) if local.exists() else path, trust_remote_code=False, local_files_only=local.exists()
-        )
-    except Exception as error:  # the library and the network raise whatever they like
-        raise UserError(f"{path}: cannot load a tokenizer: {one_line(error)}") from None
+    path, file = str(path), gguf_file(path)
+    tokenizer = tokenizer_of(read_gguf(file)) if file else _of_directory(path)
     if chat_template is not None:
         template = _template(chat_template)
         tokenizer.add_tokens(list(template.tokens), special_tokens=True)  # those it has keep their ids
@@ -133,6 +125,21 @@ def load_tokenizer(path: str | Path, chat_template: str | None = None) -> Tokeni
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no end-of-sequence token, so no response would ever end")
     return tokenizer
+
+
+def _of_directory(path: str) -> Tokenizer:
+    """The tokenizer of a Hugging Face directory or hub name."""
+    from transformers import AutoTokenizer
+
+    local = Path(path).expanduser()
+    if not local.exists() and path.startswith((".", "/", "~")):
+        raise UserError(f"{path}: no such tokenizer directory")
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(local) if local.exists() else path, trust_remote_code=False, local_files_only=local.exists()
+        )
+    except Exception as error:  # the library and the network raise whatever they like
+        raise UserError(f"{path}: cannot load a tokenizer: {one_line(error)}") from None
 
 
 def tokenize_records(

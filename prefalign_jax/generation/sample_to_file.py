@@ -110,7 +110,7 @@ def sample_to_file(
     """Samples responses to prompts; appends each to a file, with its tokens and their log-probabilities.
 
     Args:
-      model: Hugging Face directory, hub name, or the working directory of a run.
+      model: Hugging Face directory, hub name, GGUF file, or the working directory of a run.
       prompts: a file, directory or data set, of rows with a prompt or preference data, whose prompts are taken.
       out: JSONL; samples that it holds are not drawn again.
       draw: how the samples are drawn.

@@ -1,4 +1,7 @@
-"""Hugging Face model directories: safetensors in and out, never pickle, one tensor at a time."""
+"""Hugging Face model directories: safetensors in and out, never pickle, one tensor at a time.
+
+A GGUF file is read as the directory that it could have been made of; what reads one here takes either path.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from prefalign_jax.files import marked, read_json, write_json, writing
-from prefalign_jax.models import families
+from prefalign_jax.gguf.file import gguf_file
+from prefalign_jax.models import families, gguf_io
 from prefalign_jax.models.decoder import DecoderConfig, make_decoder
 from prefalign_jax.models.quantize import quantize, quantize_params, quantized_paths
 from prefalign_jax.processes import fetch, is_first
@@ -45,17 +49,20 @@ _BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias
 
 
 def resolve(name: str | pathlib.Path) -> pathlib.Path:
-    """Finds a model directory, fetching it from the Hugging Face hub if the name is not a local one.
+    """Finds a model directory or GGUF file, fetching it from the Hugging Face hub if the name is not a local one.
 
     Args:
-      name: a local directory or a hub name such as `HuggingFaceTB/SmolLM2-135M-Instruct`.
+      name: a local directory, a file NAME.gguf, a key of `gguf.file.PACKAGED` such as `smollm2`, or a hub name such as
+        `HuggingFaceTB/SmolLM2-135M-Instruct`.
 
     Returns:
-      The local directory.
+      The local directory or file.
 
     Raises:
-      UserError: there is neither.
+      UserError: there is none.
     """
+    if file := gguf_file(name):
+        return file
     path = pathlib.Path(name).expanduser()
     if path.is_dir():
         return path
@@ -75,7 +82,7 @@ def load_config(directory: str | pathlib.Path) -> DecoderConfig:
     """Reads config.json.
 
     Args:
-      directory: a Hugging Face model directory.
+      directory: a Hugging Face model directory, or a GGUF file.
 
     Returns:
       The decoder's shape; `reward` says what the directory holds, and may be replaced by True to train a reward model
@@ -103,7 +110,7 @@ def load_params(
     A reward model may start from a language model: its head is left out on purpose then, and the score is zeros.
 
     Args:
-      directory: a Hugging Face model directory with safetensors files.
+      directory: a Hugging Face model directory with safetensors files, or a GGUF file.
       config: its shape, from `load_config`, with `reward` as the caller wants the model.
       dtype: type of the parameters whatever the stored one, or 'stored' to keep that: of layers that differ the one
         that holds both, float32 for float64, and for a score of zeros.
@@ -265,8 +272,8 @@ def config_json(config: DecoderConfig, base: str | pathlib.Path | None = None) -
 
     Args:
       config: the decoder's shape, without padding of the vocabulary.
-      base: directory of the model that training started from. What it says and the decoder has no opinion on is kept,
-        its special ids included; None keeps nothing.
+      base: directory or GGUF file of the model that training started from. What it says and the decoder has no opinion
+        on is kept, its special ids included; None keeps nothing.
 
     Returns:
       The fields, without the type of the weights.
@@ -287,7 +294,7 @@ def stored_dtype(directory: str | pathlib.Path) -> str:
     """The type in which a model's weights are stored; of several the one that holds all, and float32 for float64.
 
     Args:
-      directory: a Hugging Face model directory with safetensors files.
+      directory: a Hugging Face model directory with safetensors files, or a GGUF file, whose blocks are float32.
 
     Returns:
       One of DTYPES.
@@ -408,8 +415,12 @@ def _replaceable(directory: pathlib.Path) -> bool:
 
 def read_object(path: pathlib.Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
     """Reads a JSON object of a model's; `missing` is what a file that is not there stands for, None for an error."""
+    if gguf_file(path.parent):
+        return gguf_io.described(path.parent) if path.name == "config.json" else missing or {}
     if missing is None and not path.is_file():
-        raise UserError(f"{path.parent} is not a Hugging Face model directory: it has no {path.name}")
+        others = sorted(file.name for file in path.parent.glob("*.gguf"))
+        hint = f"; name the file, {path.parent / others[0]}" if others else ""
+        raise UserError(f"{path.parent} is not a Hugging Face model directory: it has no {path.name}{hint}")
     return read_json(path, "an object", missing=missing)
 
 
@@ -417,15 +428,15 @@ def fingerprint(directory: str | pathlib.Path, *, whole: bool = False) -> str:
     """A digest by which processes that read the same model know it: quick, so of large files it reads only samples.
 
     Args:
-      directory: of a model, or of adapters.
+      directory: of a model, or of adapters; or a GGUF file.
       whole: read all of every file, for what is kept between runs.
 
     Returns:
       16 hexadecimal digits: of every byte of the small files, and of the length, the first MiB and 64 pages of others.
     """
-    digest = hashlib.sha256()
-    for file in sorted(pathlib.Path(directory).glob("*")):
-        if file.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt"):
+    digest, alone = hashlib.sha256(), gguf_file(directory)
+    for file in [alone] if alone else sorted(pathlib.Path(directory).glob("*")):
+        if file.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt", ".gguf"):
             with file.open("rb") as opened:
                 if whole:
                     digest.update(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()} ".encode())
@@ -478,8 +489,10 @@ def _tensors(file: pathlib.Path) -> dict[str, _Tensor]:
     }
 
 
-def _open(directory: pathlib.Path) -> dict[str, _Tensor]:
+def _open(directory: pathlib.Path) -> dict[str, _Tensor | gguf_io.Tensor]:
     """Name -> lazily read tensor, from one file or from the files that the index names."""
+    if gguf_file(directory):
+        return gguf_io.open_tensors(directory)
     weight_map = None
     files = [SINGLE]
     if not (directory / SINGLE).is_file():
@@ -580,7 +593,8 @@ def joined(values: list[np.ndarray], row: families.Weight, heads: int) -> np.nda
 
 def _check(directory: pathlib.Path, name: str, tensor: _Tensor, expected: tuple[int, ...]) -> None:
     if tensor.shape != expected:
-        raise UserError(f"{directory}: tensor {name} has shape {tensor.shape} where config.json asks for {expected}")
+        asks = "its metadata" if directory.suffix == ".gguf" else "config.json"
+        raise UserError(f"{directory}: tensor {name} has shape {tensor.shape} where {asks} asks for {expected}")
     if tensor.stored not in _STORED:
         raise UserError(f"{directory}: tensor {name} is stored as {tensor.stored}; supported are {', '.join(_STORED)}")
 

@@ -1,4 +1,4 @@
-"""A Hugging Face directory -> a model and its parameters, each where it belongs: the one way in, whoever asks."""
+"""A Hugging Face directory or GGUF file -> a model and its parameters, where they belong: the one way in, for all."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def load_decoder(
     """A model and its parameters on their shardings, the embeddings grown where the tokenizer has more tokens.
 
     Args:
-      path: Hugging Face directory or hub name.
+      path: Hugging Face directory, hub name or GGUF file.
       make: the model of a shape.
       place: shapes of parameters -> a tree of their shardings; None puts them on the default device.
       reward: a reward head in place of the output embedding; None does as the directory.
