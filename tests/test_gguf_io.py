@@ -11,7 +11,9 @@ pytest.importorskip("gguf")
 
 import gguf
 from safetensors.numpy import save_file
+from tokenizers import pre_tokenizers
 
+import prefalign_jax as pa
 from gguf_models import FAMILIES, config_of, draw, gguf_tensors, hf_tensors, write_gguf
 from prefalign_jax.models import gguf_io, hf_io
 from prefalign_jax.models.decoder import DecoderConfig
@@ -201,3 +203,35 @@ def test_an_export_keeps_what_the_file_says(llama, tmp_path):
     assert (stored["model_type"], stored["bos_token_id"], stored["eos_token_id"]) == ("llama", 1, [2, 5])
     assert stored["rms_norm_eps"] == config.norm_eps  # the decimal, not its float32
     assert DecoderConfig(**hf_io.families.from_hf(stored)) == config
+
+
+def test_a_run_trains_from_a_file_and_exports_a_directory(tmp_path):
+    tokens = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
+    config = config_of("llama", vocab_size=len(tokens))
+
+    def change(writer):
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(tokens)
+        writer.add_token_types([3] + [1] * (len(tokens) - 1))
+        writer.add_token_merges(["t h"])
+        writer.add_eos_token_id(0)
+        writer.add_license("mit")
+
+    tensors = gguf_tensors(config, hf_tensors(config, draw(config), tmp_path / "hf"))
+    path = write_gguf(tmp_path / "tiny.F32.gguf", config, tensors, change=change)
+    rows = [{"prompt": f"Is {n} odd?", "chosen": " The answer.", "rejected": " Who cares."} for n in range(2)]
+    fields = {"model.path": str(path), "lora.rank": 2, "learning_rate": 1e-2}
+    pa.train(pa.experiment("dpo", steps=1, batch_size=2, **fields), tmp_path / "run", data=rows)
+    out = tmp_path / "run" / "export"
+    stored = json.loads((out / "config.json").read_text())
+    assert (stored["model_type"], stored["eos_token_id"], stored["dtype"]) == ("llama", 0, "float32")
+    card = (out / "README.md").read_text()
+    assert (
+        "starting from tiny (from F32)." in card and "license: mit" in card and "base_model" not in card.split("---")[1]
+    )
+    assert "for tiny (from F32)." in (tmp_path / "run" / "adapters" / "README.md").read_text()
+    before, after = pa.load(path), pa.load(out)
+    assert before.tokenizer("the").input_ids == after.tokenizer("the").input_ids
+    moved = jax.tree.map(lambda x, y: bool((x != y).any()), before.params, after.params)
+    assert moved["layers"]["attention"]["q"]["kernel"] and not moved["embed"]["embedding"]
