@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from prefalign_jax.files import parse_json, read_json_lines, write_text, writing
 from prefalign_jax.processes import is_first
+from prefalign_jax.torch_free import without_torch
 from prefalign_jax.types import UserError
 
 GIB = 2**30
@@ -77,8 +78,9 @@ class Board:
     """
 
     def __init__(self, directory: Path, first: int):
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.record_writer import RecordWriter
+        with without_torch("tensorboardX"):
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+            from tensorboardX.record_writer import RecordWriter
 
         self.directory, self.event = directory, Event
         name = f"events.out.tfevents.{time.time():.0f}.{secrets.token_hex(4)}"  # which no earlier file has

@@ -98,14 +98,20 @@ def params_digest(params: Params) -> str:
 
     Each array is summed up where it lies, in 64 bits that depend on every bit and its place.
     """
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    digest, leaves = hashlib.sha256(), jax.tree_util.tree_leaves_with_path(params)
+    sums = jax.device_get(_all_bit_sums([leaf for _, leaf in leaves]))
+    for (path, leaf), each in zip(leaves, sums, strict=True):
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
-        digest.update(np.asarray(jax.device_get(_bit_sums(leaf))).tobytes())
+        digest.update(np.asarray(each).tobytes())
     return digest.hexdigest()
 
 
 @jax.jit
+def _all_bit_sums(arrays: list[jax.Array]) -> list[jax.Array]:
+    """Of each; one program for all, since compiling takes longer than running."""
+    return list(map(_bit_sums, arrays))
+
+
 def _bit_sums(x: jax.Array) -> jax.Array:
     """[2] uint32: sums of hashes of (bits, place), of which the order of summation changes nothing."""
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)

@@ -32,7 +32,6 @@ from prefalign_jax.metrics import Writer, open_writer, read_metrics
 from prefalign_jax.models.hf_io import load_config, resolve
 from prefalign_jax.models.lora import Lora, merge
 from prefalign_jax.options import did_you_mean
-from prefalign_jax.pages import plots
 from prefalign_jax.processes import by_first, is_first, note, stop_requested, stop_signal, told_by_first
 from prefalign_jax.progress import Progress
 from prefalign_jax.sharding import make_mesh, place_batch, shapes_of
@@ -295,6 +294,8 @@ def announce(
 
 def draw_curves(workdir: Path) -> None:
     """Draws curves.png, or says why not: a picture costs nobody a trained model."""
+    from prefalign_jax.pages import plots  # matplotlib takes half a second to import
+
     try:
         plots.plot_curves(workdir)
     except Exception as error:  # of whatever kind

@@ -294,7 +294,7 @@ def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, mine, kept)
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     if mine:
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", mine)
-    parser.keep_programs()
+    parser.set_environment()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == kept
 
 

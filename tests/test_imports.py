@@ -10,7 +10,7 @@ PACKAGE = "prefalign_jax"
 
 # The parts of the package, from the ground up: a part imports only from floors below its own.
 FLOORS = (
-    "callable_module types intervals limits quiet",
+    "callable_module types intervals limits quiet torch_free",
     "exits",
     "files options processes tables",
     "gguf",

@@ -1,4 +1,4 @@
-"""The habits of every command: -h and --help, hints, a mistake in one line with status 2, compiled programs kept."""
+"""The habits of every command: -h and --help, hints, a mistake in one line with status 2, variables of the process."""
 
 from __future__ import annotations
 
@@ -133,6 +133,9 @@ def _field(name: str, value: str) -> str:
     return f"write --config.{near[0]}={value or 'VALUE'}; " if near else ""
 
 
-def keep_programs() -> None:
-    """Lets compiled programs outlive the process, unless the user has set a place for them; comes before jax."""
+def set_environment() -> None:
+    """Lets compiled programs outlive the process, and PyTorch out; what the user has set stays. It comes before jax."""
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(user_cache() / "xla"))
+    # JAX keeps what takes a second to compile. A run has dozens of programs that take less, and that much together.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("USE_TORCH", "0")  # see `torch_free.without_torch`

@@ -14,7 +14,7 @@ from absl import logging
 
 from prefalign_jax import __version__
 from prefalign_jax.cli.experiments import experiments
-from prefalign_jax.cli.parser import keep_programs
+from prefalign_jax.cli.parser import set_environment
 from prefalign_jax.exits import status_of
 from prefalign_jax.options import did_you_mean
 from prefalign_jax.types import UserError
@@ -64,7 +64,7 @@ def _run(name: str = "--help", *rest: str) -> int | None:
                 f"{name} comes after a command, such as prefalign train {name}; there are {', '.join(COMMANDS)}"
             )
         raise UserError(f"no command {name!r}; {did_you_mean(name, COMMANDS)}there are {', '.join(COMMANDS)}")
-    keep_programs()
+    set_environment()
     logging.set_verbosity(logging.WARNING)  # Orbax and Grain report their inner life at INFO
     try:
         return importlib.import_module(f"{__name__}.{name}").main(rest)

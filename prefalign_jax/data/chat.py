@@ -35,6 +35,7 @@ from prefalign_jax.data.turns import Stretch, Stretches
 from prefalign_jax.gguf.file import gguf_file, read_gguf
 from prefalign_jax.gguf.tokenizer import tokenizer_of
 from prefalign_jax.limits import time_limit
+from prefalign_jax.torch_free import tokenizer_library
 from prefalign_jax.types import Pair, Place, UserError, one_line
 
 if TYPE_CHECKING:
@@ -129,13 +130,12 @@ def load_tokenizer(path: str | Path, chat_template: str | None = None) -> Tokeni
 
 def _of_directory(path: str) -> Tokenizer:
     """The tokenizer of a Hugging Face directory or hub name."""
-    from transformers import AutoTokenizer
-
+    auto = tokenizer_library().AutoTokenizer
     local = Path(path).expanduser()
     if not local.exists() and path.startswith((".", "/", "~")):
         raise UserError(f"{path}: no such tokenizer directory")
     try:
-        return AutoTokenizer.from_pretrained(
+        return auto.from_pretrained(
             str(local) if local.exists() else path, trust_remote_code=False, local_files_only=local.exists()
         )
     except Exception as error:  # the library and the network raise whatever they like

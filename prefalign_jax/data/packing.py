@@ -18,14 +18,14 @@ prompt, then each response. All of a batch is written at once, run by run, by Nu
 from __future__ import annotations
 
 import heapq
-import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from prefalign_jax.data.pairs import Pairs
+from prefalign_jax.data.pairs import Pairs, Tokens, as_pairs
 from prefalign_jax.data.trees import Layout, Lengths, Sharing, Trees, lengths_of, plain, shared
 from prefalign_jax.types import (
     SIDES,
@@ -212,7 +212,8 @@ def arrange(lengths: Lengths, groups: int, row_length: int | None = None, sequen
     """
     sizes, trained = lengths.pieces.reshape(-1), lengths.trained.reshape(-1)
     if row_length is None:
-        dealt = [[sorted(group)] for group in deal(sizes.tolist(), groups)]
+        dealt = deal(sizes.tolist(), groups) if groups > 1 else [range(len(sizes))]
+        dealt = [[sorted(group)] for group in dealt]
         row_length = max(int(sizes[row].sum()) for (row,) in dealt)
     else:
         rows = fill_rows(sizes.tolist(), row_length)
@@ -243,8 +244,8 @@ def _longest(lengths: Lengths) -> int:
 def _tiles(runs: Runs, group: np.ndarray, groups: int, blocks: int) -> list[np.ndarray]:
     """The tiles of attention that are not empty, see `Arrangement`: a token sees its own run and its piece's prompt."""
     length, at = runs.length.reshape(-1), runs.at.reshape(-1)
-    prompt_at, prompt_length = (np.broadcast_to(x[:, :, :1], x.shape).reshape(-1) for x in (runs.at, runs.length))
-    group = np.repeat(group, runs.length.shape[2])
+    each = runs.length.shape[2]
+    prompt_at, prompt_length = (np.repeat(x[:, :, 0].reshape(-1), each) for x in (runs.at, runs.length))
     first, last = at // TILE, (at + length - 1) // TILE
     count = np.where(length > 0, last - first + 1, 0)
     run, step = _spread(count)
@@ -253,17 +254,26 @@ def _tiles(runs: Runs, group: np.ndarray, groups: int, blocks: int) -> list[np.n
     starts = np.concatenate([first[run], prompt_at[run] // TILE])
     ends = np.concatenate([query, np.minimum(query, (prompt_at + prompt_length - 1)[run] // TILE)])
     number, step = _spread(ends - starts + 1)
-    code = np.tile(group[run] * blocks + query, 2)[number] * blocks + starts[number] + step
-    code = np.unique(code)
-    bounds = np.searchsorted(code, np.arange(groups + 1) * blocks * blocks)
-    code %= blocks * blocks
-    return [np.stack(np.divmod(code[a:b], blocks), axis=1) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    row = np.repeat(group, each)[run] * blocks + query
+    seen = np.zeros((groups, blocks, blocks), bool)
+    seen.reshape(-1)[np.concatenate([row, row])[number] * blocks + starts[number] + step] = True
+    return [np.stack(np.divmod(np.flatnonzero(one), blocks), axis=1) for one in seen]
 
 
 def _spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For each of counts[i] copies of i: i, and which copy it is."""
     number = np.repeat(np.arange(len(counts)), counts)
     return number, np.arange(len(number)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _along(counts: np.ndarray, counting: Sequence[np.ndarray], constant: Sequence[np.ndarray]) -> np.ndarray:
+    """Values of counts[i] tokens of each run i, [values, tokens]: those that count on from its first, then the same."""
+    counts = counts.reshape(-1)
+    table = np.array([x.reshape(-1) for x in (*counting, *constant)])
+    table[: len(counting)] -= np.cumsum(counts) - counts
+    table = np.repeat(table, counts, axis=1)
+    table[: len(counting)] += np.arange(table.shape[1])
+    return table
 
 
 def mean_tokens(pairs: Sequence[Pair]) -> np.ndarray:
@@ -282,8 +292,10 @@ def lay_out(
     plan: Arrangement,
     shape: Shape,
     trees: Trees,
-    pairs: Sequence[Pair],
-    index: Sequence[int],
+    tokens: Tokens,
+    pairs: Pairs,
+    part: np.ndarray,
+    index: np.ndarray,
     batch_size: int,
     means: np.ndarray,
     layout: Layout,
@@ -295,7 +307,9 @@ def lay_out(
       plan: from `arrange`.
       shape: at least what the plan needs.
       trees: what the plan is of.
-      pairs: what reads it, at most `batch_size`; missing ones are filler of weight 0.
+      tokens: where they are.
+      pairs: of the whole batch.
+      part: the numbers of those that read it, at most `batch_size`; missing ones are filler of weight 0.
       index: each pair's number in its data set.
       batch_size: B.
       means: [2], see `mean_tokens`, over the global batch.
@@ -318,44 +332,46 @@ def lay_out(
     group = place_of[plan.group].reshape(lengths.pieces.shape)
     placed = group >= 0
 
-    # Tokens.
-    tokens, segments, branches, positions = np.zeros((4, groups * shape.rows, shape.length), np.int32)
-    length = np.where(placed[:, :, None], runs.length, 0).reshape(-1)
+    # Tokens: of each its place, and what is the same for a run or counts on from its first.
+    rows = np.zeros((4, groups * shape.rows, shape.length), np.int32)
+    length = np.where(placed[:, :, None], runs.length, 0)
     start = runs.at + group[:, :, None] * (shape.rows * shape.length)
-    run, step = _spread(length)
-    here = start.reshape(-1)[run] + step
-    tokens.reshape(-1)[here] = _joined(_inputs, trees, layout, placed)
-    segments.reshape(-1)[here] = np.repeat(plan.segment, runs.length.shape[2])[run]
-    branches.reshape(-1)[here] = runs.branch.reshape(-1)[run]
-    positions.reshape(-1)[here] = runs.position.reshape(-1)[run] + step
+    segment = np.repeat(plan.segment, runs.length.shape[2])
+    begin = np.repeat(trees.start[:, :1], lengths.pieces.shape[1], axis=1)[:, :, None]
+    begin = np.concatenate([begin, trees.start[:, 1:].reshape(runs.length[:, :, 1:].shape)], axis=2)
+    counting, constant = [start, runs.position, begin], [segment, runs.branch]
+    here, position, held, segment, branch = _along(length, counting, constant)
+    for row, values in zip(rows.reshape(4, -1), (tokens.ids[held], segment, branch, position), strict=True):
+        row[here] = values
 
     # Trained tokens.
-    source, target = np.zeros((2, groups, shape.trained), np.int32)
     slots = SIDES if trees.slots is not None else trees.ids.shape[1]  # of a pair, or group
-    slot = np.full((groups, shape.trained), slots * batch_size, np.int32)
-    count, first, codes = _targets(lengths, runs, layout)
-    offsets = np.take_along_axis(trees.ids[:, None], codes, axis=2)
-    owner = np.broadcast_to(group[:, :, None], count.shape).reshape(-1)
+    count, first, target, codes = _targets(lengths, runs, layout, begin)
+    offsets = trees.ids[np.arange(len(trees.ids))[:, None, None], codes]
+    owner = np.repeat(group.reshape(-1), count.shape[2])
     count = np.where(owner >= 0, count.reshape(-1), 0)
-    run, step = _spread(count)
-    targets, weights, place = _joined(_outputs, trees, layout, placed), None, step
-    if any(pair.token_weights for pair in trees.pairs):
-        weights = _joined(_weights, trees, layout, placed)
-        run, step, targets, weights = (x[weights != 0] for x in (run, step, targets, weights))
-        count = np.bincount(run, minlength=len(count))
-        place = _spread(count)[1]
+    read, target, names = _along(count, [first, target], [offsets])
+    weights = None
+    if tokens.weights is not None and not layout.rewards:
+        run = _spread(count)[0]
+        follows = codes.reshape(-1)[run] > max(2, lengths.responses.shape[1])
+        weights = np.where(follows, np.float32(1), tokens.weights[target])  # what is predicted after a response counts
+        kept = weights != 0
+        read, names, target, weights = (x[kept] for x in (read, names, target, weights))
+        count = np.bincount(run[kept], minlength=len(count))
     filled = np.zeros(len(count), np.int64)
     for g in range(groups):
         here = owner == g
         filled[here] = np.cumsum(count[here]) - count[here]
-    positions_of = (owner * shape.trained + filled)[run] + place
-    source.reshape(-1)[positions_of] = first.reshape(-1)[run] + step
-    target.reshape(-1)[positions_of] = targets
-    slot.reshape(-1)[positions_of] = offsets.reshape(-1)[run]
+    (here,) = _along(count, [owner * shape.trained + filled], [])
+    trained = np.zeros((3, groups, shape.trained), np.int32)
+    trained[2] = slots * batch_size
+    for row, values in zip(trained.reshape(3, -1), (read, tokens.ids[target], names), strict=True):
+        row[here] = values
     token_weight = None
     if layout.weighted:
         token_weight = np.zeros((groups, shape.trained), np.float32)
-        token_weight.reshape(-1)[positions_of] = 1.0 if weights is None else weights
+        token_weight.reshape(-1)[here] = 1.0 if weights is None else weights
 
     # Attention. Blocks count through rows of another length than the plan's only if there is one row.
     tiles = np.full((groups, shape.tiles, 2), (blocks, 0), np.int32)
@@ -363,20 +379,17 @@ def lay_out(
         tiles[g, : len(plan.tiles[number])] = plan.tiles[number]
 
     weight, margin, label = np.zeros((3, batch_size), np.float32)
-    weight[: len(pairs)] = [pair.weight for pair in pairs]
-    margin[: len(pairs)] = [0.0 if math.isnan(pair.margin) else pair.margin for pair in pairs]
-    label[: len(pairs)] = [pair.label for pair in pairs]
+    weight[: len(part)] = pairs.weight[part]
+    margin[: len(part)] = np.where(np.isnan(pairs.margin[part]), 0, pairs.margin[part])
+    label[: len(part)] = pairs.label[part]
     numbers = np.full(batch_size, -1, np.int32)
-    numbers[: len(pairs)] = index
-    batch = PreferenceBatch(
-        tokens, segments, branches, positions, source, target, slot, tiles, weight, margin, label, numbers, means
-    )
+    numbers[: len(part)] = index[part]
+    batch = PreferenceBatch(*rows, *trained, tiles, weight, margin, label, numbers, means)
     sequences = _sequences(runs, lengths, group, groups, shape, layout.most) if shape.sequences else None
     scores = None
     if layout.group:
         scores = np.full((batch_size, layout.most), np.nan, np.float32)
-        for number, pair in enumerate(pairs):
-            scores[number, : len(pair.scores)] = pair.scores
+        scores[: len(part), : pairs.scores.shape[1]] = pairs.scores[part]
     return batch._replace(sequences=sequences, token_weight=token_weight, scores=scores, slots=trees.slots)
 
 
@@ -405,35 +418,12 @@ def _sequences(runs: Runs, lengths: Lengths, group: np.ndarray, groups: int, sha
     return Sequences(index, place)
 
 
-def _joined(
-    parts_of: Callable[[Pair, Layout, int], list[list[np.ndarray]]], trees: Trees, layout: Layout, kept: np.ndarray
-) -> np.ndarray:
-    """The parts of the pieces that are `kept`, [N, pieces] bool, one after the other."""
-    sides = trees.lengths.responses.shape[1]
-    parts = [
-        part
-        for pair, wanted in zip(trees.pairs, kept, strict=True)
-        if wanted.any()
-        for piece, want in zip(parts_of(pair, layout, sides), wanted, strict=False)  # the last may not be there
-        if want
-        for part in piece
-    ]
-    return np.concatenate(parts) if parts else np.zeros(0, np.int32)
+def _targets(
+    lengths: Lengths, runs: Runs, layout: Layout, begin: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(count, first source, first target, code) of the runs of trained tokens, [N, pieces, runs] each.
 
-
-def _inputs(pair: Pair, layout: Layout, sides: int) -> list[list[np.ndarray]]:
-    """What rows hold of each piece of a tree, in the order of `Runs`."""
-    responses = pair.responses[:sides]
-    held = responses if layout.after or layout.rewards else [one[:-1] for one in responses]
-    if layout.tree:
-        return [[pair.prompt, *held]]
-    return [[pair.prompt, part] if len(one) else [] for one, part in zip(responses, held, strict=True)]
-
-
-def _targets(lengths: Lengths, runs: Runs, layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(count, first source, code) of the runs of trained tokens, [N, pieces, runs] each, in the order of `_outputs`.
-
-    The codes count through a row of `Trees.ids`.
+    The codes count through a row of `Trees.ids`, the targets through `Tokens`, as `begin` of each of `runs` does.
     """
     pairs, pieces = lengths.pieces.shape
     sides = lengths.responses.shape[1]
@@ -443,47 +433,22 @@ def _targets(lengths: Lengths, runs: Runs, layout: Layout) -> tuple[np.ndarray, 
     if layout.prompt:
         counts = np.zeros((pairs, pieces), np.int64)
         counts[:, 0] = lengths.prompt - 1  # only one copy of the prompt is trained on
-        parts.append((counts, runs.at[:, :, 0], np.full((1, pieces), codes)))
+        parts.append((counts, runs.at[:, :, 0], begin[:, :, 0] + 1, codes))
     for side in range(responses.shape[2]):
-        count, at = responses[:, :, side], runs.at[:, :, side + 1]
+        count, at, to = responses[:, :, side], runs.at[:, :, side + 1], begin[:, :, side + 1]
         name = runs.branch[:1, :, side + 1] - 1
         one = np.minimum(count, 1)
         if not layout.rewards:
             # The first token of each response is predicted from the last prompt token, the others from their
             # predecessor.
-            parts += [(one, ends, name), (count - one, at, name)]
+            parts += [(one, ends, to, name), (count - one, at, to + one, name)]
         if layout.after or layout.rewards:
-            parts.append((one, at + count - 1, name if layout.rewards else codes + 1 + name))
-    out = np.empty((3, pairs, pieces, len(parts)), np.int64)
+            parts.append((one, at + count - 1, to + count - 1, name if layout.rewards else codes + 1 + name))
+    out = np.empty((4, pairs, pieces, len(parts)), np.int64)
     for number, part in enumerate(parts):
         for column, values in zip(out, part, strict=True):
             column[:, :, number] = values
     return tuple(out)
-
-
-def _outputs(
-    pair: Pair, layout: Layout, sides: int, last: Callable[[np.ndarray], np.ndarray] = lambda response: response[-1:]
-) -> list[list[np.ndarray]]:
-    """The targets of each piece of a tree, in the order of `_targets`; `last` of a response is predicted after it."""
-    pieces = []
-    for number, response in enumerate(pair.responses[:sides]):
-        if number == 0 or not layout.tree:
-            pieces.append(out := [])
-        if layout.prompt and number == 0:
-            out.append(pair.prompt[1:])
-        if not layout.rewards:
-            out.append(response)
-        if layout.after or layout.rewards:
-            out.append(last(response))
-    return pieces
-
-
-def _weights(pair: Pair, layout: Layout, sides: int) -> list[list[np.ndarray]]:
-    """By how much each of `_outputs` counts; what is predicted after a response always does."""
-    given = [(ids, pair.weights(number)) for number, ids in enumerate(pair.responses)]
-    chosen, rejected, *others = (np.ones(len(ids), np.float32) if x is None else x for ids, x in given)
-    weights = Pair(np.ones(len(pair.prompt), np.float32), chosen, rejected, others=tuple(others))
-    return _outputs(weights, layout, sides, lambda response: np.ones_like(response[-1:]))
 
 
 def round_up(x: int, multiple: int) -> int:
@@ -596,7 +561,7 @@ def _rounded(need: Sequence[int], widest: Shape) -> Shape:
 
 def smallest(shapes: Sequence[Shape], need: Shape) -> Shape:
     """The first of some shapes, in increasing order, that holds what is needed."""
-    fitting = [shape for shape in shapes if all(np.greater_equal(shape, need))]
+    fitting = [shape for shape in shapes if all(map(operator.ge, shape, need))]
     if not fitting:  # an iterator would take a StopIteration for the end of the data
         raise ValueError(f"{need} fits none of {shapes}")
     return fitting[0]
@@ -638,21 +603,24 @@ def pack(
       A `PreferenceBatch` of NumPy arrays with M as leading axis.
     """
     share = batch_size // micro_steps
-    means = mean_tokens(pairs) if means is None else means
+    pairs = as_pairs(pairs)
+    tokens = pairs.tokens()
+    if means is None:  # by column, the weights of all that lies in the same buffers would be added up
+        means = mean_tokens(pairs if tokens.weights is None else list(pairs))
     lengths = lengths_of(pairs, layout) if lengths is None else lengths
     parts = [np.arange(m * share, min((m + 1) * share, len(pairs))) for m in range(micro_steps)]
 
     def trees_of(part: np.ndarray) -> Trees:
-        some = [pairs[i] for i in part]
         if sharing is None:
-            return plain(some, lengths.of(part), layout)
-        return shared(some, lengths.of(part), sharing.of(part), layout, share, row_length)
+            return plain(tokens.start[part], lengths.of(part), layout)
+        return shared(tokens.start[part], lengths.of(part), sharing.of(part), layout, share, row_length)
 
     trees = list(map(trees_of, parts))
     plans = [arrange(one.lengths, groups, row_length, sequences) for one in trees]
-    shape = smallest(shapes, Shape(*np.max([plan.shape for plan in plans], axis=0)))
+    shape = smallest(shapes, Shape(*map(max, zip(*(plan.shape for plan in plans), strict=True))))
+    index = np.asarray(index)
     micro = [
-        lay_out(plan, shape, one, [pairs[i] for i in part], [index[i] for i in part], share, means, layout, own)
+        lay_out(plan, shape, one, tokens, pairs, part, index, share, means, layout, own)
         for plan, one, part in zip(plans, trees, parts, strict=True)
     ]
     if micro_steps == 1:

@@ -39,6 +39,20 @@ class Texts(NamedTuple):
     rejected: str
 
 
+class Tokens(NamedTuple):
+    """What some pairs hold, one part after the other.
+
+    Attributes:
+      ids: [tokens] int32.
+      weights: [tokens] float32, by how much each counts; None where each counts once.
+      start: [N, 1 + K] int64, where the prompt and each response begin.
+    """
+
+    ids: np.ndarray
+    weights: np.ndarray | None
+    start: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Pairs(Sequence[Pair]):
     """P pairs, or groups of at most K responses.
@@ -132,6 +146,17 @@ class Pairs(Sequence[Pair]):
                 )
             )
         return out
+
+    def tokens(self) -> Tokens:
+        """Copies the tokens of all; quicker than by objects, for the few pairs of a batch."""
+        end = self.start + self.length
+        parts = list(zip(*(x.reshape(-1).tolist() for x in (self.buffer, self.start, end)), strict=True))
+        start = (np.cumsum(self.length) - self.length.reshape(-1)).reshape(self.length.shape)
+        weights = None
+        if any(x is not None for x in self.token_weights):
+            each = [(self.token_weights[b], i, j) for b, i, j in parts]
+            weights = np.concatenate([np.ones(j - i, np.float32) if x is None else x[i:j] for x, i, j in each])
+        return Tokens(np.concatenate([self.buffers[b][i:j] for b, i, j in parts]), weights, start)
 
     def texts(self, tokenizer: Tokenizer) -> list[Texts]:
         """What each pair says, decoded with special tokens: what a model is shown, to the letter.

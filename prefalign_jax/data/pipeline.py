@@ -218,7 +218,7 @@ def batch_of(data: PairSet, index: np.ndarray, means: np.ndarray | None = None) 
       A batch of NumPy arrays with M as leading axis.
     """
     batch = pack(
-        as_pairs(data.pairs).some(np.asarray(index)),
+        as_pairs(data.pairs).select(np.asarray(index)),
         index,
         data.batch_size,
         data.shapes,

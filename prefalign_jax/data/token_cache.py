@@ -113,16 +113,16 @@ def _write(file: Path, chunks: Iterable[Pairs], about: Callable[[], Mapping[str,
             count, most = chunk.scores.shape
             prompts, responses = (_ends(chunk.length[:, part]) for part in (slice(0, 1), slice(1, None)))
             each = np.arange(count + 1, dtype=np.int32) * most  # ends of the lists of responses
-            nested = pa.ListArray.from_arrays(each, pa.ListArray.from_arrays(responses, pa.array(chunk.buffers[1])))
-            lists = [pa.ListArray.from_arrays(prompts, pa.array(chunk.buffers[0])), nested]
-            lists.append(_weights(chunk.token_weights[1], each, responses))
-            lists.append(pa.ListArray.from_arrays(each, pa.array(chunk.scores.reshape(-1))))
-            plain = [pa.array(getattr(chunk, name)) for name in _PLAIN]
+            lists = [_lists(chunk.buffers[0], prompts), _lists(chunk.buffers[1], responses, each)]
+            weights = chunk.token_weights[1]  # null where each token counts once
+            lists.append(pa.nulls(count, fields[2][1]) if weights is None else _lists(weights, responses, each))
+            lists.append(_lists(chunk.scores.reshape(-1), each))
+            plain = [_array(getattr(chunk, name)) for name in _PLAIN]
             digest = [None, pa.py_buffer(np.ascontiguousarray(chunk.digest))]
             columns = [*lists, *plain, pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(chunk), digest)]
             places = json.dumps(chunk.places)
             writer.write_batch(pa.record_batch(columns, schema=schema), custom_metadata={"places": places})
-        last = pa.RecordBatch.from_pylist([], schema=schema)
+        last = pa.record_batch([pa.nulls(0, kind) for kind in schema.types], schema=schema)
         writer.write_batch(last, custom_metadata={"about": json.dumps(about())})
 
 
@@ -131,13 +131,33 @@ def _ends(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)])
 
 
-def _weights(weights: np.ndarray | None, each: np.ndarray, responses: np.ndarray) -> Any:
-    """A column of lists, null where each token counts once."""
+def _lists(values: np.ndarray, *ends: np.ndarray) -> Any:
+    """A column of lists of numbers, or of lists of lists."""
     import pyarrow as pa
 
-    if weights is None:
-        return pa.nulls(len(each) - 1, pa.list_(pa.list_(pa.float32())))
-    return pa.ListArray.from_arrays(each, pa.ListArray.from_arrays(responses, pa.array(weights)))
+    column = _array(values)
+    for each in ends:
+        column = pa.ListArray.from_arrays(_array(each), column)
+    return column
+
+
+# Arrow's own array() and to_numpy() import pandas, which takes half a second.
+
+
+def _array(values: np.ndarray) -> Any:
+    """A column of numbers."""
+    import pyarrow as pa
+
+    packed = np.packbits(values, bitorder="little") if values.dtype == bool else np.ascontiguousarray(values)
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(packed)])
+
+
+def _numbers(column: Any) -> np.ndarray:
+    """The numbers of a column without nulls: where they lie, except for truth values, which are bits there."""
+    if str(column.type) != "bool":
+        return np.from_dlpack(column)
+    bits = np.unpackbits(np.frombuffer(column.buffers()[1], np.uint8), bitorder="little")
+    return bits[column.offset :][: len(column)].view(bool)
 
 
 def _read(path: Path) -> tuple[Pairs, dict[str, Any]]:
@@ -154,17 +174,17 @@ def _chunk(batch: Any, metadata: Mapping[bytes, bytes]) -> Pairs:
     prompts, responses, weights = (batch.column(name) for name in ("prompt", "responses", "token_weights"))
     count = batch.num_rows
     nested = responses.values
-    starts, ends = (x.offsets.to_numpy() for x in (prompts, nested))
+    starts, ends = (_numbers(x.offsets) for x in (prompts, nested))
     most = len(nested) // count if count else 2
     digest = batch.column("digest")
     return Pairs(
-        buffers=(prompts.values.to_numpy(), nested.values.to_numpy()),
-        token_weights=(None, None if count and weights.null_count else weights.values.values.to_numpy()),
+        buffers=(_numbers(prompts.values), _numbers(nested.values)),
+        token_weights=(None, None if count and weights.null_count else _numbers(weights.values.values)),
         buffer=np.broadcast_to(np.array([0] + [1] * most, np.int32), (count, 1 + most)),
         start=np.concatenate([starts[:-1, None], ends[:-1].reshape(count, most)], axis=1).astype(np.int64),
         length=np.concatenate([np.diff(starts)[:, None], np.diff(ends).reshape(count, most)], axis=1),
-        scores=batch.column("scores").values.to_numpy().reshape(count, most),
+        scores=_numbers(batch.column("scores").values).reshape(count, most),
         places=tuple(json.loads(metadata[b"places"])),
         digest=np.frombuffer(digest.buffers()[1], np.uint64).reshape(-1, 2)[digest.offset :][:count],
-        **{name: batch.column(name).to_numpy(zero_copy_only=False) for name in _PLAIN},
+        **{name: _numbers(batch.column(name)) for name in _PLAIN},
     )

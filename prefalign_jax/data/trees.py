@@ -151,7 +151,7 @@ class Trees(NamedTuple):
     """What is laid down of B pairs: N prompts, each with all its responses.
 
     Attributes:
-      pairs: N groups.
+      start: [N, 1 + K] int64, where in the tokens of the batch each prompt and response begins; None without tokens.
       lengths: of them, K sides.
       ids: [N, 2K + 1] int64, which slot the tokens of each response belong to, then those of the prompt, then what
         follows each response.
@@ -159,22 +159,23 @@ class Trees(NamedTuple):
       tree: [B], the tree of each pair.
     """
 
-    pairs: Sequence[Pair]
+    start: np.ndarray | None
     lengths: Lengths
     ids: np.ndarray
     slots: np.ndarray | None
     tree: np.ndarray
 
 
-def plain(pairs: Sequence[Pair], lengths: Lengths, layout: Layout) -> Trees:
-    """Each pair by itself."""
+def plain(start: np.ndarray, lengths: Lengths, layout: Layout) -> Trees:
+    """Each pair by itself; `start` as in `pairs.Tokens`."""
     codes = 2 * max(2, layout.sides) + 1
     numbers = np.arange(len(lengths.prompt))
-    return Trees(pairs, lengths, numbers[:, None] * codes + np.arange(codes), None, numbers)
+    start = start[:, : 1 + lengths.responses.shape[1]]
+    return Trees(start, lengths, numbers[:, None] * codes + np.arange(codes), None, numbers)
 
 
 def shared(
-    pairs: Sequence[Pair] | None,
+    start: np.ndarray | None,
     lengths: Lengths,
     sharing: Sharing,
     layout: Layout,
@@ -186,7 +187,7 @@ def shared(
     A sum belongs to the slot of the pair that has its tokens first, and the others read it there.
 
     Args:
-      pairs: of a micro-batch; None for lengths alone.
+      start: of a micro-batch's pairs, as in `pairs.Tokens`; None for lengths alone.
       lengths, sharing: of them.
       layout: as they are laid out.
       batch_size: B.
@@ -236,17 +237,9 @@ def shared(
     ids[:, :most] = np.where(there, SIDES * owners + its, filler)
     ids[:, codes] = SIDES * np.array(firsts) + PROMPT
     ids[:, codes + 1 : codes + 1 + most] = np.where(there, ids[:, :most] + AFTER_CHOSEN, filler)
-    groups = [] if pairs is None else [_group(pairs, *x) for x in zip(firsts, trees, strict=True)]
-    return Trees(groups, merged, ids, slots, np.array(tree_of))
-
-
-def _group(pairs: Sequence[Pair], first: int, some: Sequence[tuple[int, int]]) -> Pair:
-    """The prompt of a pair with these responses, each a side of a pair."""
-    responses = [pairs[pair].responses[side] for pair, side in some] + [np.zeros(0, np.int32)] * (len(some) < 2)
-    weights = [pairs[pair].weights(side) for pair, side in some] + [None] * (len(some) < 2)
-    weights = () if all(x is None for x in weights) else tuple(weights)
-    chosen, rejected, *others = responses
-    return Pair(pairs[first].prompt, chosen, rejected, others=tuple(others), token_weights=weights)
+    if start is not None:
+        start = np.concatenate([start[firsts, :1], np.where(there, start[owners, 1 + its], 0)], axis=1)
+    return Trees(start, merged, ids, slots, np.array(tree_of))
 
 
 def most_responses(sharing: Sharing) -> int:

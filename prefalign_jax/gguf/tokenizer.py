@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from prefalign_jax.gguf.file import Gguf
+from prefalign_jax.torch_free import tokenizer_library
 from prefalign_jax.types import UserError, one_line
 
 if TYPE_CHECKING:
@@ -92,8 +93,6 @@ def tokenizer_of(gguf: Gguf) -> Tokenizer:
     Raises:
       UserError: the file describes none, or one of a kind that is not built here.
     """
-    from transformers import PreTrainedTokenizerFast
-
     build = {"gpt2": _byte_level, "llama": _sentence_piece}
     kind = gguf.value("tokenizer.ggml.model", "a string")
     if kind not in build:
@@ -106,7 +105,7 @@ def tokenizer_of(gguf: Gguf) -> Tokenizer:
         bos = gguf.value("tokenizer.ggml.add_bos_token", "true or false", missing=bos)
         eos = gguf.value("tokenizer.ggml.add_eos_token", "true or false", missing=False)
         _frame(backend, vocabulary, ids.get("bos") if bos else None, ids.get("eos") if eos else None)
-        return PreTrainedTokenizerFast(
+        return tokenizer_library().PreTrainedTokenizerFast(
             tokenizer_object=backend,
             **{f"{name}_token": vocabulary.tokens[ids[name]] for name in ("bos", "eos", "unk", "pad") if name in ids},
             chat_template=gguf.value("tokenizer.chat_template", "a string", missing="") or None,

@@ -17,7 +17,6 @@ import matplotlib.figure
 import numpy as np
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from prefalign_jax import processes, tables
 from prefalign_jax.config import defaults
@@ -29,6 +28,7 @@ from prefalign_jax.models.families import to_hf
 from prefalign_jax.pages.palette import PALETTE
 from prefalign_jax.pages.pictures import styled
 from prefalign_jax.processes import note
+from prefalign_jax.torch_free import tokenizer_library
 from prefalign_jax.train import Result, train
 from prefalign_jax.types import Pair, UserError
 
@@ -117,9 +117,8 @@ def write_base(directory: Path, texts: list[str], shape: ConfigDict) -> None:
         vocab_size=shape.vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=special[0], eos_token=special[1]).save_pretrained(
-        directory
-    )
+    whole = tokenizer_library().PreTrainedTokenizerFast
+    whole(tokenizer_object=tokenizer, pad_token=special[0], eos_token=special[1]).save_pretrained(directory)
     config = DecoderConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=shape.hidden,

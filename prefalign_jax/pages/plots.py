@@ -37,7 +37,8 @@ def plot_curves(workdir: Path) -> Path:
     }
     shown = {title: names for title, names in panels.items() if any(name in row for row in train for name in names)}
     lines = max(1, -(-len(shown) // 3))
-    figure = matplotlib.figure.Figure(figsize=(12, 3.2 * lines))
+    figure = matplotlib.figure.Figure(figsize=(12, 3.2 * lines), layout="none")  # arranging them would draw all twice
+    figure.subplots_adjust(0.05, 0.15 / lines, 0.99, 1 - 0.1 / lines, hspace=0.4, wspace=0.2)
     for number, (title, names) in enumerate(shown.items(), 1):
         axes = figure.add_subplot(lines, 3, number)
         for name, style in zip(names, ("-", "--"), strict=False):
