@@ -596,9 +596,9 @@ def test_cached_sums_over_parts_of_responses_are_those_of_a_frozen_copy(name, tm
     assert abs(column(tmp_path / "copy")[0] - np.log(2)) > 1e-3
 
 
-def test_the_readmes_own_loss_trains_from_a_config_of_its_own(tmp_path):
-    readme = (ROOT / "README.md").read_text()
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "get_config" in block)
+def test_the_own_loss_of_the_docs_trains_from_a_config_of_its_own(tmp_path):
+    page = (ROOT / "docs" / "own_losses.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "get_config" in block)
     assert len([line for line in code.splitlines() if line.strip()]) < 20 and code.count("def ") == 2
     file = tmp_path / "my_loss.py"
     file.write_text(code.replace("MODEL", str(TRL)).replace("DATA", str(TRL / "pairs.jsonl")))

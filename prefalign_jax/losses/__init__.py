@@ -2,7 +2,7 @@
 
 A loss is `f(policy, reference, *, hyper-parameters) -> (loss [B], {metric: [B]})`: unreduced, float32, finite and with
 finite gradients for every finite log-probability <= 0. A new one is a function and a line in LOSSES; an experiment's
-own file may add that line (see the README).
+own file may add that line (see docs/own_losses.md).
 
 Each is an attribute of its name, which checks what it is given: losses.ipo(policy, reference, tau=0.1). The name of a
 module of this package, such as losses.dpo, is that module and can be called as the loss all the same.
