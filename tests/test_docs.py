@@ -11,6 +11,7 @@ import re
 import pytest
 
 from prefalign_jax.losses import LOSSES
+from prefalign_jax.models.families import FAMILIES
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -106,8 +107,10 @@ def test_every_page_is_reached_from_the_readme():
     assert sorted(page.name for page in {*PAGES} - reached) == []
 
 
-def test_the_readme_counts_the_losses():
-    (more,) = re.findall(
-        r"DPO, ORPO and \[(\d+) other losses\]", " ".join(PAGES[0].read_text(encoding="utf-8").split())
-    )
-    assert int(more) == len(LOSSES) - 2
+def test_the_readme_counts_losses_and_families():
+    page = " ".join(PAGES[0].read_text(encoding="utf-8").split())
+    assert re.findall(r"\[(\d+) (other losses|families)\]", page) == [
+        (str(len(LOSSES) - 2), "other losses"),
+        (str(len(FAMILIES)), "families"),
+    ]
+    assert f"| preference losses | {len(LOSSES)} |" in page
