@@ -65,6 +65,9 @@ class Setting(NamedTuple):
         return SMALL if self.small else FULL
 
 
+Limits = Callable[[], dict[str, Any]]  # -> seconds that are left, and the other options of `answer_of`
+
+
 class Row(NamedTuple):
     """A row of the tables.
 
@@ -72,14 +75,14 @@ class Row(NamedTuple):
       name: of it alone.
       kind: a key of FIGURES.
       seconds: it takes on an H200, with the start of its processes and compilation.
-      measure: (seconds=, cache=) -> what its process measured.
+      measure: what its process measured.
       beside: of a row that computes the same.
     """
 
     name: str
     kind: str
     seconds: float
-    measure: Callable[..., dict[str, Any]]
+    measure: Callable[[Limits], dict[str, Any]]
     beside: str | None = None
 
 
@@ -124,6 +127,10 @@ def gpu(
     jax.config.update("jax_platforms", "cpu")  # the device is for the processes that measure
     ends, directory = time.monotonic() + 60 * minutes, Path(out)
     setting, kept = Setting(small, device, lengths), Path(keep or directory / "inputs")
+
+    def limits() -> dict[str, Any]:
+        return dict(seconds=max(ends - time.monotonic(), 0.1), cache=kept / "programs")
+
     with locked(directory, "--out"):
         remove_parts(kept)
         records = read_rows(directory, setting)
@@ -131,7 +138,7 @@ def gpu(
             left = ends - time.monotonic()
             record = {"row": row.name, "kind": row.kind, "estimate": row.seconds, "setting": setting._asdict()}
             if left >= row.seconds:
-                record |= measured_by(row, records, setting, seconds=left, cache=kept / "programs")
+                record |= measured_by(row, records, setting, limits)
             elif records.get(row.name, {}).get("status") == "failed":
                 continue  # which says more
             else:
@@ -145,7 +152,7 @@ def gpu(
     return {name: one.get("why") or summary(one) for name, one in records.items()}
 
 
-def measured_by(row: Row, records: Mapping[str, Any], setting: Setting, **limits: Any) -> dict[str, Any]:
+def measured_by(row: Row, records: Mapping[str, Any], setting: Setting, limits: Limits) -> dict[str, Any]:
     """What is to be recorded of a row: status, seconds it took, and what it measured or why it did not."""
     began = time.monotonic()
 
@@ -153,7 +160,7 @@ def measured_by(row: Row, records: Mapping[str, Any], setting: Setting, **limits
         return {"status": status, "seconds": time.monotonic() - began, **more}
 
     try:
-        measured = row.measure(**limits)
+        measured = row.measure(limits)
         other = records.get(row.beside, {})
         if other.get("status") == "measured":
             refuse_others({row.beside: other["measured"], row.name: measured}, "bfloat16")
@@ -190,7 +197,7 @@ def rows_of(setting: Setting, python: str, keep: Path) -> list[Row]:
     ) -> Callable[..., Any]:
         """Training steps, ours or TRL's, which computes the same. To repeat ours is of use beside TRL's alone."""
 
-        def measure(**limits: Any) -> dict[str, Any]:
+        def measure(limits: Limits) -> dict[str, Any]:
             if (who == "trl" or again) and (absent := not_installed(python)):
                 raise Skipped(f"{python} lacks {' and '.join(absent)}; name another by --python")
             model, data = inputs(shape, weights)
@@ -201,7 +208,7 @@ def rows_of(setting: Setting, python: str, keep: Path) -> list[Row]:
             spec |= dict(attention="tiles", head="whole", remat="none", reference="copy", group=False, one_program=True)
             spec |= changes
             programs = [sys.executable, "our_side.py"] if who == "ours" else [python, "trl_side.py"]
-            measured = side(*programs, spec, device, **limits)
+            measured = side(*programs, spec, device, **limits())
             if not spec["lora"]:  # adapters have no gradients of kernels, which open-instruct would count
                 measured["text_flops"] = text_flops(config, data, sizes)
             return measured
@@ -209,20 +216,20 @@ def rows_of(setting: Setting, python: str, keep: Path) -> list[Row]:
         return measure
 
     def other(script: str, **spec: Any) -> Callable[..., Any]:
-        def measure(**limits: Any) -> dict[str, Any]:
+        def measure(limits: Limits) -> dict[str, Any]:
             if "shape" in spec:
                 spec["model"], spec["pairs"] = inputs(spec["shape"], weights=False)
-            return side(sys.executable, script, dict(dtype="bfloat16") | spec, device, **limits)
+            return side(sys.executable, script, dict(dtype="bfloat16") | spec, device, **limits())
 
         return measure
 
-    def decoding(**limits: Any) -> dict[str, Any]:
+    def decoding(limits: Limits) -> dict[str, Any]:
         model, _ = inputs(sizes.shape, weights=True)
         options = dict(directory=model, who="ours", prompt=sizes.prompt, new_tokens=sizes.new_tokens, dtype="bfloat16")
         options["cores"], measured = len(os.sched_getaffinity(0)), {}
         for rows in sizes.rows:
             words = ["benchmarks.measuring", "decoding.decode_step", json.dumps(options | {"rows": rows})]
-            one = answer_of([sys.executable, "-P", "-m", *words], device, **limits)
+            one = answer_of([sys.executable, "-P", "-m", *words], device, **limits())
             measured[str(rows)] = {"seconds": one["seconds"], "first": one["first"]}
         return measured
 
