@@ -44,16 +44,16 @@ def write(quickstart: Path) -> None:
     """Draws the picture."""
     before, after = rewards(quickstart)
     theirs, ours = losses()
-    figure = matplotlib.figure.Figure(figsize=(6.4, 2.5))
+    figure = matplotlib.figure.Figure(figsize=(8, 2.7))
     left, right = figure.subplots(1, 2)
     steps = np.arange(1, len(ours) + 1)
     left.plot(steps, ours, color=PALETTE["blue"], label="prefalign_jax")
     left.plot(steps, theirs, "o", color=PALETTE["vermillion"], mfc="none", label="TRL 1.16")
-    left.set(title=f"DPO, losses at most {np.abs(ours - theirs).max():.0e} apart", xlabel="step", ylabel="loss")
+    left.set(title=f"DPO: the losses differ by {np.abs(ours - theirs).max():.0e} at most", xlabel="step", ylabel="loss")
     edges = np.arange(min(before.min(), after.min()) - 0.5, max(before.max(), after.max()) + 1.5)
-    for values, label, colour in ((before, "before", "blue"), (after, "after", "vermillion")):
-        right.hist(values, edges, alpha=0.6, label=f"{label}: {values.mean():+.2f}", color=PALETTE[colour])
-    right.set(title="Quickstart, before and after DPO", xlabel="true reward of a sampled answer", ylabel="answers")
+    for values, label, colour in ((before, "before DPO", "blue"), (after, "after", "vermillion")):
+        right.hist(values, edges, alpha=0.6, label=f"{label}: mean {values.mean():+.2f}", color=PALETTE[colour])
+    right.set(title="The quickstart, held-out prompts", xlabel="true reward of a sampled answer", ylabel="answers")
     for axes in (left, right):
         axes.legend()
-    figure.savefig(ROOT / "docs" / "readme.png", dpi=200)
+    figure.savefig(ROOT / "docs" / "readme.png", dpi=160)
