@@ -35,7 +35,13 @@ class Policy(NamedTuple):
     tokenizer: Tokenizer
 
 
-def load(path: str | Path, *, dtype: str = "float32", mesh: Mesh | Mapping[str, int] | None = None) -> Policy:
+def load(
+    path: str | Path,
+    *,
+    dtype: str = "float32",
+    mesh: Mesh | Mapping[str, int] | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Policy:
     """Loads a model with its tokenizer.
 
     Args:
@@ -43,6 +49,8 @@ def load(path: str | Path, *, dtype: str = "float32", mesh: Mesh | Mapping[str, 
       dtype: of activations and matrix products, float32 or bfloat16. Parameters, log-softmax and losses are float32.
       mesh: devices that share the parameters: a mesh of `sharding.make_mesh`, or its sizes, such as {'fsdp': -1}. None
         puts everything on one device.
+      tokenizer: one to use in place of the model's own, such as its own with a chat template; it has the same tokens,
+        and may have more.
 
     Returns:
       The `Policy`. Embeddings are grown where the tokenizer has more tokens than the model.
@@ -56,7 +64,7 @@ def load(path: str | Path, *, dtype: str = "float32", mesh: Mesh | Mapping[str, 
     if isinstance(mesh, Mapping):
         mesh = make_mesh(mesh)
     directory = resolve(exported(path))
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory) if tokenizer is None else tokenizer
     place = functools.partial(param_shardings, mesh) if mesh is not None else None
     make = functools.partial(make_decoder, dtype=dtype)
     return Policy(*load_decoder(directory, make=make, place=place, tokens=len(tokenizer)), tokenizer)

@@ -84,6 +84,14 @@ TLDR = {
 TLDR_PROMPT = "SUBREDDIT: r/askscience\n\nTITLE: The sky\n\nPOST: I asked a physicist.\n\nTL;DR:"
 ORPO_TURNS = [user("Hi."), assistant("Hello."), user(Q)]
 
+
+def graded(instruction, response):
+    """A response inside the prompt by which Prometheus grades it."""
+    asked = "###Task Description:\nWrite a detailed feedback.\n\n###The instruction to evaluate:\n" + instruction
+    rubric = "###Score Rubrics:\n[Is it true?]\nScore 1: No.\n\n###Feedback: "
+    return f"{asked}\n\n###Response to evaluate:\n{response}\n\n{rubric}"
+
+
 # Data set -> (format, row, prompt, chosen, rejected, margin or None).
 PAIRS = {
     "Anthropic/hh-rlhf": (
@@ -391,6 +399,98 @@ PAIRS = {
             "prompt": Q,
             "chosen": {"messages": [assistant("Air scatters blue.")]},
             "rejected": {"messages": [assistant("Paint.")]},
+        },
+        ASKED,
+        GOOD,
+        BAD,
+        None,
+    ),
+    "princeton-nlp/LLMBar": (
+        "llmbar",
+        {"input": Q, "output_1": "Paint.", "output_2": "Air scatters blue.", "label": 2},
+        ASKED,
+        GOOD,
+        BAD,
+        None,
+    ),
+    "ScalerLab/JudgeBench": (
+        "judgebench",
+        {
+            "pair_id": "e302b0a0",
+            "original_id": 1420,
+            "source": "mmlu-pro-physics",
+            "question": Q,
+            "response_model": "gpt-4o-2024-05-13",
+            "response_A": "Air scatters blue.",
+            "response_B": "Paint.",
+            "label": "A>B",
+        },
+        ASKED,
+        GOOD,
+        BAD,
+        None,
+    ),
+    "GAIR-NLP/auto-j": (
+        "autoj",
+        {
+            "scenario": "explaining_general",
+            "label": 1,
+            "prompt": Q,
+            "response 1": "Paint.",
+            "response 2": "Air scatters blue.",
+        },
+        ASKED,
+        GOOD,
+        BAD,
+        None,
+    ),
+    "HuggingFaceH4/hhh_alignment": (
+        "hhh_alignment",
+        {"input": Q, "targets": {"choices": ["Air scatters blue.", "Paint."], "labels": [1, 0]}},
+        ASKED,
+        GOOD,
+        BAD,
+        None,
+    ),
+    "prometheus-eval's HHH alignment": (
+        "prometheus_hhh",
+        {
+            "source": "honest",
+            "chosen_instruction": graded(Q, "Air scatters blue."),
+            "rejected_instruction": graded(Q, "Paint."),
+        },
+        ASKED,
+        GOOD,
+        BAD,
+        None,
+    ),
+    "lmsys/mt_bench_human_judgments": (
+        "mt_bench_human",
+        {
+            "question_id": 81,
+            "model_a": "alpaca-13b",
+            "model_b": "gpt-3.5-turbo",
+            "winner": "model_b",
+            "judge": "author_2",
+            "conversation_a": [user(Q), assistant("Paint."), user("Why?"), assistant("It is.")],
+            "conversation_b": [user(Q), assistant("Air scatters blue."), user("Why?"), assistant("It does.")],
+            "turn": 1,
+        },
+        ASKED,
+        GOOD,
+        BAD,
+        None,
+    ),
+    "allenai/reward-bench": (
+        "rewardbench",
+        {
+            "prompt": Q,
+            "chosen": "Air scatters blue.",
+            "chosen_model": "gpt-4",
+            "rejected": "Paint.",
+            "rejected_model": "alpaca-7b",
+            "subset": "alpacaeval-easy",
+            "id": 30,
         },
         ASKED,
         GOOD,

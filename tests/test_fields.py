@@ -147,11 +147,15 @@ APART = {
     ("completions", 3): "completions[] without a score",
     **dict.fromkeys(((name, 2) for name in ("responses", "scores", "ranks")), "responses[] between best and worst"),
     ("answers", 0): "answers[] between best and worst",
+    **{
+        (f"conversation_{side}", number): f"conversation_{side}[] of a later turn" for side in "ab" for number in (2, 3)
+    },
 }
 # Fields of published formats -> what they become in the common one, under whose name they are reported.
 BECOMES = {
     **dict.fromkeys(("response_k", "rejected_response", "rejected_conversations", "non_preferred_output"), "rejected"),
     **dict.fromkeys(("human_ref_A", "response_0", "response_1", "response2", "output", "summaries"), "rejected"),
+    **dict.fromkeys(("output_1", "response_B", "response 1", "targets", "conversation_a"), "rejected"),
     **dict.fromkeys(("score_ratio", "preference_strength", "overall_preference", "completions", "answers"), "margin"),
     **dict.fromkeys(("scores", "ranks", "comparisons"), "margin"),
     "responses": "rejected",

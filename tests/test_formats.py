@@ -25,6 +25,7 @@ from published_rows import (
     WEATHER,
     Q,
     assistant,
+    graded,
     helpsteer,
     user,
 )
@@ -118,6 +119,12 @@ def test_which_response_is_safer_is_another_format_with_the_same_fields(tmp_path
         ({**ALPACA_EVAL, "preference": -1}, "no preference"),
         ({**PANDALM, "annotator1": 1, "annotator2": 2}, "tie"),
         ({**PAIRS["nvidia/HelpSteer3"][1], "overall_preference": 0}, "tie"),
+        ({**PAIRS["GAIR-NLP/auto-j"][1], "label": 2}, "tie"),
+        ({**PAIRS["lmsys/mt_bench_human_judgments"][1], "winner": "tie (inconsistent)"}, "tie"),
+        (
+            {**PAIRS["prometheus-eval's HHH alignment"][1], "rejected_instruction": graded("Why?", "a")},
+            "prompts differ",
+        ),
         ({**PAIRS["openbmb/UltraFeedback"][1], "completions": []}, "fewer than two answers"),
         ({**SHP, "human_ref_A": "Air scatters blue."}, "identical responses"),
         ({**SHP, "human_ref_A": " "}, "empty response"),
@@ -126,6 +133,29 @@ def test_which_response_is_safer_is_another_format_with_the_same_fields(tmp_path
 def test_what_prefers_nothing_is_counted(tmp_path, row, reason):
     records, dropped = read_records(write(tmp_path / "rows.jsonl", [SHP, row]))
     assert len(records) == 1 and dropped == {reason: 1}
+
+
+def test_a_vote_on_the_second_turn_is_about_both(tmp_path):
+    row = {**PAIRS["lmsys/mt_bench_human_judgments"][1], "turn": 2}
+    (record,), dropped = read_records(write(tmp_path / "rows.jsonl", [row]))
+    assert said(record.prompt) == ASKED and not dropped
+    assert said(record.chosen) == [*GOOD, ("user", "Why?"), ("assistant", "It does.")]
+    assert said(record.rejected) == [*BAD, ("user", "Why?"), ("assistant", "It is.")]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("princeton-nlp/LLMBar", {"label": 0}, "field 'label': expected one of 1, 2, found a number 0"),
+        ("ScalerLab/JudgeBench", {"label": "A=B"}, "field 'label': expected one of 'A>B', 'B>A', found a string 'A=B'"),
+        ("HuggingFaceH4/hhh_alignment", {"targets": {"choices": ["a", "b"], "labels": [1, 1]}}, "one labelled 1 and"),
+        ("prometheus-eval's HHH alignment", {"chosen_instruction": Q}, "in Prometheus's grading prompt"),
+        ("lmsys/mt_bench_human_judgments", {"winner": "b"}, "field 'winner': expected one of 'model_a', 'model_b'"),
+    ],
+)
+def test_a_judgement_that_is_none_is_named(tmp_path, name, change, says):
+    with pytest.raises(UserError, match=says):
+        read_records(write(tmp_path / "rows.jsonl", [{**PAIRS[name][1], **change}]))
 
 
 def test_labelled_completions_of_kto_mix(tmp_path):

@@ -20,7 +20,9 @@ from fake_runs import leave_run
 from prefalign_jax.analysis import compare_page
 from prefalign_jax.analysis.runs import find_runs
 from prefalign_jax.inspection import data_page
+from prefalign_jax.judges import bench
 from prefalign_jax.judges import page as judge_page
+from prefalign_jax.judges.benchmarks import Benchmark, Questions
 from prefalign_jax.judges.judge import Comparison, Verdict
 from prefalign_jax.pages import frame, pictures, token_page
 from prefalign_jax.pages.palette import PALETTE, look
@@ -57,6 +59,13 @@ def judge_pages(text, tmp_path=None):
     return judge_page.page([verdict], (text, text), text)
 
 
+def bench_pages(text, tmp_path=None):
+    comparisons = [Comparison(text + str(i), text, text + "2") for i in range(2)]
+    asked = Questions(text, Benchmark(text, None, source=text), comparisons, [text, text + "2"], {text: 1}, [text])
+    verdicts = {text: [Verdict(comparisons[0], 1.0), Verdict(comparisons[1], None, text)]}
+    return bench.page(text, [bench.measure(asked, verdicts)], {text: {"judge": text, "options": [text]}})
+
+
 def report_pages(text, tmp_path):
     for number in range(2):
         leave_run(tmp_path / "runs" / str(number), note=text + str(number), loss={"name": text})
@@ -65,7 +74,7 @@ def report_pages(text, tmp_path):
 
 
 DRAWN = {"svg", "defs", "clippath", "g", "path", "rect", "use", "text"}
-QUICK = {"tokens": token_pages, "data": data_pages, "judge": judge_pages}
+QUICK = {"tokens": token_pages, "data": data_pages, "judge": judge_pages, "bench": bench_pages}
 PAGES = {**QUICK, "report": report_pages}
 
 

@@ -24,7 +24,7 @@ from prefalign_jax.files import locked
 from prefalign_jax.generation.sample_files import Sample, write_jsonl
 from prefalign_jax.judges import endpoint as endpoint_module
 from prefalign_jax.judges import page as page_module
-from prefalign_jax.judges import reward_model, rewards
+from prefalign_jax.judges import reward_model, rewards, scoring
 from prefalign_jax.judges.cache import open_cache
 from prefalign_jax.judges.endpoint import endpoint, fill, read_reply
 from prefalign_jax.judges.judge import (
@@ -185,7 +185,7 @@ def test_finished_scores_are_not_computed_again(reward_directory, tmp_path, monk
     def no_batches(data):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(reward_model, "eval_batches", no_batches)
+    monkeypatch.setattr(scoring, "eval_batches", no_batches)
     again = reward_model.scorer(directory, cache)
     np.testing.assert_array_equal(again(["b", "a"], ["y", "x"]).values, before[::-1])
     with pytest.raises(AssertionError, match="computed again"):

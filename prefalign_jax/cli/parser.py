@@ -6,13 +6,14 @@ import argparse
 import difflib
 import os
 import re
+import runpy
 from collections.abc import Sequence
 from typing import NoReturn
 
 from prefalign_jax.cli.trl_names import instead
 from prefalign_jax.files import user_cache
 from prefalign_jax.options import did_you_mean, flatten, truth
-from prefalign_jax.types import UserError
+from prefalign_jax.types import UserError, one_line
 
 
 class Parser(argparse.ArgumentParser):
@@ -121,6 +122,18 @@ def add_config(parser: Parser) -> None:
     """Adds --config, whose fields `read_with_fields` hands on."""
     what = "an experiment of `prefalign list`, or a .py file; --config.FIELD=VALUE sets a field of it"
     parser.add_argument("--config", default="", metavar="NAME[:ARG]", help=what)
+
+
+def run_file(path: str) -> None:
+    """Runs a file of the user's own, such as one that adds rewards, for --load.
+
+    Raises:
+      UserError: it raises whatever it likes.
+    """
+    try:
+        runpy.run_path(path)
+    except Exception as error:
+        raise UserError(f"--load={path}: {type(error).__name__}: {one_line(error)}") from None
 
 
 def _field(name: str, value: str) -> str:

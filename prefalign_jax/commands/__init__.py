@@ -19,7 +19,7 @@ from prefalign_jax.exits import status_of
 from prefalign_jax.options import did_you_mean
 from prefalign_jax.types import UserError
 
-# Name -> what it does. The module has the same name.
+# Name -> what it does. The module has the same name, with _ for -.
 COMMANDS = {
     "train": "runs an experiment: data, training, evaluation, export",
     "sweep": "runs every point of an experiment's sweep()",
@@ -29,6 +29,7 @@ COMMANDS = {
     "generate": "samples responses to prompts",
     "evaluate": "measures a model on held-out pairs",
     "judge": "compares two models' samples",
+    "judge-bench": "measures judges on benchmarks of judges",
     "inspect": "shows what an experiment would train on",
     "plan": "says what a step takes on devices that are not here",
     "list": "names experiments, losses, families, formats and templates",
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(name: str = "--help", *rest: str) -> int | None:
     if name in ("-h", "--help", "help"):
         print("usage: prefalign COMMAND [OPTION ...]\n")
-        print(*(f"  {command:<10}{what}" for command, what in COMMANDS.items()), sep="\n")
+        print(*(f"  {command:<12}{what}" for command, what in COMMANDS.items()), sep="\n")
         print("\nprefalign COMMAND --help lists its options. To begin: prefalign train --config=quickstart")
         return 0
     if name == "--version":
@@ -67,6 +68,6 @@ def _run(name: str = "--help", *rest: str) -> int | None:
     set_environment()
     logging.set_verbosity(logging.WARNING)  # Orbax and Grain report their inner life at INFO
     try:
-        return importlib.import_module(f"{__name__}.{name}").main(rest)
+        return importlib.import_module(f"{__name__}.{name.replace('-', '_')}").main(rest)
     except SystemExit as end:  # argparse's, after --help
         return end.code

@@ -1,17 +1,17 @@
 """Judges two models' samples: --first=A.jsonl --second=B.jsonl --judge=reward:kindness --out=DIR.
 
-The judge is reward:NAME (judges/rewards.py), model:DIR (a reward model), endpoint:URL (a language model) or
-human:FILE (verdicts downloaded from pairs.html); --option=NAME=VALUE sets its options, =@FILE reads one from a file.
+The judge is reward:NAME (judges/rewards.py), model:DIR (a reward model), logp:MODEL or mean_logp:MODEL (the response's
+log-probability), dpo:POLICY,REFERENCE or mean_dpo:POLICY,REFERENCE (the implicit reward), endpoint:URL (a language
+model) or human:FILE (verdicts downloaded from pairs.html). --option=NAME=VALUE sets its options, =@FILE reads one from
+a file.
 """
 
 from __future__ import annotations
 
-import runpy
 from collections.abc import Sequence
 from pathlib import Path
 
-from prefalign_jax.cli.parser import Parser
-from prefalign_jax.types import UserError, one_line
+from prefalign_jax.cli.parser import Parser, run_file
 
 
 def main(argv: Sequence[str]) -> None:
@@ -20,16 +20,13 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--first", required=True, help="samples of the first model: .jsonl, or .json of AlpacaEval")
     parser.add_argument("--second", required=True, help="samples of the model it is compared with")
     parser.add_argument("--questions", help="MT-Bench's questions; --first and --second are answers in its format")
-    parser.add_argument("--judge", required=True, help="reward:NAME, model:DIR, endpoint:URL or human:FILE")
+    parser.add_argument("--judge", required=True, help="KIND:WHAT, such as reward:kindness; see above")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the judge; repeatable")
     parser.add_argument("--load", action="append", default=[], metavar="FILE.py", help="runs it first: more rewards")
     parser.add_argument("--out", required=True, type=Path, help="gets verdicts.jsonl, summary.json and pairs.html")
     options = parser.read(argv)
     for file in options.load:
-        try:
-            runpy.run_path(file)
-        except Exception as error:  # a user's own code raises whatever it likes
-            raise UserError(f"--load={file}: {type(error).__name__}: {one_line(error)}") from None
+        run_file(file)
     from prefalign_jax.judges.judge_files import judge_files
 
     files = (options.first, options.second)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -420,6 +421,79 @@ def sharegpt(row: Row) -> list[Row]:
     return [{"messages": answered, **left}]
 
 
+def llmbar(row: Row) -> list[Row]:
+    """princeton-nlp/LLMBar: `label` is the number of the better output, 1 or 2."""
+    better = choice(row.get("label"), (1, 2), "label") - 1
+    return answers(row, _user(string(row.get("input"), "input")), ("output_1", "output_2"), better)
+
+
+def judgebench(row: Row) -> list[Row]:
+    """ScalerLab/JudgeBench: `label` is 'A>B' or 'B>A', by which answer is correct."""
+    better = ("A>B", "B>A").index(choice(row.get("label"), ("A>B", "B>A"), "label"))
+    return answers(row, _user(string(row.get("question"), "question")), ("response_A", "response_B"), better)
+
+
+def autoj(row: Row) -> list[Row]:
+    """GAIR-NLP/auto-j's pairwise test set: `label` 0 says that the first response is better, 1 the second, 2 a tie."""
+    better = choice(row.get("label"), (0, 1, 2), "label")
+    if better == 2:
+        raise Dropped("tie")
+    return answers(row, _user(string(row.get("prompt"), "prompt")), ("response 1", "response 2"), better)
+
+
+def hhh_alignment(row: Row) -> list[Row]:
+    """HuggingFaceH4/hhh_alignment: `targets` holds two choices and their labels, 1 for the better one."""
+    targets = row.get("targets")
+    if not isinstance(targets, Mapping) or not {"choices", "labels"} <= targets.keys():
+        raise expected("an object with 'choices' and 'labels'", targets, "targets")
+    texts, labels = (read_list(targets[name], f"targets.{name}") for name in ("choices", "labels"))
+    labels = [choice(label, (0, 1), f"targets.labels[{i}]") for i, label in enumerate(labels)]
+    if len(texts) != 2 or sorted(labels) != [0, 1]:
+        raise expected("two choices, one labelled 1 and one 0", targets, "targets")
+    pair = {f"targets.choices[{i}]": text for i, text in enumerate(texts)}
+    return answers(pair, _user(string(row.get("input"), "input")), list(pair), labels.index(1))
+
+
+_GRADED = re.compile(
+    r"###Task Description:.*?###The instruction to evaluate:\n(.*?)\n\n"
+    r"###Response to evaluate:\n(.*?)\n\n###Score Rubrics:\n.*",
+    re.DOTALL,
+)
+
+
+def prometheus_hhh(row: Row) -> list[Row]:
+    """prometheus-eval's copy of HHH alignment: instruction and response stand in a prompt that asks for a grade."""
+    parts = {}
+    for side in ("chosen", "rejected"):
+        field = f"{side}_instruction"
+        match = _GRADED.fullmatch(string(row.get(field), field))
+        if match is None:
+            raise expected("an instruction and a response in Prometheus's grading prompt", row[field], field)
+        parts[side] = match
+    if parts["chosen"][1] != parts["rejected"][1]:
+        raise Dropped("prompts differ")
+    return [{"prompt": _user(parts["chosen"][1]), **{side: _assistant(part[2], side) for side, part in parts.items()}}]
+
+
+def mt_bench_human(row: Row) -> list[Row]:
+    """lmsys/mt_bench_human_judgments: one vote between two conversations, of which `turn` turns were judged."""
+    winner = string(row.get("winner"), "winner")
+    if winner.startswith("tie"):
+        raise Dropped("tie")
+    better = ("model_a", "model_b").index(choice(winner, ("model_a", "model_b"), "winner"))
+    judged = 2 * choice(row.get("turn"), (1, 2), "turn")
+    talks = {field: read_list(row.get(field), field) for field in ("conversation_a", "conversation_b")}
+    left = {f"{field}[] of a later turn": True for field, talk in talks.items() if len(talk) > judged}
+    sides = [talk[:judged] for talk in talks.values()]
+    return [{"chosen": sides[better], "rejected": sides[1 - better], **left}]
+
+
+def rewardbench(row: Row) -> list[Row]:
+    """allenai/reward-bench: the prompt is what a user says, and the responses are answers to it."""
+    pair = {side: _assistant(row.get(side), side) for side in ("chosen", "rejected")}
+    return [{"prompt": _user(string(row.get("prompt"), "prompt")), **pair}]
+
+
 _SIDES = ("chosen", "rejected")
 FORMATS: dict[str, Format] = {
     "ultrafeedback": Format(ultrafeedback, ("instruction", "completions"), without=_SIDES, answers="completions"),
@@ -446,6 +520,13 @@ FORMATS: dict[str, Format] = {
         also=("input",),
         gather=("instruction", "input"),
     ),
+    "llmbar": Format(llmbar, ("input", "output_1", "output_2", "label")),
+    "judgebench": Format(judgebench, ("question", "response_A", "response_B", "label")),
+    "autoj": Format(autoj, ("prompt", "response 1", "response 2", "label")),
+    "hhh_alignment": Format(hhh_alignment, ("input", "targets")),
+    "prometheus_hhh": Format(prometheus_hhh, ("chosen_instruction", "rejected_instruction")),
+    "mt_bench_human": Format(mt_bench_human, ("conversation_a", "conversation_b", "winner", "turn")),
+    "rewardbench": Format(rewardbench, ("prompt", *_SIDES), signs=("chosen_model", "rejected_model", "subset")),
     "pku_saferlhf": Format(pku_saferlhf, ("prompt", "response_0", "response_1", "better_response_id")),
     "helpsteer2_preference": Format(
         helpsteer2_preference, ("prompt", "response_1", "response_2", "preference_strength")

@@ -106,6 +106,21 @@ def count_rows(path: str | Path | MemoryRows, split: str = "train") -> int | Non
     return None if None in counts else sum(counts)
 
 
+def local_files(path: str | Path) -> list[Path]:
+    """The data files that a path names, of a directory those of every split.
+
+    Raises:
+      UserError: there is no such file or directory, or it holds no data file.
+    """
+    local = _local(path)
+    if local is None:
+        raise UserError(f"{path}: no such file or directory")
+    files = list(data_files(local, _FILE).values()) if local.is_dir() else [local]
+    if not files:
+        raise UserError(f"{path}: the directory holds no {_READABLE} file")
+    return files
+
+
 def files_left_out(path: str | Path | MemoryRows, split: str = "train") -> dict[str, str]:
     """The data files of a directory that `read_rows` leaves out: {name: the split that it says, or why else}."""
     local = None if isinstance(path, MemoryRows) else _local(path)
