@@ -235,7 +235,7 @@ def heading(result: Measured) -> str:
 def counted(result: Measured) -> str:
     """How the benchmark counts, in words."""
     benchmark = result.questions.benchmark
-    return f"A verdict counts {RULES[benchmark.rule].words}. The whole is {OVERALLS[benchmark.overall][1]}."
+    return f"Rule: {RULES[benchmark.rule].words}. The whole: {OVERALLS[benchmark.overall][1]}."
 
 
 def summary(result: Measured) -> Table:
