@@ -13,6 +13,8 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from prefalign_jax import checkpoint
 from prefalign_jax.alike import check_config, check_inputs, check_state
+from prefalign_jax.analysis.runs import read_run
+from prefalign_jax.analysis.signs import signs_of
 from prefalign_jax.assemble import Assembled, assemble, step_of
 from prefalign_jax.cost.flops import count_flops
 from prefalign_jax.cost.throughput import Meter
@@ -114,6 +116,7 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
     # Loop. First comes the evaluation at the start, or one that an earlier run was stopped before.
     if run.to_evaluate_first():
         run.evaluated(start, *evaluate(state, start))
+        run.say_signs()
     batches = train_batches(training, **order_of(experiment), start=start, stop=total)
     abstract = shapes_of(state)
     meter = Meter(training, lambda batch: count_flops(train_step, abstract, shapes_of(batch)))
@@ -136,7 +139,8 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
             if evaluating or saving:
                 log.flush()  # this step's line is on disk before its checkpoint: a resumed run starts after it
                 with meter.paused():
-                    means = run.evaluated(step, *evaluate(state, step)) if evaluating else {}
+                    if means := run.evaluated(step, *evaluate(state, step)) if evaluating else {}:
+                        run.say_signs()
                     if saving:
                         run.save(state, means)
                         timer.saved()
@@ -151,6 +155,7 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
         note(f"stopped at step {step} of {total}, saved; the same command goes on from there")
         return result
     run.finish(state, means)
+    run.say_signs(ended=True)
     return result
 
 
@@ -209,6 +214,7 @@ class Run:
         self.checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", **experiment.config.checkpoint)
         stack.callback(self.checkpoints.close)
         self.start, self.changed, self.history = 0, {}, []
+        self.said: set[str] = set()  # signs
 
     def restored(self, state: TrainState) -> TrainState:
         """The state to go on from: where an earlier run in the directory stopped, or the one that is given."""
@@ -252,6 +258,20 @@ class Run:
             check_best(self.experiment.config.checkpoint.best_metric, means, step)
             self.eval_writer.write(step, means)
         return means
+
+    def say_signs(self, ended: bool = False) -> None:
+        """Says what the run shows for the first time, and at its end all that it shows; see `analysis.signs`."""
+        if not is_first():
+            return
+        try:
+            shown = signs_of(read_run(self.workdir, self.workdir.name))
+        except Exception as error:  # of whatever kind: a remark costs nobody a run
+            note(f"{self.workdir}: nothing is said of the run: {one_line(error)}")
+            return
+        for name, text in shown.items():
+            if ended or name not in self.said:
+                note(f"{name}: {text}")
+        self.said |= shown.keys()
 
     def save(self, state: TrainState, means: Mapping[str, float]) -> None:
         """Starts writing a checkpoint."""

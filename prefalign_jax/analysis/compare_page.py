@@ -32,6 +32,7 @@ from prefalign_jax.analysis.compare import (
     value_at,
 )
 from prefalign_jax.analysis.runs import Run, differing
+from prefalign_jax.analysis.signs import SIGNS, signs_of
 from prefalign_jax.files import write_bytes
 from prefalign_jax.options import did_you_mean
 from prefalign_jax.pages.frame import render
@@ -120,7 +121,9 @@ def write_page(
     metrics = _metrics(finished, metrics)
     columns = _columns(finished, columns, notes)
     one = len(finished) == 1
-    sections = {"final": "Last values"}
+    shown_signs = [(run.name, shown) for group in groups for run in group.runs if (shown := signs_of(run))]
+    sections = {"signs": "Worth a look"} if shown_signs else {}
+    sections |= {"final": "Last values"}
     if len(groups) > 1:
         sections |= {"differences": "Differences, paired by seed", "compute": "At equal compute"}
     curves, pictures = [], {}
@@ -141,6 +144,8 @@ def write_page(
         sections=sections,
         notes=notes,
         one=one,
+        signs=shown_signs,
+        counted=None if one else _counted(groups),
         final=_last(finished[0], metrics) if one else _finals(groups, metrics),
         gaps=_differences(groups, metrics) if len(groups) > 1 else None,
         max_gap=f"{MAX_GAP:.0%}",
@@ -254,6 +259,17 @@ def _columns(runs: Sequence[Run], asked: Sequence[str] | None, notes: list[str])
 
 
 # Tables
+
+
+def _counted(groups: Sequence[Group]) -> Table:
+    """How many runs of each group show each sign."""
+    shown = [[signs_of(run) for run in group.runs] for group in groups]
+    rows = [
+        [name, *(f"{n} of {len(some)}" if (n := sum(name in one for one in some)) else "" for some in shown)]
+        for name in SIGNS
+        if any(name in one for some in shown for one in some)
+    ]
+    return Table("Runs that show a sign", ["sign", *(group.label for group in groups)], rows)
 
 
 def _finals(groups: Sequence[Group], metrics: Sequence[str]) -> Table:

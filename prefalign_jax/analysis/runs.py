@@ -32,6 +32,7 @@ class Run(NamedTuple):
       held_out: rows of eval.jsonl.
       overrides: of the sweep's point that it is, {} for a run by itself.
       earlier: totals of the stages before it, of a job with several.
+      datasheet: what is known of its data, {} where nothing was written.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Run(NamedTuple):
     held_out: list[dict[str, Any]]
     overrides: Mapping[str, Any] = {}
     earlier: Mapping[str, float] = {}
+    datasheet: Mapping[str, Any] = {}
 
     def spent(self) -> dict[str, np.ndarray]:
         """`totals` at each logged row, with what earlier stages spent."""
@@ -106,7 +108,8 @@ def read_run(path: Path, name: str, point: Path | None = None) -> Run:
                 for total, values in totals(read_metrics(file)).items():
                     earlier[total] = earlier.get(total, 0.0) + float(values[-1])
     rows = read_metrics(path / "metrics.jsonl"), read_metrics(path / "eval.jsonl")
-    return Run(name, path, config, *rows, overrides, earlier)
+    datasheet = read_json(path / "datasheet.json", {"stages?": "an object", "training?": "an object"}, missing={})
+    return Run(name, path, config, *rows, overrides, earlier, datasheet)
 
 
 def find_runs(directories: Sequence[Path]) -> list[Run]:

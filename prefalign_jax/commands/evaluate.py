@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from prefalign_jax.cli.experiments import set_fields
 from prefalign_jax.cli.parser import Parser
 from prefalign_jax.files import writing
-from prefalign_jax.options import given, split_names
+from prefalign_jax.options import flatten, given, split_names
 from prefalign_jax.types import UserError
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def main(argv: Sequence[str]) -> None:
     parser = _parser()
     options, words = parser.read_others(argv)
     experiment = experiment_of(parser, options, words)
+    from prefalign_jax.analysis.signs import fallen
     from prefalign_jax.evaluation.measure import measure_models
     from prefalign_jax.evaluation.report import as_text, write_report
 
@@ -51,6 +52,10 @@ def main(argv: Sequence[str]) -> None:
     counted = f"{result.pairs:,} {result.loss.unit} of {result.prompts:,} prompts"
     about = f"{options.model}{against} on {options.data}: {counted}"
     print(f"{result.loss.name}({hyper}) of {about}\n\n{as_text(result)}\n")
+    moved = result.displacement.get("chosen") or result.displacement.get("desirable")
+    config = flatten({"loss": {"name": result.loss.name, **result.loss.hyper}})
+    if moved and (said := fallen(moved.fell.mean, moved.change.mean, moved.responses, config)):
+        print(f"displacement: {said}\n")
     settings = {name: getattr(options, name) for name in ("model", "reference", "before", "data")}
     written = write_report(options.out, result, about, {**settings, "max_length": experiment.config.max_length})
     print(f"in {options.out}: {', '.join(written)}")

@@ -119,7 +119,7 @@ def make_datasheet(
         },
         "max_length": config["max_length"],
         "too_long": config["too_long"],
-        "training": _training(data, kind, digest),
+        "training": _training(data, kind, digest) | _cut(data, kind, config),
     }
 
 
@@ -141,6 +141,14 @@ def _training(data: PairSet, kind: str, digest: str) -> dict[str, Any]:
         prompts = keys if keys.any() else None
         about["length_bias"] = length_bias(tokens["chosen"], tokens["rejected"], prompts)
     return about
+
+
+def _cut(data: PairSet, kind: str, config: Mapping[str, Any]) -> dict[str, int]:
+    """How many are cut to max_length, which they fill then; {} where the longer ones are dropped."""
+    if config["too_long"] == "drop":
+        return {}
+    responses = data.lengths.responses if kind == "pairs" else data.lengths.responses[:, :1]
+    return {"cut": int((data.lengths.prompt + responses.max(axis=1) == config["max_length"]).sum())}
 
 
 def write_datasheet(workdir: Path, sheet: Mapping[str, Any]) -> None:

@@ -84,6 +84,25 @@ def columns_of(
     return {"loss": losses, **metrics, "weight": policy.weight}
 
 
+def moved_columns(loss: BoundLoss, policy: PairLogps, frozen: PairLogps | None) -> dict[str, np.ndarray]:
+    """What `analysis.signs` reads beside a loss's metrics, as columns like theirs.
+
+    Returns:
+      displacement/change [N] log policy - log reference of the chosen response in nats, of unpaired data of desirable
+      completions; displacement/fell [N] whether it is below 0; ties [N] whether both responses of a pair have one
+      log-probability, or one reward. Those that do not apply are missing, and ties is where there is none.
+    """
+    columns = {}
+    if frozen is not None:
+        good = policy.label > 0 if "label" in loss.needs else True
+        change = np.where(good, policy.chosen - frozen.chosen, np.nan)
+        columns |= {"displacement/change": change, "displacement/fell": np.where(good, change < 0, np.nan)}
+    if "rejected" in loss.needs and not loss.needs & {"label", "group"}:
+        same = policy.chosen == policy.rejected
+        columns |= {"ties": same.astype(np.float32)} if same.any() else {}
+    return columns
+
+
 def summary(columns: Mapping[str, np.ndarray], prefix: str = "eval/") -> dict[str, float]:
     """Weighted means of per-pair columns; accuracy with its 95% Wilson interval.
 

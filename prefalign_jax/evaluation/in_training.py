@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from prefalign_jax.assemble import Assembled
-from prefalign_jax.evaluation.held_out import columns_of, set_logps, summary
+from prefalign_jax.evaluation.held_out import columns_of, moved_columns, set_logps, summary
 from prefalign_jax.evaluation.policy_samples import make_sampler
 from prefalign_jax.experiment import Experiment
 from prefalign_jax.train_step import make_eval_step
@@ -66,7 +66,8 @@ def make_evaluation(
         out = []
         for k, (policy, frozen) in zip(numbers, logps, strict=True):
             running = jax.tree.map(lambda x, k=k: x[k], state.running) if members else state.running
-            out.append(summary(columns_of(experiments[k].loss, policy, frozen, running)))
+            loss = experiments[k].loss
+            out.append(summary(columns_of(loss, policy, frozen, running) | moved_columns(loss, policy, frozen)))
         return out
 
     def evaluate(state: TrainState, step: int) -> list[dict[str, float]]:
