@@ -24,6 +24,7 @@ from prefalign_jax.types import LanguageModel, Pair, PairLogps, Params, Preferen
 
 FEW = 20  # prompts that an interval of a mean takes; fewer do not show what a resample could
 MOST_SLICES = 50  # values that a column to slice by may have
+ROUNDING = 0.01  # nats: a response is less likely than under the reference if it is so by more
 SLICED = ("loss", "rewards/accuracies", "rewards/margins")  # measured in every slice
 _ACCURACY = "rewards/accuracies"
 
@@ -89,14 +90,14 @@ def moved_columns(loss: BoundLoss, policy: PairLogps, frozen: PairLogps | None) 
 
     Returns:
       displacement/change [N] log policy - log reference of the chosen response in nats, of unpaired data of desirable
-      completions; displacement/fell [N] whether it is below 0; ties [N] whether both responses of a pair have one
-      log-probability, or one reward. Those that do not apply are missing, and ties is where there is none.
+      completions; displacement/fell [N] whether it is below -ROUNDING; ties [N] whether both responses of a pair have
+      one log-probability, or one reward. What does not apply is missing, and so is ties where no pair has any.
     """
     columns = {}
     if frozen is not None:
         good = policy.label > 0 if "label" in loss.needs else True
         change = np.where(good, policy.chosen - frozen.chosen, np.nan)
-        columns |= {"displacement/change": change, "displacement/fell": np.where(good, change < 0, np.nan)}
+        columns |= {"displacement/change": change, "displacement/fell": np.where(good, change < -ROUNDING, np.nan)}
     if "rejected" in loss.needs and not loss.needs & {"label", "group"}:
         same = policy.chosen == policy.rejected
         columns |= {"ties": same.astype(np.float32)} if same.any() else {}
