@@ -94,6 +94,7 @@ CASES = {
             run_of(held_out=held_out(sampled("length", 40, 15), sampled("length", 61, 15))),  # chance
             run_of(held_out=held_out(sampled("length", 40, 0.1), sampled("length", 49, 0.1))),
             run_of(held_out=held_out(sampled("length", 40, 3))),
+            run_of(held_out=held_out(sampled("length", 40, 3), sampled("length", 61, 4)), **{"loss.name": "sft"}),
         ],
     ),
     "kl": (
@@ -101,6 +102,7 @@ CASES = {
         [
             run_of(held_out=held_out(sampled("kl", 0, 0), sampled("kl", 11, 2))),
             run_of(held_out=held_out(sampled("kl", 0, 0), sampled("kl", 3.6, 0.3))),
+            run_of(held_out=held_out(sampled("kl", 0, 0), sampled("kl", 14.2, 2)), **{"reference.kind": "none"}),
         ],
     ),
     "saturation": (

@@ -85,7 +85,7 @@ def length(run: Run) -> str | None:
     """Samples grew longer or shorter.
 
     Threshold: their mean length is DRIFT times that before training, or as much shorter, and the two 95% intervals do
-    not overlap.
+    not overlap. Of fine-tuning nothing is said: it teaches the length of its answers.
     Reason: apart from each other, the intervals show more than chance. A quarter is a choice: it is what a reader of
     samples side by side notices.
     Source: Singhal et al., arXiv 2310.03716, and Park et al., arXiv 2403.19159: much of what is won in rewards and win
@@ -94,7 +94,7 @@ def length(run: Run) -> str | None:
     before, now = ends(run.held_out, "samples/length")
     (low_before, low), (high_before, high) = (ends(run.held_out, f"samples/length{end}") for end in ("_low", "_high"))
     longer, shorter = now > DRIFT * before and low > high_before, now < before / DRIFT and high < low_before
-    if not (longer or shorter):
+    if not (longer or shorter) or run.config.get("loss.name") == "sft":
         return None
     bias = run.datasheet.get("training", {}).get("length_bias", {}).get("longer_wins")
     data = f" The chosen response is the longer one in {bias:.0%} of the training pairs." if bias else ""
@@ -108,14 +108,15 @@ def length(run: Run) -> str | None:
 def kl(run: Run) -> str | None:
     """Samples are far from where the run began.
 
-    Threshold: the 95% interval of their KL lies above FAR nats a response.
+    Threshold: the 95% interval of their KL lies above FAR nats a response. Of losses with a reference alone: others do
+    not hold the policy near anything.
     Reason: the best of n samples is log n - (n - 1) / n nats away from the model that draws them, so 10 nats are the
     best of 60,000: further than any choice among samples goes.
     Source: Gao et al., arXiv 2210.10760, and Rafailov et al., arXiv 2406.02900: at a growing KL the reward that is
       trained goes on rising, and the true one falls.
     """
     low, now = last(run.held_out, "samples/kl_low"), last(run.held_out, "samples/kl")
-    if not low > FAR:
+    if not low > FAR or not _compares(run):
         return None
     return (
         f"samples are {now:.3g} nats a response away from where the run began; the best of 60,000 samples would be "
