@@ -146,7 +146,7 @@ CASES = {
     "noise": (
         [
             run_of(
-                trained(0.95),
+                trained(0.95, losses=(0.69, 0.1), margins=(0.0, 2.0)),
                 evaluated({"loss": 0.69}, {"loss": 0.7, "rewards/accuracies": 0.58, "rewards/accuracies_high": 0.62}),
             ),
             run_of(
@@ -158,6 +158,10 @@ CASES = {
             run_of(trained(0.95), evaluated({}, {"rewards/accuracies": 0.75, "rewards/accuracies_high": 0.8})),
             run_of(trained(0.95), evaluated({}, {"rewards/accuracies": 0.6, "rewards/accuracies_high": 0.97})),  # few
             run_of(trained(0.85), evaluated({}, {"rewards/accuracies": 0.5, "rewards/accuracies_high": 0.55})),
+            run_of(  # by signs alone
+                trained(0.95, losses=(0.69, 0.6), margins=(0.0, 0.1)),
+                evaluated({}, {"rewards/accuracies": 0.58, "rewards/accuracies_high": 0.62}),
+            ),
             # Without a reference an accuracy below one half may be of longer responses.
             run_of(held_out=evaluated({}, {"rewards/accuracies": 0.4, "rewards/accuracies_high": 0.45})),
             run_of(datasheet=sheet(contradictory=49)),
@@ -252,7 +256,7 @@ def test_the_page_of_signs_names_all_and_their_thresholds():
         assert number in page, number
     values = (signs.FALL, signs.RATIO, signs.APART, signs.DRIFT, signs.FAR, signs.RIGHT, signs.FLOOR, signs.SEEN)
     assert values == (1, 0.01, 0.1, 1.25, 10, 0.99, 0.05, 100)  # what the page says
-    assert (signs.KNOWN, signs.GAP, signs.SHARE, signs.TRIED) == (0.9, 0.25, 0.05, 20)
+    assert (signs.KNOWN, signs.GAP, signs.HALF, signs.SHARE, signs.TRIED) == (0.9, 0.25, 0.5, 0.05, 20)
     n = 60_000
     assert np.log(n) - (n - 1) / n == pytest.approx(signs.FAR, abs=0.01)
 

@@ -26,6 +26,7 @@ FLOOR = 0.05  # of the loss that the run began with
 SEEN = 100  # pairs that a mean over training steps is of, at least
 KNOWN = 0.9  # accuracy of pairs in training that the run knows
 GAP = 0.25  # of accuracies
+HALF = 0.5  # of the loss that the run began with
 SHARE = 0.05  # of records: any share that is measured can be off by as much
 TRIED = 20  # steps before anything is said of a learning rate
 
@@ -220,8 +221,9 @@ def noise(run: Run) -> str | None:
     """What holds for the training pairs does not for others: wrong labels are learnt by heart.
 
     Threshold: the accuracy in training is at least KNOWN over the last logged steps of SEEN pairs or more, that of
-    held-out pairs GAP lower, and its 95% interval lower too. Or, with a reference: the interval of the held-out
-    accuracy lies below one half. Or: SHARE of the records contradict another one.
+    held-out pairs GAP lower, and its 95% interval lower too. Where margins begin at 0 the loss in training has fallen
+    to HALF of its first value: before that the accuracy counts signs of small margins. Or, with a reference: the
+    interval of the held-out accuracy lies below one half. Or: SHARE of the records contradict another one.
     Reason: a network can fit labels that are random, and then nothing carries over to other pairs. People agree in
     about three comparisons of four, so that a quarter of the labels say little.
     Source: Zhang et al., arXiv 1611.03530; Yeh et al., arXiv 2410.01957: a quarter of HH-RLHF has low agreement with
@@ -236,7 +238,9 @@ def noise(run: Run) -> str | None:
     held_out, high = (last(run.held_out, f"eval/rewards/accuracies{end}") for end in ("", "_high"))
     rows = run.train[-_steps_of(run, SEEN) :]
     known = mean(rows, "rewards/accuracies")
-    if known >= KNOWN and high < known and held_out <= known - GAP:
+    began = run.train[0] if run.train and run.train[0]["step"] == 1 else {}
+    only_signs = began.get("rewards/margins") == 0 and mean(rows, "loss") > HALF * began["loss"]
+    if known >= KNOWN and not only_signs and high < known and held_out <= known - GAP:
         return (
             f"{known:.0%} of the pairs in training are ranked right, and {held_out:.0%} of the held-out ones (at most "
             f"{high:.0%}). The run has learnt its pairs by heart: they are few, or their labels are noisy. "
