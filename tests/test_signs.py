@@ -141,6 +141,7 @@ CASES = {
         [
             run_of(datasheet=sheet(identical_responses=30, tie=19, empty_response=500)),
             run_of(held_out=evaluated(START, moved(0.1, 1.0, ties=0.04))),
+            run_of(held_out=evaluated(moved(0.0, 0.0, ties=0.06), moved(0.1, 1.0))),  # no longer
         ],
     ),
     "noise": (
@@ -162,6 +163,8 @@ CASES = {
                 trained(0.95, losses=(0.69, 0.6), margins=(0.0, 0.1)),
                 evaluated({}, {"rewards/accuracies": 0.58, "rewards/accuracies_high": 0.62}),
             ),
+            # Equal rewards count nothing with accuracy_ties=trl.
+            run_of(held_out=evaluated({**START, "rewards/accuracies": 0.0, "rewards/accuracies_high": 0.01})),
             # Without a reference an accuracy below one half may be of longer responses.
             run_of(held_out=evaluated({}, {"rewards/accuracies": 0.4, "rewards/accuracies_high": 0.45})),
             run_of(datasheet=sheet(contradictory=49)),

@@ -208,7 +208,7 @@ def ties(run: Run) -> str | None:
                 f"{share} of the {part} records have no winner and are left out: {reasons}. "
                 "Look how they were made: equal scores, one answer twice, or a max_length that cuts where they differ."
             )
-    tied = last(run.held_out, "eval/ties")
+    tied = last(run.held_out[-1:], "eval/ties")  # a row has none where no pair is tied
     if tied >= SHARE:
         return (
             f"{tied:.0%} of the held-out pairs have two responses of the same log-probability. To the model they are "
@@ -235,7 +235,8 @@ def noise(run: Run) -> str | None:
                 f"{_share(lost, before)} of the {part} records contradict another one and are left out. "
                 "The other labels may be as noisy. loss.name=robust_dpo or loss.label_smoothing allows for that."
             )
-    held_out, high = (last(run.held_out, f"eval/rewards/accuracies{end}") for end in ("", "_high"))
+    # Not of step 0, where with accuracy_ties=trl equal rewards count 0.
+    held_out, high = (ends(run.held_out, f"eval/rewards/accuracies{end}")[1] for end in ("", "_high"))
     rows = run.train[-_steps_of(run, SEEN) :]
     known = mean(rows, "rewards/accuracies")
     began = run.train[0] if run.train and run.train[0]["step"] == 1 else {}
