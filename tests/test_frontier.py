@@ -42,6 +42,8 @@ def test_the_best_reward_within_a_divergence():
     assert [mean for mean, *_ in found["dpo"]] == [1.5, (9 + 2) / 2, (9 + 2) / 2, (9 + 5) / 2]
     np.testing.assert_allclose(found["dpo"][3], t_interval(np.array([9.0, 5.0])))
     assert [mean for mean, *_ in found["ipo"]] == [1.0] * 4 and np.isnan(found["ipo"][0].low)
+    gaps = reward_within(RUNS, (0.1, 10.0), minus="dpo")
+    assert list(gaps) == ["ipo"] and [mean for mean, *_ in gaps["ipo"]] == [1.0 - 1.0, 1.0 - 9.0]  # seed 0 alone
     axes = draw_frontier(points, [(1, 0.0, 1.0), (2, 0.2, 1.5)]).axes[0]
     steps = axes.lines[0].get_ydata()
     assert (steps[1:] >= steps[:-1]).all() and steps[-1] == 9.0

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.figure
 import numpy as np
@@ -79,27 +79,44 @@ def best_of_points(pairs: Path) -> list[tuple[int, float, float]]:
     return [(n, kl_bound(n), float(np.mean([best_of_n(known, n) for known in whole]))) for n in range(1, most + 1)]
 
 
-def reward_within(runs: Sequence[Run], limits: Sequence[float]) -> dict[str, list[Interval]]:
-    """For each method the best mean reward of its evaluations whose KL is at most each limit, over seeds.
+def best_within(runs: Sequence[Run], limits: Sequence[float]) -> dict[str, dict[Any, np.ndarray]]:
+    """{method: {seed: [limits] best mean reward of its evaluations whose KL is at most each limit}}, NaN for none.
 
     The best of several noisy evaluations is above what the method would give again, the more the more there are.
 
     Args:
       runs: as for `points_of`.
       limits: in nats.
-
-    Returns:
-      {method: [mean over seeds with Student's 95% interval at each limit]}, of the seeds that got there.
     """
-    best = defaultdict(list)
+    best: dict[str, dict[Any, np.ndarray]] = defaultdict(dict)
     for seed in dict.fromkeys(run.config.get("seed") for run in runs):
         same = [run for run in runs if run.config.get("seed") == seed]
         points = points_of(same) if any(row.get(REWARD) is not None for run in same for row in run.held_out) else []
         for method in dict.fromkeys(point.method for point in points):
             its = [point for point in points if point.method == method]
-            best[method].append([max((p.reward for p in its if p.kl <= x), default=np.nan) for x in limits])
-    columns = {method: np.array(rows).T for method, rows in best.items()}
-    return {method: [t_interval(x[np.isfinite(x)]) for x in column] for method, column in columns.items()}
+            values = [max((p.reward for p in its if p.kl <= x), default=np.nan) for x in limits]
+            best[method][seed] = np.array(values)
+    return dict(best)
+
+
+def reward_within(runs: Sequence[Run], limits: Sequence[float], minus: str | None = None) -> dict[str, list[Interval]]:
+    """`best_within` over seeds.
+
+    Args:
+      runs, limits: as there.
+      minus: a method whose value with the same seed is taken off, which cancels what the seed decides; None for none.
+
+    Returns:
+      {method: [mean over seeds with Student's 95% interval at each limit]}, of the seeds that got there.
+    """
+    best = best_within(runs, limits)
+    out = {}
+    for method, by_seed in best.items():
+        if method != minus:
+            taken = best[minus] if minus else dict.fromkeys(by_seed, 0.0)
+            columns = np.array([by_seed[seed] - taken[seed] for seed in by_seed if seed in taken]).T
+            out[method] = [t_interval(column[np.isfinite(column)]) for column in columns]
+    return out
 
 
 @styled
@@ -136,7 +153,7 @@ def report_frontier(directory: Path, pairs: Path | None = None) -> str:
       pairs: pairs.jsonl of the job `pairs`, for the best of n.
 
     Returns:
-      A table of the best mean reward within each of LIMITS, and what else there is to say.
+      Tables of the best mean reward within each of LIMITS and of its differences to DPO, and what else there is to say.
 
     Raises:
       UserError: there is no run that measured reward and KL.
@@ -146,10 +163,21 @@ def report_frontier(directory: Path, pairs: Path | None = None) -> str:
     best = best_of_points(pairs) if pairs else []
     path = directory / "frontier.png"
     draw_frontier(points, best).savefig(path, dpi=120)
-    rows = [
-        [method, *(f"{mean:.4f}" + (f" [{low:.4f}, {high:.4f}]" if low == low else "") for mean, low, high in values)]
-        for method, values in reward_within(runs, LIMITS).items()
-    ]
-    table = markdown(["best mean reward at KL <=", *(f"{limit:g}" for limit in LIMITS)], rows)
+    tables = [_table("best mean reward at KL <=", reward_within(runs, LIMITS))]
+    if "dpo" in {point.method for point in points}:
+        tables.append(_table("minus dpo, paired by seed", reward_within(runs, LIMITS, minus="dpo"), sign="+"))
     bests = [f"best of {n}: reward {reward:.4f}, KL at most {kl:.3f}" for n, kl, reward in best]
-    return "\n".join([table, *bests, f"{len(points)} evaluations of {max(p.seeds for p in points)} seeds; {path}"])
+    return "\n".join(
+        ["\n\n".join(tables), *bests, f"{len(points)} evaluations of {max(p.seeds for p in points)} seeds; {path}"]
+    )
+
+
+def _table(title: str, values: Mapping[str, Sequence[Interval]], sign: str = "") -> str:
+    rows = [
+        [
+            method,
+            *(f"{mean:{sign}.4f}" + (f" [{low:.4f}, {high:.4f}]" if low == low else "") for mean, low, high in each),
+        ]
+        for method, each in values.items()
+    ]
+    return markdown([title, *(f"{limit:g}" for limit in LIMITS)], rows)
