@@ -1,6 +1,6 @@
 """DPO, SFT then DPO, and ORPO on HH-RLHF at equal data, equal steps and equal compute.
 
-    prefalign sweep --workdir=runs/equal_compute \\
+    prefalign sweep --workdir=runs/equal_compute --together=auto \\
       --config=experiments/papers/equal_compute.py:model=TinyStories-656K,data=harmless-base/test.jsonl.gz
     prefalign report runs/equal_compute
 
@@ -9,8 +9,9 @@ operations of every step, so that the report can compare at equal compute as wel
 (arXiv 2403.07691, section 7.3) counts forward passes alone: with the backward pass as two forwards DPO takes 8 a pair,
 6 where reference log-probabilities are cached, and ORPO 6.
 
-Time: 9 minutes for the 8 runs on two cores. Result (docs/results.md): accuracies of 0.59 to 0.60 at equal data, steps
-and compute, which two seeds do not tell apart; forward passes 2.00 to 1, whole steps 1.30 to 1, with the cache 1 to 1.
+Time: 9 minutes on two cores for the 8 runs of seeds 0 and 1, which docs/results.md is of. Result: accuracies of 0.59 to
+0.60 at equal data, steps and compute, which two seeds do not tell apart; forward passes 2.00 to 1, whole steps 1.30 to
+1, with the cache 1 to 1.
 """
 
 from prefalign_jax import config
