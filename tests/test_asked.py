@@ -17,7 +17,7 @@ from prefalign_jax.evaluation.measure import held_out_pairs
 from prefalign_jax.experiment import read
 from prefalign_jax.generation import generate, sample_to_file
 from prefalign_jax.generation.sample_files import as_row, read_samples
-from prefalign_jax.judges import reward_model
+from prefalign_jax.judges import reward_model, scoring
 from prefalign_jax.judges.judge import Scores, by_reward, pair_samples, read_verdicts, write_verdicts
 from prefalign_jax.models import hf_io
 from prefalign_jax.models.decoder import make_decoder
@@ -171,7 +171,7 @@ def test_what_was_drawn_keeps_what_it_was_asked_with(run, monkeypatch):
 
 
 def test_a_reward_model_scores_after_what_it_was_trained_after(run, trained, monkeypatch):
-    monkeypatch.setattr(reward_model, "make_pair_set", raises(0))
+    monkeypatch.setattr(scoring, "make_pair_set", raises(0))
     prompts, _ = read_prompts(run / "rows.jsonl")
     for path, options, same in ((run, {}, True), (run / "export", {}, True), (run, {"date": "2024-03-01"}, False)):
         with pytest.raises(Asked) as caught:
