@@ -172,7 +172,7 @@ def _runs(lengths: Lengths, at: np.ndarray) -> Runs:
     branch = np.zeros(length.shape, np.int64)
     branch[:, :, 1:] = np.arange(1, sides + 1).reshape(pieces, -1)
     position = np.where(branch > 0, lengths.prompt[:, None, None], 0)
-    return Runs(length, at.reshape(pairs, pieces, 1) + np.cumsum(length, axis=2) - length, branch, position)
+    return Runs(length, at.reshape(pairs, pieces, 1) + length.cumsum(axis=2) - length, branch, position)
 
 
 class Arrangement(NamedTuple):
@@ -223,7 +223,7 @@ def arrange(lengths: Lengths, groups: int, row_length: int | None = None, sequen
     at, group_of, segment = np.zeros((3, len(sizes)), np.int64)
     for number, group in enumerate(dealt):
         for r, row in enumerate(group):
-            at[row] = r * length + np.cumsum(sizes[row]) - sizes[row]
+            at[row] = r * length + sizes[row].cumsum() - sizes[row]
             group_of[row], segment[row] = number, np.arange(1, len(row) + 1)
     rows = max(map(len, dealt))
     runs = _runs(lengths, at)
@@ -245,7 +245,7 @@ def _tiles(runs: Runs, group: np.ndarray, groups: int, blocks: int) -> list[np.n
     """The tiles of attention that are not empty, see `Arrangement`: a token sees its own run and its piece's prompt."""
     length, at = runs.length.reshape(-1), runs.at.reshape(-1)
     each = runs.length.shape[2]
-    prompt_at, prompt_length = (np.repeat(x[:, :, 0].reshape(-1), each) for x in (runs.at, runs.length))
+    prompt_at, prompt_length = (x[:, :, 0].reshape(-1).repeat(each) for x in (runs.at, runs.length))
     first, last = at // TILE, (at + length - 1) // TILE
     count = np.where(length > 0, last - first + 1, 0)
     run, step = _spread(count)
@@ -254,7 +254,7 @@ def _tiles(runs: Runs, group: np.ndarray, groups: int, blocks: int) -> list[np.n
     starts = np.concatenate([first[run], prompt_at[run] // TILE])
     ends = np.concatenate([query, np.minimum(query, (prompt_at + prompt_length - 1)[run] // TILE)])
     number, step = _spread(ends - starts + 1)
-    row = np.repeat(group, each)[run] * blocks + query
+    row = group.repeat(each)[run] * blocks + query
     seen = np.zeros((groups, blocks, blocks), bool)
     seen.reshape(-1)[np.concatenate([row, row])[number] * blocks + starts[number] + step] = True
     return [np.stack(np.divmod(np.flatnonzero(one), blocks), axis=1) for one in seen]
@@ -262,16 +262,16 @@ def _tiles(runs: Runs, group: np.ndarray, groups: int, blocks: int) -> list[np.n
 
 def _spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For each of counts[i] copies of i: i, and which copy it is."""
-    number = np.repeat(np.arange(len(counts)), counts)
-    return number, np.arange(len(number)) - np.repeat(np.cumsum(counts) - counts, counts)
+    number = np.arange(len(counts)).repeat(counts)
+    return number, np.arange(len(number)) - (counts.cumsum() - counts).repeat(counts)
 
 
 def _along(counts: np.ndarray, counting: Sequence[np.ndarray], constant: Sequence[np.ndarray]) -> np.ndarray:
     """Values of counts[i] tokens of each run i, [values, tokens]: those that count on from its first, then the same."""
     counts = counts.reshape(-1)
     table = np.array([x.reshape(-1) for x in (*counting, *constant)])
-    table[: len(counting)] -= np.cumsum(counts) - counts
-    table = np.repeat(table, counts, axis=1)
+    table[: len(counting)] -= counts.cumsum() - counts
+    table = table.repeat(counts, axis=1)
     table[: len(counting)] += np.arange(table.shape[1])
     return table
 
@@ -336,8 +336,8 @@ def lay_out(
     rows = np.zeros((4, groups * shape.rows, shape.length), np.int32)
     length = np.where(placed[:, :, None], runs.length, 0)
     start = runs.at + group[:, :, None] * (shape.rows * shape.length)
-    segment = np.repeat(plan.segment, runs.length.shape[2])
-    begin = np.repeat(trees.start[:, :1], lengths.pieces.shape[1], axis=1)[:, :, None]
+    segment = plan.segment.repeat(runs.length.shape[2])
+    begin = trees.start[:, :1].repeat(lengths.pieces.shape[1], axis=1)[:, :, None]
     begin = np.concatenate([begin, trees.start[:, 1:].reshape(runs.length[:, :, 1:].shape)], axis=2)
     counting, constant = [start, runs.position, begin], [segment, runs.branch]
     here, position, held, segment, branch = _along(length, counting, constant)
@@ -348,7 +348,7 @@ def lay_out(
     slots = SIDES if trees.slots is not None else trees.ids.shape[1]  # of a pair, or group
     count, first, target, codes = _targets(lengths, runs, layout, begin)
     offsets = trees.ids[np.arange(len(trees.ids))[:, None, None], codes]
-    owner = np.repeat(group.reshape(-1), count.shape[2])
+    owner = group.reshape(-1).repeat(count.shape[2])
     count = np.where(owner >= 0, count.reshape(-1), 0)
     read, target, names = _along(count, [first, target], [offsets])
     weights = None
@@ -362,7 +362,7 @@ def lay_out(
     filled = np.zeros(len(count), np.int64)
     for g in range(groups):
         here = owner == g
-        filled[here] = np.cumsum(count[here]) - count[here]
+        filled[here] = count[here].cumsum() - count[here]
     (here,) = _along(count, [owner * shape.trained + filled], [])
     trained = np.zeros((3, groups, shape.trained), np.int32)
     trained[2] = slots * batch_size

@@ -151,7 +151,7 @@ class Pairs(Sequence[Pair]):
         """Copies the tokens of all; quicker than by objects, for the few pairs of a batch."""
         end = self.start + self.length
         parts = list(zip(*(x.reshape(-1).tolist() for x in (self.buffer, self.start, end)), strict=True))
-        start = (np.cumsum(self.length) - self.length.reshape(-1)).reshape(self.length.shape)
+        start = (self.length.cumsum() - self.length.reshape(-1)).reshape(self.length.shape)
         weights = None
         if any(x is not None for x in self.token_weights):
             each = [(self.token_weights[b], i, j) for b, i, j in parts]
