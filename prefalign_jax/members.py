@@ -171,8 +171,8 @@ def make_program(
         return step(state, batch)
 
     def of_all(numbers: Numbers, state: TrainState, batches: PreferenceBatch) -> tuple[TrainState, Metrics]:
-        needs, loss = first.loss.needs, first.loss
-        if "reference" in needs and "token_kl" not in needs and batches.reference is None:
+        loss = first.loss
+        if "reference" in loss.needs and "token_kl" not in loss.needs and batches.reference is None:
             read = functools.partial(reference_logps, model, loss, state.reference, chunk=options["chunk"])
             batches = batches._replace(reference=jax.vmap(functools.partial(jax.lax.map, read))(batches))
         own = jax.tree.map(lambda x: x[np.array(stream_of)], batches)

@@ -111,7 +111,7 @@ def values_of(name: str, data=DATA, running=None, **hyper):
 def test_members_read_a_set_at_once_as_each_does_alone():
     loss, params = make_loss("dpo"), [PARAMS, REFERENCE]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *params)
-    both = set_logps(make_eval_step(MODEL, loss, members=True), stacked, REFERENCE, DATA, members=2)
+    both = set_logps(make_eval_step(MODEL, loss, members=True), stacked, REFERENCE, DATA, members=True)
     for k, own in enumerate(params):
         alone = set_logps(make_eval_step(MODEL, loss), own, REFERENCE, DATA)
         one = jax.tree.map(lambda x, k=k: x[k], both)

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import email.utils
 import html.parser
 import http.server
@@ -37,9 +38,10 @@ from prefalign_jax.judges.judge import (
     write_verdicts,
 )
 from prefalign_jax.judges.win_rate import fit_logistic, length_controlled, win_rate
-from prefalign_jax.models.decoder import DecoderConfig, make_decoder
+from prefalign_jax.models.decoder import make_decoder
 from prefalign_jax.models.hf_io import save_params
 from prefalign_jax.types import UserError
+from small import CONFIG as SMALL
 
 ROOT = pathlib.Path(__file__).parents[1]
 KEY = "sk-very-secret-123"
@@ -119,18 +121,7 @@ def test_a_reward_of_ones_own_has_options_and_may_have_no_value(monkeypatch):
 
 # A trained reward model
 
-CONFIG = DecoderConfig(
-    vocab_size=384,
-    hidden_size=16,
-    intermediate_size=32,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    init_std=0.4,
-    max_position=64,
-    reward=True,
-)
+CONFIG = dataclasses.replace(SMALL, vocab_size=384, max_position=64, reward=True)
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +186,7 @@ def test_finished_scores_are_not_computed_again(reward_directory, tmp_path, monk
 
 
 def test_a_language_model_is_no_judge(tmp_path, tiny_tokenizer):
-    config = DecoderConfig(**{**vars(CONFIG), "reward": False})
+    config = dataclasses.replace(CONFIG, reward=False)
     save_params(make_decoder(config).init(jax.random.key(0)), config, tmp_path / "lm")
     with pytest.raises(UserError, match="is a language model, not a reward model"):
         reward_model.scorer(tmp_path / "lm")

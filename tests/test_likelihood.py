@@ -1,26 +1,19 @@
 """Log-probabilities and implicit rewards as scores of responses."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from prefalign_jax.judges import likelihood, scoring
 from prefalign_jax.judges.kinds import make_judge
-from prefalign_jax.models.decoder import DecoderConfig, make_decoder
+from prefalign_jax.models.decoder import make_decoder
 from prefalign_jax.models.hf_io import save_params
 from prefalign_jax.types import UserError
+from small import CONFIG as SMALL
 
-CONFIG = DecoderConfig(
-    vocab_size=384,
-    hidden_size=16,
-    intermediate_size=32,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    init_std=0.4,
-    max_position=128,
-)
+CONFIG = dataclasses.replace(SMALL, vocab_size=384, max_position=128)
 PROMPTS = ["The policy", "Is the sky blue?", [{"role": "user", "content": "Tea?"}], "x", "The policy"]
 RESPONSES = [" should prefer", "Yes.", "Boil the water.", "word " * 200, " should prefer"]
 TALK = [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Why?"}]
@@ -132,7 +125,7 @@ def test_models_that_do_not_fit_are_refused(models, tmp_path, tiny_tokenizer):
     for spec in ("dpo:a", "dpo:a,", "mean_dpo:,b"):
         with pytest.raises(UserError, match="write dpo:POLICY,REFERENCE"):
             make_judge(spec, [], tmp_path)
-    reward = DecoderConfig(**{**vars(CONFIG), "reward": True})
+    reward = dataclasses.replace(CONFIG, reward=True)
     save_params(make_decoder(reward).init(jax.random.key(0)), reward, tmp_path / "reward")
     with pytest.raises(UserError, match="is a reward model, not a language model; its judge is model:DIR"):
         make_judge(f"logp:{tmp_path / 'reward'}", [], tmp_path)

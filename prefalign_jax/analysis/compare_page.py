@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -121,7 +121,8 @@ def write_page(
     metrics = _metrics(finished, metrics)
     columns = _columns(finished, columns, notes)
     one = len(finished) == 1
-    shown_signs = [(run.name, shown) for group in groups for run in group.runs if (shown := signs_of(run))]
+    signs = [[(run.name, signs_of(run)) for run in group.runs] for group in groups]
+    shown_signs = [(name, shown) for some in signs for name, shown in some if shown]
     sections = {"signs": "Worth a look"} if shown_signs else {}
     sections |= {"final": "Last values"}
     if len(groups) > 1:
@@ -145,7 +146,7 @@ def write_page(
         notes=notes,
         one=one,
         signs=shown_signs,
-        counted=None if one else _counted(groups),
+        counted=None if one else _counted(groups, signs),
         final=_last(finished[0], metrics) if one else _finals(groups, metrics),
         gaps=_differences(groups, metrics) if len(groups) > 1 else None,
         max_gap=f"{MAX_GAP:.0%}",
@@ -261,13 +262,12 @@ def _columns(runs: Sequence[Run], asked: Sequence[str] | None, notes: list[str])
 # Tables
 
 
-def _counted(groups: Sequence[Group]) -> Table:
-    """How many runs of each group show each sign."""
-    shown = [[signs_of(run) for run in group.runs] for group in groups]
+def _counted(groups: Sequence[Group], signs: Sequence[Sequence[tuple[str, Mapping[str, str]]]]) -> Table:
+    """How many runs of each group show each sign; `signs` are (name, signs) of the runs of each group."""
     rows = [
-        [name, *(f"{n} of {len(some)}" if (n := sum(name in one for one in some)) else "" for some in shown)]
+        [name, *(f"{n} of {len(some)}" if (n := sum(name in shown for _, shown in some)) else "" for some in signs)]
         for name in SIGNS
-        if any(name in one for some in shown for one in some)
+        if any(name in shown for some in signs for _, shown in some)
     ]
     return Table("Runs that show a sign", ["sign", *(group.label for group in groups)], rows)
 

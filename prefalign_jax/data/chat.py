@@ -128,6 +128,21 @@ def load_tokenizer(path: str | Path, chat_template: str | None = None) -> Tokeni
     return tokenizer
 
 
+def check_tokens(path: str | Path, directory: str | Path, tokenizer: Tokenizer, whose: str) -> None:
+    """Refuses a model some of whose tokens have other numbers in another's tokenizer.
+
+    Args:
+      path: what the user calls the model.
+      directory: where it lies.
+      tokenizer: the other's.
+      whose: what the message calls that one.
+    """
+    known = tokenizer.get_vocab()
+    for token, number in load_tokenizer(directory).get_vocab().items():
+        if known.get(token) != number:
+            raise UserError(f"{path}: token {number} is {token!r}, and another in {whose}")
+
+
 def _of_directory(path: str) -> Tokenizer:
     """The tokenizer of a Hugging Face directory or hub name."""
     auto = tokenizer_library().AutoTokenizer

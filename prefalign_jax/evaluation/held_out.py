@@ -57,15 +57,15 @@ def set_logps(
     params: Params,
     reference: Params | None,
     data: PairSet,
-    members: int = 0,
+    members: bool = False,
 ) -> tuple[PairLogps, PairLogps | None]:
     """(policy, reference or None): what the loss reads of every pair of a set, [len(data.pairs)] NumPy arrays.
 
     Args:
       eval_step, params, reference, data: as in `evaluate`.
-      members: K where the step is of K members: the arrays then have a leading axis [K].
+      members: whether the step is of K members: the arrays then have a leading axis [K].
     """
-    parts, axis = [], min(members, 1)
+    parts, axis = [], int(members)
     for batch in eval_batches(data):
         real = batch.index[0] >= 0
         means = batch.mean_tokens[0]  # over the whole set
@@ -73,7 +73,7 @@ def set_logps(
         of_pairs = (record and record._replace(mean_tokens=None) for record in records)
         parts.append(jax.tree.map(lambda x, real=real: np.compress(real, x, axis), tuple(of_pairs)))
     policy, frozen = jax.tree.map(lambda *columns: np.concatenate(columns, axis), *parts)
-    return policy._replace(mean_tokens=np.tile(means, (members, 1)) if members else means), frozen
+    return policy._replace(mean_tokens=np.tile(means, (len(policy.chosen), 1)) if members else means), frozen
 
 
 def columns_of(

@@ -41,9 +41,7 @@ def make_evaluation(
     """
     model, chunk = began[0].model, experiments[0].config.vocabulary_chunk
     sample = make_sampler(experiments, model, began[0].started, tokenizer, mesh, workdirs, members)
-    step_of_one, step_of_several = (
-        make_eval_step(model, experiments[0].loss, mesh, chunk, members=several) for several in (False, True)
-    )
+    eval_step = make_eval_step(model, experiments[0].loss, mesh, chunk, members)
     same: dict[int, list[int]] = {}  # the members with each set
     for k, one in enumerate(began):
         same.setdefault(id(one.held_out), []).append(k)
@@ -53,16 +51,11 @@ def make_evaluation(
         held_out = began[numbers[0]].held_out
         if held_out is None:
             return [{}] * len(numbers)
-        if not members:
-            logps = [set_logps(step_of_one, state.params, state.reference, held_out)]
-        elif len(numbers) == 1:
-            params = jax.tree.map(lambda x: x[numbers[0]], state.params)
-            logps = [set_logps(step_of_one, params, state.reference, held_out)]
-        else:
-            some = slice(None) if len(numbers) == len(began) else np.array(numbers)
-            params = jax.tree.map(lambda x: x[some], state.params)
-            both = set_logps(step_of_several, params, state.reference, held_out, members=len(numbers))
-            logps = [jax.tree.map(lambda x, at=at: x[at], both) for at in range(len(numbers))]
+        params = state.params
+        if len(numbers) < len(began):
+            params = jax.tree.map(lambda x: x[np.array(numbers)], params)
+        both = set_logps(eval_step, params, state.reference, held_out, members)
+        logps = [jax.tree.map(lambda x, at=at: x[at], both) for at in range(len(numbers))] if members else [both]
         out = []
         for k, (policy, frozen) in zip(numbers, logps, strict=True):
             running = jax.tree.map(lambda x, k=k: x[k], state.running) if members else state.running

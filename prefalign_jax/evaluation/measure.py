@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from prefalign_jax.assemble import load_model
-from prefalign_jax.data.chat import load_tokenizer, tokenize_records
+from prefalign_jax.data.chat import check_tokens, load_tokenizer, tokenize_records
 from prefalign_jax.data.pipeline import PairSet, make_pair_set, mismatched
 from prefalign_jax.data.records import Record, ascii_quotes, read_records, split_by_prompt
 from prefalign_jax.data.remarks import Remarks, lines
@@ -177,10 +177,7 @@ def held_out_pairs(
 def _load(experiment: Experiment, path: str, tokenizer: Any, mesh: jax.sharding.Mesh) -> Model:
     """A model whose tokens mean the same as the tokenizer's."""
     directory = exported(path)
-    vocabulary = tokenizer.get_vocab()
-    for token, number in load_tokenizer(directory).get_vocab().items():
-        if vocabulary.get(token) != number:
-            raise UserError(f"{path}: token {number} is {token!r}, and another in --model: the tokenizers must match")
+    check_tokens(path, directory, tokenizer, "--model: the tokenizers must match")
     reward = "reward" in experiment.loss.needs
     return Model(path, *load_model(experiment.config, directory, mesh, len(tokenizer), reward=reward))
 

@@ -100,14 +100,12 @@ def make_sampler(
         if members and model.join is None:
             return draw_of_members(model, state.params, tokenizer, prompts, fields, seeds=seeds, **options)
         # One after another: what is under adapters is too large to be there for each.
-        parts = (
-            [jax.tree.map(lambda x, k=k: x[k], state.params) for k in range(len(seeds))] if members else [state.params]
-        )
-        policies = (model.join(state.reference, part) if model.join else part for part in parts)
-        return [
-            draw_samples(model, policy, tokenizer, prompts, fields, seed=seed, **options)
-            for policy, seed in zip(policies, seeds, strict=True)
-        ]
+        out = []
+        for k, seed in enumerate(seeds):
+            params = jax.tree.map(lambda x, k=k: x[k], state.params) if members else state.params
+            policy = model.join(state.reference, params) if model.join else params
+            out.append(draw_samples(model, policy, tokenizer, prompts, fields, seed=seed, **options))
+        return out
 
     def sample_now(state: TrainState, step: int) -> list[dict[str, float]]:
         drawn, out = draw(state), []

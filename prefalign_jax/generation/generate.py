@@ -143,7 +143,7 @@ def sample_members(
     Returns:
       For each model, for each prompt its n samples.
     """
-    completions = {(k, i, j): one for k, i, j, one in _drawn(model, params, prompts, seed=seeds, n=n, **options)}
+    completions = {(k, i, j): one for k, i, j, one in _stream(model, params, prompts, seed=seeds, n=n, **options)}
     return [[[completions[k, i, j] for j in range(n)] for i in range(len(prompts))] for k in range(len(seeds))]
 
 
@@ -178,10 +178,10 @@ def stream(
       UserError: the model is a reward model, an option is out of range, or prompt and response may be longer than the
         model was made for.
     """
-    return (of_one for _, *of_one in _drawn(model, params, prompts, **options))
+    return (of_one for _, *of_one in _stream(model, params, prompts, **options))
 
 
-def _drawn(
+def _stream(
     model: LanguageModel,
     params: Params,
     prompts: Sequence[np.ndarray],

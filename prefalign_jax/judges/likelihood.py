@@ -11,7 +11,7 @@ import numpy as np
 from prefalign_jax.data.records import Prompt, Text
 from prefalign_jax.data.trees import Layout
 from prefalign_jax.judges.judge import Scorer, Scores
-from prefalign_jax.judges.scoring import scoring_model
+from prefalign_jax.judges.scoring import as_scores, scoring_model
 from prefalign_jax.logps import preference_logps
 from prefalign_jax.types import Array, LanguageModel, Params, PreferenceBatch
 
@@ -73,9 +73,7 @@ def scorer(
         pairs = [pair for pair in made if not isinstance(pair, str)]
         logps, *of_reference = (np.array(model.measure(pairs, logps_of, LAYOUT)).reshape(-1, 2) for model in models)
         scores = logps[:, 0] - sum(other[:, 0] for other in of_reference)
-        values = iter(scores / logps[:, 1] if per_token else scores)
-        reasons = [f"{pair} for the model" if isinstance(pair, str) else "" for pair in made]
-        return Scores(np.array([np.nan if reason else next(values) for reason in reasons]), reasons)
+        return as_scores(made, scores / logps[:, 1] if per_token else scores, "the model")
 
     return score
 

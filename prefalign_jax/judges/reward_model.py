@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from prefalign_jax.data.records import Prompt, Text
 from prefalign_jax.data.trees import Layout
 from prefalign_jax.judges.judge import Scorer, Scores
-from prefalign_jax.judges.scoring import scoring_model
+from prefalign_jax.judges.scoring import as_scores, scoring_model
 from prefalign_jax.logps import preference_logps
 from prefalign_jax.types import Array, LanguageModel, Params, PreferenceBatch
 
@@ -56,9 +54,8 @@ def scorer(
 
     def score(prompts: Sequence[Text | Prompt], responses: Sequence[Text]) -> Scores:
         made = judge.pairs(prompts, responses)
-        rewards = iter(judge.measure([pair for pair in made if not isinstance(pair, str)], rewards_of, LAYOUT))
-        reasons = [f"{pair} for the reward model" if isinstance(pair, str) else "" for pair in made]
-        return Scores(np.array([np.nan if reason else next(rewards) for reason in reasons]), reasons)
+        rewards = judge.measure([pair for pair in made if not isinstance(pair, str)], rewards_of, LAYOUT)
+        return as_scores(made, rewards, "the reward model")
 
     return score
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 
-from prefalign_jax.data.chat import iter_pairs, load_tokenizer
+from prefalign_jax.data.chat import check_tokens, iter_pairs, load_tokenizer
 from prefalign_jax.data.pairs import digest_of
 from prefalign_jax.data.pipeline import eval_batches, make_pair_set
 from prefalign_jax.data.records import Prompt, Record, Text, told_by
 from prefalign_jax.data.template import ChatOptions, chat_options
 from prefalign_jax.data.trees import Layout
 from prefalign_jax.judges.cache import open_cache
+from prefalign_jax.judges.judge import Scores
 from prefalign_jax.models.hf_io import load_config, resolve
 from prefalign_jax.models.loading import exported, told_in_run
 from prefalign_jax.policy import Policy, load
@@ -104,6 +105,19 @@ class ScoringModel(NamedTuple):
         return out
 
 
+def as_scores(made: Sequence[Pair | str], values: Iterable[float], model: str) -> Scores:
+    """The scores of responses, of which those that could not be tokenized have none.
+
+    Args:
+      made: from `ScoringModel.pairs`.
+      values: one for each pair among them, in their order.
+      model: what the reason says that they did not fit.
+    """
+    rest = iter(values)
+    reasons = [f"{pair} for {model}" if isinstance(pair, str) else "" for pair in made]
+    return Scores(np.array([np.nan if reason else next(rest) for reason in reasons]), reasons)
+
+
 def scoring_model(
     path: str | Path,
     cache: str | Path | None,
@@ -144,10 +158,7 @@ def scoring_model(
     if tokenizer is None:
         tokenizer = load_tokenizer(directory, chat_template or None)
     else:
-        known = tokenizer.get_vocab()
-        for token, number in load_tokenizer(directory).get_vocab().items():
-            if known.get(token) != number:
-                raise UserError(f"{path}: token {number} is {token!r}, and another in the policy's tokenizer")
+        check_tokens(path, directory, tokenizer, "the policy's tokenizer")
     policy = load(path, dtype=dtype, tokenizer=tokenizer)
     about = f"{params_digest(policy.params)} {policy.model.config} {dtype}"
     key = hashlib.sha256(about.encode()).hexdigest() if cache else ""
