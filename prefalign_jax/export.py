@@ -37,6 +37,7 @@ CARD = {
     "tags": "more tags",
     "license": "licence identifier",
     "loss": "name of the loss",
+    "loss_title": "the loss's name in words",
     "formula": "the loss in one line",
     "hyper_parameters": "mapping: the loss's hyper-parameters",
     "data": "text or mapping: what the model was trained on",
@@ -128,7 +129,7 @@ def export_run(
     """
     config, loss = experiment.config, experiment.loss
     card = {"base_model": config.model.path, "data": data, "metrics": metrics, "config": experiment.plain}
-    card |= {"loss": loss.name, "formula": loss.formula, "hyper_parameters": loss.hyper}
+    card |= {"loss": loss.name, "loss_title": loss.title, "formula": loss.formula, "hyper_parameters": loss.hyper}
     card |= {"name": (config.export.push_to or workdir.resolve().name).rpartition("/")[2], "history": history}
     base, dtype = hf_io.resolve(config.model.path), config.export.dtype
     if dtype == "stored":
@@ -309,8 +310,13 @@ def model_card(card: Mapping[str, Any], *, title: str, scoring: str | None = Non
         what + (f", starting from {origin.called}." if origin.called else "."),
     ]
     if card.get("loss"):
+        title = f"{card['loss_title']}, " if card.get("loss_title") else ""
         formula = f": {card['formula']}" if card.get("formula") else ""
-        sections += ["## Loss", f"`{card['loss']}`{formula}", _table("hyper-parameter", card.get("hyper_parameters"))]
+        sections += [
+            "## Loss",
+            f"{title}`{card['loss']}`{formula}",
+            _table("hyper-parameter", card.get("hyper_parameters")),
+        ]
     if card.get("data"):
         data = card["data"]
         sections += ["## Data", _table("", data) if isinstance(data, Mapping) else str(data)]

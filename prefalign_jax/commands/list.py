@@ -17,10 +17,11 @@ def experiment_lines() -> Mapping[str, str]:
 
 
 def loss_lines() -> Mapping[str, str]:
-    """Loss -> the first line of its docstring; a weighted sum with a name -> the sum."""
+    """Loss -> its name in words, and on a second line its formula; a weighted sum with a name -> the sum."""
     from prefalign_jax.losses import LOSSES, MIXTURES
+    from prefalign_jax.losses.loss import described
 
-    return {name: (loss.function.__doc__ or "").partition("\n")[0] for name, loss in LOSSES.items()} | MIXTURES
+    return {name: "\n".join(filter(None, described(loss.function))) for name, loss in LOSSES.items()} | MIXTURES
 
 
 def family_lines() -> Mapping[str, str]:
@@ -64,7 +65,12 @@ def main(argv: Sequence[str]) -> int:
         names = lines()
         print(f"{what}: {how}")
         if any(names.values()):
-            print(aligned((), list(names.items()), indent=2))
+            rows = [
+                ("" if number else name, line)
+                for name, text in names.items()
+                for number, line in enumerate(text.split("\n"))
+            ]
+            print(aligned((), rows, indent=2))
         else:
             print(*textwrap.wrap(", ".join(names), 110, initial_indent="  ", subsequent_indent="  "), sep="\n")
         print()

@@ -14,9 +14,11 @@ SHIFTS = ("running", "none")
 
 
 def nca(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> Result:
-    """-log sigmoid(beta a) - 1/2 log sigmoid(-beta a) - 1/2 log sigmoid(-beta b)
+    """Noise-contrastive alignment (NCA) of a pair.
 
-    Noise-contrastive alignment of a pair: the chosen response's own likelihood is held up.
+    -log sigmoid(beta a) - 1/2 log sigmoid(-beta a) - 1/2 log sigmoid(-beta b)
+
+    The chosen response's own likelihood is held up.
 
     Args:
       policy, reference: [B] float32 log-probabilities, summed over each response.
@@ -34,9 +36,11 @@ def nca(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> Result
 
 
 def bco(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1, shift: str = "running") -> Result:
-    """-log sigmoid(beta a - d) - log sigmoid(-(beta b - d)), d the running mean of the rewards
+    """Binary classifier optimization (BCO).
 
-    A binary classifier of responses whose logit is the reward, shifted to the middle of what the run has seen.
+    -log sigmoid(beta a - d) - log sigmoid(-(beta b - d)), d the running mean of the rewards
+
+    It is a binary classifier of responses. Its logit is the reward, shifted to the middle of what the run has seen.
 
     Args:
       policy: [B] float32 log-probabilities, summed over each response; `running` holds the shift d.
@@ -72,9 +76,11 @@ def running_mean(running: Mapping[str, jax.Array], value: jax.Array) -> dict[str
 
 
 def sppo(policy: PairLogps, reference: PairLogps, *, beta: float = 0.001) -> Result:
-    """(a - 1 / (2 beta))^2 + (b + 1 / (2 beta))^2
+    """Self-play preference optimization (SPPO) with hard labels.
 
-    Self-play preference optimisation with hard labels: the log-ratios are regressed onto +-1 / (2 beta).
+    (a - 1 / (2 beta))^2 + (b + 1 / (2 beta))^2
+
+    The log-ratios are regressed onto +-1 / (2 beta).
 
     Args:
       policy, reference: [B] float32 log-probabilities, summed over each response.
@@ -93,10 +99,11 @@ def sppo(policy: PairLogps, reference: PairLogps, *, beta: float = 0.001) -> Res
 
 
 def apo_zero(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> Result:
-    """1 - sigmoid(beta a) + sigmoid(beta b)
+    """Anchored preference optimization that raises the chosen response (APO-zero).
 
-    Anchored preference optimisation that raises the chosen and lowers the rejected response: for data better than the
-    model.
+    1 - sigmoid(beta a) + sigmoid(beta b)
+
+    The chosen response is raised and the rejected one lowered. It is for data better than the model.
 
     Args:
       policy, reference: [B] float32 log-probabilities, summed over each response.
@@ -113,9 +120,11 @@ def apo_zero(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> R
 
 
 def apo_down(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> Result:
-    """sigmoid(beta a) + 1 - sigmoid(beta h)
+    """Anchored preference optimization that lowers both responses (APO-down).
 
-    Anchored preference optimisation that lowers both, the rejected more: for data worse than the model.
+    sigmoid(beta a) + 1 - sigmoid(beta h)
+
+    The rejected response is lowered more than the chosen one. It is for data worse than the model.
 
     Args:
       policy, reference: [B] float32 log-probabilities, summed over each response.
@@ -133,9 +142,11 @@ def apo_down(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> R
 
 
 def kto_pair(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> Result:
-    """[1 - sigmoid(beta (a - KL_l))] + [1 - sigmoid(beta (KL_w - b))], KL = max(0, batch mean of the side's log-ratio)
+    """Kahneman-Tversky optimization (KTO) on pairs.
 
-    KTO on pairs, with the other side's mean log-ratio as the reference point; no gradient passes through it.
+    [1 - sigmoid(beta (a - KL_l))] + [1 - sigmoid(beta (KL_w - b))], KL = max(0, batch mean of the side's log-ratio)
+
+    The other side's mean log-ratio is the reference point; no gradient passes through it.
 
     Args:
       policy: [B] float32 log-probabilities, summed over each response, and weights.

@@ -18,7 +18,9 @@ def beta_dpo(
     momentum: float = 0.9,
     keep: float = 0.8,
 ) -> Result:
-    """-log sigmoid(beta' h), beta' = max(0.001, beta (1 + alpha (mean h of the pairs kept - running mean of h)))
+    """DPO with a dynamic beta (beta-DPO).
+
+    -log sigmoid(beta' h), beta' = max(0.001, beta (1 + alpha (mean h of the pairs kept - running mean of h)))
 
     Batches whose pairs are far apart get a larger beta; the share 1 - keep of the pairs, those whose margin lies
     furthest from the running mean, is left out.
@@ -73,10 +75,12 @@ def alpha_dpo(
     alpha: float = 0.2,
     momentum: float = 0.9,
 ) -> Result:
-    """-log sigmoid(beta (log pi_w / n_w - log pi_l / n_l - alpha z) - gamma), z = (g - mean) / std, g = a/n_w - b/n_l
+    """DPO with an adaptive reward margin (alpha-DPO).
 
-    alpha-DPO: SimPO whose target margin is larger for pairs that the policy tells apart better than the reference does,
-    and smaller for the others. No gradient passes through z.
+    -log sigmoid(beta (log pi_w / n_w - log pi_l / n_l - alpha z) - gamma), z = (g - mean) / std, g = a/n_w - b/n_l
+
+    It is SimPO whose target margin is larger for pairs that the policy tells apart better than the reference does, and
+    smaller for the others. No gradient passes through z.
 
     Args:
       policy: [B] float32 log-probabilities, summed over each response, token counts and weights; `running` holds the

@@ -29,7 +29,9 @@ def dpo(
     label_smoothing: float = 0.0,
     reference_free: bool = False,
 ) -> Result:
-    """-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)
+    """Direct preference optimization (DPO).
+
+    -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)
 
     Args:
       policy: [B] float32 log-probabilities, summed over each response.
@@ -61,9 +63,11 @@ def dpo(
 
 
 def ln_dpo(policy: PairLogps, reference: PairLogps, *, beta: float = 5.0) -> Result:
-    """-log sigmoid(beta (a / n_w - b / n_l))
+    """Length-normalized DPO (LN-DPO).
 
-    DPO of log-ratios per token, so that length earns nothing.
+    -log sigmoid(beta (a / n_w - b / n_l))
+
+    It is DPO of log-ratios per token, so that length earns nothing.
 
     Args:
       policy, reference: [B] float32 log-probabilities, summed over each response, and token counts.
@@ -81,10 +85,12 @@ def ln_dpo(policy: PairLogps, reference: PairLogps, *, beta: float = 5.0) -> Res
 
 
 def r_dpo(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1, alpha: float = 0.05) -> Result:
-    """-log sigmoid(beta h + alpha (n_w - n_l))
+    """Length-regularized DPO (R-DPO).
 
-    A reward r - alpha n under the same pull to the reference: what length explains of a preference, the policy need not
-    learn.
+    -log sigmoid(beta h + alpha (n_w - n_l))
+
+    The reward is r - alpha n under the same pull to the reference. The policy need not learn what length explains of a
+    preference.
 
     Args:
       policy, reference: [B] float32 log-probabilities, summed over each response, and token counts.
@@ -103,9 +109,11 @@ def r_dpo(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1, alpha: 
 
 
 def dpop(policy: PairLogps, reference: PairLogps, *, beta: float = 0.3, lam: float = 50.0) -> Result:
-    """-log sigmoid(beta (h - lambda max(0, -a)))
+    """DPO-Positive (DPOP).
 
-    DPO-Positive: the chosen response may not become less likely than under the reference.
+    -log sigmoid(beta (h - lambda max(0, -a)))
+
+    The chosen response may not become less likely than under the reference.
 
     Args:
       policy, reference: [B] float32 log-probabilities, summed over each response.
@@ -124,9 +132,11 @@ def dpop(policy: PairLogps, reference: PairLogps, *, beta: float = 0.3, lam: flo
 
 
 def rpo(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1, alpha: float = 1.0) -> Result:
-    """-log sigmoid(beta h) - alpha log pi(y_w|x) / n_w
+    """Iterative reasoning preference optimization (Iterative RPO).
 
-    DPO and imitation of the chosen response, which keeps it likely.
+    -log sigmoid(beta h) - alpha log pi(y_w|x) / n_w
+
+    It is DPO and imitation of the chosen response, which keeps it likely.
 
     Args:
       policy, reference: [B] float32 log-probabilities, summed over each response, and token counts.
@@ -146,7 +156,9 @@ def rpo(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1, alpha: fl
 
 
 def cal_dpo(policy: PairLogps, reference: PairLogps, *, beta: float = 0.002) -> Result:
-    """-log sigmoid(h) + 1/2 [(a - 1 / (2 beta))^2 + (b + 1 / (2 beta))^2]
+    """Calibrated DPO (Cal-DPO).
+
+    -log sigmoid(h) + 1/2 [(a - 1 / (2 beta))^2 + (b + 1 / (2 beta))^2]
 
     The log-ratios are calibrated to +-1 / (2 beta), so the chosen one rises and the rejected one falls.
 
@@ -168,9 +180,11 @@ def cal_dpo(policy: PairLogps, reference: PairLogps, *, beta: float = 0.002) -> 
 
 
 def tdpo1(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> Result:
-    """-log sigmoid(beta (h - (KL_l - KL_w))), KL = sum_t KL(pi_ref || pi) at the response's tokens
+    """Token-level DPO, first form (TDPO1).
 
-    DPO derived token by token, which brings in the divergence along each response.
+    -log sigmoid(beta (h - (KL_l - KL_w))), KL = sum_t KL(pi_ref || pi) at the response's tokens
+
+    It is DPO derived token by token, which brings in the divergence along each response.
 
     Args:
       policy: [B] float32 log-probabilities, summed over each response, and `token_kl`.
@@ -187,9 +201,11 @@ def tdpo1(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> Resu
 
 
 def tdpo2(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1, alpha: float = 0.5) -> Result:
-    """-log sigmoid(beta (h - alpha (KL_l - stop_gradient(KL_w))))
+    """Token-level DPO, second form (TDPO2).
 
-    TDPO1 whose chosen divergence is not pushed up.
+    -log sigmoid(beta (h - alpha (KL_l - stop_gradient(KL_w))))
+
+    It is TDPO1 whose chosen divergence is not pushed up.
 
     Args:
       policy: [B] float32 log-probabilities, summed over each response, and `token_kl`.
@@ -215,9 +231,11 @@ def _tdpo(policy: PairLogps, reference: PairLogps, beta: float, divergence: jax.
 
 
 def ld_dpo(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1, ld_alpha: float = 0.5) -> Result:
-    """-log sigmoid(beta h), h of sums whose tail beyond min(n_w, n_l) tokens counts ld_alpha
+    """Length-desensitized DPO (LD-DPO).
 
-    Length-desensitised DPO; `ld_alpha` does the same to any loss of log-ratios.
+    -log sigmoid(beta h), h of sums whose tail beyond min(n_w, n_l) tokens counts ld_alpha
+
+    The tail of the longer response counts less. `ld_alpha` does the same to any loss of log-ratios.
 
     Args:
       policy, reference: [B] float32 log-probabilities, summed over each response and over their `shared` tokens.
@@ -235,7 +253,9 @@ def ld_dpo(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1, ld_alp
 
 
 def sampo(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> Result:
-    """-log sigmoid(beta h), h of sums over min(n_w, n_l) tokens drawn at random from each response
+    """DPO with a down-sampled divergence (SamPO).
+
+    -log sigmoid(beta h), h of sums over min(n_w, n_l) tokens drawn at random from each response
 
     Down-sampling takes the length out of the margin; `sampled` does the same to any loss of log-ratios.
 
@@ -255,7 +275,9 @@ def sampo(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> Resu
 
 
 def wpo(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1, clip: bool = True) -> Result:
-    """-min(1, w_w w_l) log sigmoid(beta h), w = exp(mean_t(log p_t - log sum_v p_v^2)) without gradient
+    """Weighted preference optimization (WPO).
+
+    -min(1, w_w w_l) log sigmoid(beta h), w = exp(mean_t(log p_t - log sum_v p_v^2)) without gradient
 
     Pairs that the policy itself would write weigh more; `weighting=wpo` does the same to any loss of log-ratios.
 

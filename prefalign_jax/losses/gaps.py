@@ -12,7 +12,9 @@ from prefalign_jax.types import PairLogps
 
 
 def odpo(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1, alpha: float = 1.0) -> Result:
-    """-log sigmoid(beta h - alpha log(score_w - score_l))
+    """DPO with an offset (ODPO).
+
+    -log sigmoid(beta h - alpha log(score_w - score_l))
 
     A pair must be told apart by as much as its scores differ.
 
@@ -56,11 +58,13 @@ def reward_aware_rpo(
     eta: float = 1.0,
     distance: str = "backward_kl",
 ) -> Result:
-    """D(beta h, eta (score_w - score_l)), D = backward_kl, forward_kl or squared
+    """Reward-aware preference optimization (reward-aware RPO).
 
-    Reward-aware preference optimisation: the margin of the policy's rewards is to be that of the data's scores, and not
-    to grow without end. backward_kl: KL(sigmoid(gap) || sigmoid(beta h)), which is DPO whose label is as certain as the
-    gap says, up to a constant. forward_kl: the same with the two exchanged. squared: (beta h - gap)^2.
+    D(beta h, eta (score_w - score_l)), D = backward_kl, forward_kl or squared
+
+    The margin of the policy's rewards is to be that of the data's scores, and not to grow without end. backward_kl is
+    KL(sigmoid(gap) || sigmoid(beta h)): up to a constant, DPO whose label is as certain as the gap says. forward_kl is
+    the same with the two exchanged, and squared is (beta h - gap)^2.
 
     Args:
       policy: [B] float32 log-probabilities, summed over each response, and the data's score gap as `margin`.
@@ -82,9 +86,11 @@ def reward_aware_rpo(
 
 
 def rebel(policy: PairLogps, reference: PairLogps, *, beta: float = 1.0) -> Result:
-    """(beta h - (score_w - score_l))^2
+    """Regression of relative rewards (REBEL).
 
-    REBEL, regression to relative rewards: policy optimisation as least squares. Its optimum over all pairs is the
+    (beta h - (score_w - score_l))^2
+
+    It is policy optimisation as least squares. Its optimum over all pairs is the
     policy that maximises the score under the pull to the reference, pi_ref exp(score / beta) / Z.
 
     Args:

@@ -22,10 +22,12 @@ _LARGEST = 1e15  # of the scores that gains are made of: what they weigh stays w
 
 
 def plackett_luce(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> Result:
-    """sum_i log(1 + sum_{j: s_j < s_i} exp(r_j - r_i))
+    """DPO on whole rankings, by the Plackett-Luce model.
 
-    DPO on whole rankings: minus the log-likelihood that the best is drawn first, then the best of the rest, and so on,
-    each in proportion to exp(r). Its optimum over rankings that a reward gives is DPO's: pi_ref exp(reward / beta) / Z.
+    sum_i log(1 + sum_{j: s_j < s_i} exp(r_j - r_i))
+
+    It is minus the log-likelihood that the best is drawn first, then the best of the rest, and so on, each in
+    proportion to exp(r). Its optimum over rankings that a reward gives is DPO's: pi_ref exp(reward / beta) / Z.
     Responses of equal score are not compared with each other; each is held against all that are worse.
 
     Args:
@@ -58,10 +60,12 @@ def lipo(
     gain: str = "exponential",
     discount: str = "log",
 ) -> Result:
-    """-sum_{i, j: s_i > s_j} |G_i - G_j| |1 / D_i - 1 / D_j| log sigmoid(r_i - r_j), G = 2^s - 1, D = log2(1 + rank)
+    """Listwise preference optimization (LiPO-lambda).
 
-    LiPO-lambda, listwise preference optimisation: DPO of all comparisons, each weighted by what exchanging the two
-    would change in the ranking's discounted gain. The rank is that by r, 1 for the largest; where rewards are equal, as
+    -sum_{i, j: s_i > s_j} |G_i - G_j| |1 / D_i - 1 / D_j| log sigmoid(r_i - r_j), G = 2^s - 1, D = log2(1 + rank)
+
+    It is DPO of all comparisons, each weighted by what exchanging the two would change in the ranking's discounted
+    gain. The rank is that by r, 1 for the largest; where rewards are equal, as
     all are at the first step, the scores decide. No gradient passes through the weights.
 
     Args:
@@ -114,10 +118,11 @@ def _shares(policy: PairLogps, alpha: float) -> jax.Array:
 
 
 def info_nca(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1, alpha: float = 1.0) -> Result:
-    """-sum_i w_i log softmax(r)_i, w = softmax(s / alpha)
+    """Noise-contrastive alignment with explicit rewards (InfoNCA).
 
-    Noise-contrastive alignment with explicit rewards: the cross-entropy of which response is picked by the policy's
-    reward to which is picked by the data's.
+    -sum_i w_i log softmax(r)_i, w = softmax(s / alpha)
+
+    It is the cross-entropy of which response is picked by the policy's reward to which is picked by the data's.
 
     Args:
       policy, reference: `responses` of [B] groups: log-probabilities, summed over each response, and scores.
@@ -139,9 +144,11 @@ def info_nca(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1, alph
 
 
 def nca_group(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1, alpha: float = 1.0) -> Result:
-    """-sum_i [w_i log sigmoid(r_i) + 1 / K log sigmoid(-r_i)], w = softmax(s / alpha)
+    """Noise-contrastive alignment (NCA) of a group.
 
-    NCA of K responses: each one's own likelihood is moved, where InfoNCA moves them against each other.
+    -sum_i [w_i log sigmoid(r_i) + 1 / K log sigmoid(-r_i)], w = softmax(s / alpha)
+
+    Each of K responses has its own likelihood moved, where InfoNCA moves them against each other.
 
     Args:
       policy, reference: `responses` of [B] groups: log-probabilities, summed over each response, and scores.
@@ -170,10 +177,11 @@ def sppo_group(
     win_rate: str = "scores",
     own: bool = True,
 ) -> Result:
-    """sum_i [log(pi / pi_ref)_i - (p_i - 1/2) / beta]^2, p_i = mean_j sigmoid(s_i - s_j)
+    """Self-play preference optimization (SPPO) with estimated win rates.
 
-    Self-play preference optimisation with estimated win rates: the log-ratio of each response is regressed onto how
-    often it beats the group.
+    sum_i [log(pi / pi_ref)_i - (p_i - 1/2) / beta]^2, p_i = mean_j sigmoid(s_i - s_j)
+
+    The log-ratio of each response is regressed onto how often it beats the group.
 
     Args:
       policy, reference: `responses` of [B] groups: log-probabilities, summed over each response, and scores.
@@ -201,10 +209,11 @@ def sppo_group(
 
 
 def rrhf_group(policy: PairLogps, reference: None = None, *, lam: float = 1.0) -> Result:
-    """sum_{i, j: s_i > s_j} max(0, log pi_j / n_j - log pi_i / n_i) - lambda log pi_best
+    """Rank responses to align with human feedback (RRHF), of a group.
 
-    RRHF, rank responses to align with human feedback, of all K responses: ranking by likelihood per token, and
-    imitation of the best one.
+    sum_{i, j: s_i > s_j} max(0, log pi_j / n_j - log pi_i / n_i) - lambda log pi_best
+
+    All K responses are ranked by likelihood per token, and the best one is imitated.
 
     Args:
       policy: `responses` of [B] groups: log-probabilities, summed over each response, token counts and scores.
@@ -234,10 +243,12 @@ def tpo(
     alpha: float = 1.0,
     nll_mean: str = "pair",
 ) -> Result:
-    """-log sigmoid(beta (log pi_w - log pi_l)) - alpha log pi_gold / n_gold
+    """Triple preference optimization (TPO).
 
-    Triple preference optimisation: imitation of the best response of the group (gold), and preference of the second (w)
-    over the worst (l). Of two responses the gold one is the chosen one too.
+    -log sigmoid(beta (log pi_w - log pi_l)) - alpha log pi_gold / n_gold
+
+    The best response of the group (gold) is imitated, and the second (w) is preferred to the worst (l). Of
+    two responses the gold one is the chosen one too.
 
     Args:
       policy: `responses` of [B] groups: log-probabilities, summed over each response, token counts and scores.
@@ -266,9 +277,11 @@ def tpo_l(
     alpha: float = 1.0,
     nll_mean: str = "pair",
 ) -> Result:
-    """-log sigmoid(beta (log pi_w / n_w - log pi_l / n_l) - gamma) - alpha log pi_gold / n_gold
+    """Length-controlled triple preference optimization (TPO-L).
 
-    TPO with likelihoods per token and a target margin, as SimPO's.
+    -log sigmoid(beta (log pi_w / n_w - log pi_l / n_l) - gamma) - alpha log pi_gold / n_gold
+
+    It is TPO with likelihoods per token and a target margin, as SimPO's.
 
     Args:
       policy: `responses` of [B] groups: log-probabilities, summed over each response, token counts and scores.

@@ -19,9 +19,11 @@ def f_dpo(
     divergence: str = "js",
     divergence_alpha: float = 0.5,
 ) -> Result:
-    """-log sigmoid(beta (f'(u_w) - f'(u_l))), u = pi / pi_ref
+    """DPO under an f-divergence (f-DPO).
 
-    DPO under an f-divergence; `divergence` does the same to any loss of the margin.
+    -log sigmoid(beta (f'(u_w) - f'(u_l))), u = pi / pi_ref
+
+    `divergence` does the same to any loss of the margin.
 
     Args:
       policy, reference: [B] float32 log-probabilities, summed over each response.
@@ -42,11 +44,13 @@ def f_dpo(
 
 
 def chi_po(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1, reward_max: float = 10.0) -> Result:
-    """-log sigmoid(clip(beta (u_w + log u_w - u_l - log u_l), -2 R, 2 R)), u = pi / pi_ref
+    """Chi-squared preference optimization (chi-PO).
 
-    Chi-squared preference optimisation: DPO under the sum of the KL and the chi-squared divergence, which holds a
-    response that has become much likelier than under the reference. `divergence=chi_squared` without the clip does the
-    same to any loss of the margin.
+    -log sigmoid(clip(beta (u_w + log u_w - u_l - log u_l), -2 R, 2 R)), u = pi / pi_ref
+
+    It is DPO under the sum of the KL and the chi-squared divergence, which holds a response that has become much
+    likelier than under the reference. `divergence=chi_squared` without the clip does the same to any loss of the
+    margin.
 
     Args:
       policy, reference: [B] float32 log-probabilities, summed over each response.
@@ -67,10 +71,12 @@ def chi_po(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1, reward
 
 
 def dpo_shift(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1, lam: float = 0.7) -> Result:
-    """-log sigmoid(beta (a - lambda b))
+    """DPO with a discounted rejected response (DPO-Shift).
 
-    DPO-Shift: the rejected response's reward counts less, so that the chosen response does not fall with it, at the
-    price of a smaller margin.
+    -log sigmoid(beta (a - lambda b))
+
+    The rejected response's reward counts less, so that the chosen response does not fall with it. The price is a
+    smaller margin.
 
     Args:
       policy, reference: [B] float32 log-probabilities, summed over each response.

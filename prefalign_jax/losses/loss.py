@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import traceback
 from collections.abc import Callable, Mapping, Set
 from typing import Any, NamedTuple
@@ -81,6 +82,7 @@ class BoundLoss(NamedTuple):
 
     Attributes:
       name: of the loss, or the mixture as written.
+      title: the name in words; "" where the docstring has none.
       hyper: every hyper-parameter and its value, of the modifiers those in use.
       needs: keys of NEEDS.
       running: what it carries from step to step, at the first step; {} for most.
@@ -90,6 +92,7 @@ class BoundLoss(NamedTuple):
     """
 
     name: str
+    title: str
     hyper: dict[str, Any]
     needs: frozenset[str]
     running: dict[str, float]
@@ -140,6 +143,22 @@ def ties_as_trl(loss: BoundLoss) -> BoundLoss:
         return values, metrics
 
     return loss._replace(function=function)
+
+
+def described(function: Callable[..., Any]) -> tuple[str, str]:
+    """(name in words, formula) of a loss: the first two paragraphs of its docstring, each on one line.
+
+    A docstring of one paragraph, or whose second begins a section such as Args, has a formula and no name.
+
+    Example:
+      >>> from prefalign_jax.losses.margin import ipo
+      >>> described(ipo)
+      ('Identity preference optimization (IPO)', '(h - 1 / (2 tau))^2')
+    """
+    paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", inspect.getdoc(function) or "")]
+    if len(paragraphs) == 1 or re.match(r"[A-Z]\w*:( |$)", paragraphs[1]):
+        return "", paragraphs[0]
+    return paragraphs[0].rstrip("."), paragraphs[1]
 
 
 def known_hyper(name: str, entry: Any) -> dict[str, Any]:
@@ -236,9 +255,9 @@ def bind(name: str, entry: Loss, given: Mapping[str, Any], checks: Checks, condi
             return hyper[other] in values
         return hyper[key] != MODIFYING[key]
 
-    formula = (entry.function.__doc__ or "").partition("\n")[0]
     in_use = {key: value for key, value in hyper.items() if shown(key)}
-    return BoundLoss(name, in_use, frozenset(needs), running, formula, function, advance)
+    title, formula = described(entry.function)
+    return BoundLoss(name, title, in_use, frozenset(needs), running, formula, function, advance)
 
 
 def _plain(value: Any, default: Any) -> Any:

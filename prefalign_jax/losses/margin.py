@@ -14,9 +14,11 @@ from prefalign_jax.types import PairLogps
 
 
 def ipo(policy: PairLogps, reference: PairLogps, *, tau: float = 0.1, per_token: bool = False) -> Result:
-    """(h - 1 / (2 tau))^2
+    """Identity preference optimization (IPO).
 
-    A margin regressed onto a finite target, so that certain labels cannot push it to infinity.
+    (h - 1 / (2 tau))^2
+
+    The margin is regressed onto a finite target, so that certain labels cannot push it to infinity.
 
     Args:
       policy, reference: [B] float32 log-probabilities, summed over each response.
@@ -38,7 +40,9 @@ def ipo(policy: PairLogps, reference: PairLogps, *, tau: float = 0.1, per_token:
 
 
 def hinge(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> Result:
-    """max(0, 1 - beta h)
+    """Hinge loss of the reward margin, as in RSO.
+
+    max(0, 1 - beta h)
 
     Args:
       policy, reference: [B] float32 log-probabilities, summed over each response.
@@ -55,9 +59,11 @@ def hinge(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> Resu
 
 
 def exo(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1, label_smoothing: float = 1e-3) -> Result:
-    """q (log q - log(1 - e)) + (1 - q) (log(1 - q) - log e), q = sigmoid(beta h)
+    """Efficient exact optimization (EXO).
 
-    KL(policy's preference || label's): the reverse of DPO's direction.
+    q (log q - log(1 - e)) + (1 - q) (log(1 - q) - log e), q = sigmoid(beta h)
+
+    It is KL(policy's preference || label's), the reverse of DPO's direction.
 
     Args:
       policy, reference: [B] float32 log-probabilities, summed over each response.
@@ -78,9 +84,12 @@ def exo(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1, label_smo
 
 
 def discopop(policy: PairLogps, reference: PairLogps, *, beta: float = 0.05, temperature: float = 0.05) -> Result:
-    """-(1 - m) log sigmoid(x) + m exp(-x), x = beta h, m = sigmoid(x / t)
+    """Discovered preference optimization (DiscoPOP).
 
-    Log-ratio modulated loss: a blend of the logistic and the exponential loss that a language model discovered.
+    -(1 - m) log sigmoid(x) + m exp(-x), x = beta h, m = sigmoid(x / t)
+
+    It is the log-ratio modulated loss: a blend of the logistic and the exponential loss that a language model
+    discovered.
 
     Args:
       policy, reference: [B] float32 log-probabilities, summed over each response.
@@ -112,9 +121,11 @@ SURROGATES: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def gpo(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1, surrogate: str = "exponential") -> Result:
-    """f(beta h), f = logistic, hinge, squared, exponential, truncated_quadratic or savage
+    """Generalized preference optimization (GPO).
 
-    Generalised preference optimisation: a surrogate of the 0-1 loss. logistic: DPO / log 2. hinge: SLiC's. squared:
+    f(beta h), f = logistic, hinge, squared, exponential, truncated_quadratic or savage
+
+    It is a surrogate of the 0-1 loss. logistic: DPO / log 2. hinge: SLiC's. squared:
     (1 - x)^2, IPO's up to scale. exponential: exp(-x). truncated_quadratic: max(0, 1 - x)^2. savage:
     1 / (1 + exp(x))^2.
 

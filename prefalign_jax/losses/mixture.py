@@ -108,6 +108,7 @@ def mix(name: str, text: str, weights: Sequence[float], parts: Sequence[BoundLos
 
     return BoundLoss(
         name=name,
+        title="Weighted sum of losses",
         hyper=labelled(lambda _, part: part.hyper),
         needs=frozenset().union(*(part.needs for part in parts)),
         running=labelled(lambda _, part: part.running),

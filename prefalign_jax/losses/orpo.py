@@ -40,7 +40,9 @@ def orpo(
     ratio: str = "odds",
     extra_eos: bool = False,
 ) -> Result:
-    """-log pi_w / n_w - lambda log sigmoid(log odds_w - log odds_l), odds = P / (1 - P), P = exp(log pi / n)
+    """Odds ratio preference optimization (ORPO).
+
+    -log pi_w / n_w - lambda log sigmoid(log odds_w - log odds_l), odds = P / (1 - P), P = exp(log pi / n)
 
     The gradient of the second term is -lambda delta h, where delta = 1 / (1 + odds_w / odds_l) and
     h = grad log P_w / (1 - P_w) - grad log P_l / (1 - P_l); the paper's Eq. 8 to 10 print it with the opposite sign.
@@ -98,9 +100,11 @@ def orpo_beta(
     lam: float = 1.0,
     sft_weight: float = 1.0,
 ) -> Result:
-    """-w log pi_w / n_w - lambda log sigmoid(beta (log odds_w - log odds_l)), odds = P / (1 - P), P = exp(log pi / n)
+    """ORPO with scaled log-odds.
 
-    ORPO whose log-odds are scaled by beta, as DPO's log-ratios are. With sft_weight=0 it is the form of two stages,
+    -w log pi_w / n_w - lambda log sigmoid(beta (log odds_w - log odds_l)), odds = P / (1 - P), P = exp(log pi / n)
+
+    The log-odds are scaled by beta, as DPO's log-ratios are. With sft_weight=0 it is the form of two stages,
     which begins where supervised fine-tuning ended and does not go on with it.
 
     Args:
@@ -132,11 +136,13 @@ def asft(
     lam: float = 1.0,
     sft_weight: float = 1.0,
 ) -> Result:
-    """-w log pi_w / n_w - lambda [log sigmoid(beta log odds_w) + log sigmoid(-beta log odds_l)], odds = P / (1 - P)
+    """Aligned supervised fine-tuning (ASFT).
 
-    Aligned supervised fine-tuning: each response's odds are moved by themselves, where ORPO moves them against each
-    other. At beta = 1 the bracket is log P_w + log(1 - P_l), the binary cross-entropy of which response is which. With
-    sft_weight=0 it is the form of two stages, which begins where supervised fine-tuning ended.
+    -w log pi_w / n_w - lambda [log sigmoid(beta log odds_w) + log sigmoid(-beta log odds_l)], odds = P / (1 - P)
+
+    Each response's odds are moved by themselves, where ORPO moves them against each other. At beta = 1
+    the bracket is log P_w + log(1 - P_l), the binary cross-entropy of which response is which. With sft_weight=0 it is
+    the form of two stages, which begins where supervised fine-tuning ended.
 
     Args:
       policy: [B] float32 log-probabilities, summed over each response, and token counts; P = exp(log pi / n).

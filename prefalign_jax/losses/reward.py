@@ -13,7 +13,9 @@ LIKELIHOODS = ("ranking", "comparisons")
 
 
 def bradley_terry(policy: PairLogps, reference: None = None, *, margin: float = 0.0, centre: float = 0.0) -> Result:
-    """-log sigmoid(r_w - r_l - margin m) + centre (r_w + r_l)^2
+    """Reward model of pairs, by the Bradley-Terry model.
+
+    -log sigmoid(r_w - r_l - margin m) + centre (r_w + r_l)^2
 
     Args:
       policy: [B] float32 rewards of each response, and the data's score gap m as `margin`.
@@ -37,10 +39,12 @@ def bradley_terry(policy: PairLogps, reference: None = None, *, margin: float = 
 def reward_ranking(
     policy: PairLogps, reference: None = None, *, likelihood: str = "ranking", centre: float = 0.0
 ) -> Result:
-    """sum_i log(1 + sum_{j: s_j < s_i} exp(r_j - r_i)), r the reward of each of K responses
+    """Reward model of whole rankings, by the Plackett-Luce model.
 
-    Minus the log-likelihood of the data's ranking by Plackett and Luce, or of its comparisons by Bradley and Terry.
-    Responses of equal score are not compared with each other.
+    sum_i log(1 + sum_{j: s_j < s_i} exp(r_j - r_i)), r the reward of each of K responses
+
+    It is minus the log-likelihood of the data's ranking by Plackett and Luce, or of its comparisons by Bradley and
+    Terry. Responses of equal score are not compared with each other.
 
     Args:
       policy: `responses` of [B] groups: float32 rewards in place of log-probabilities, and scores.

@@ -11,7 +11,9 @@ from prefalign_jax.types import PairLogps
 
 
 def robust_dpo(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.1) -> Result:
-    """[-(1 - e) log sigmoid(beta h) + e log sigmoid(-beta h)] / (1 - 2 e)
+    """Robust DPO for labels that are sometimes flipped (rDPO).
+
+    [-(1 - e) log sigmoid(beta h) + e log sigmoid(-beta h)] / (1 - 2 e)
 
     Its mean over labels that are flipped with probability e is DPO's loss on the true ones.
 
@@ -33,9 +35,11 @@ def robust_dpo(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1, la
 
 
 def dr_dpo(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1, beta_prime: float = 1.0) -> Result:
-    """-beta' log(batch mean of exp(-l / beta')), l = -log sigmoid(beta h)
+    """Distributionally robust DPO (Dr. DPO).
 
-    Distributionally robust DPO: a soft minimum over the batch in place of the mean, so that pairs of great loss, whose
+    -beta' log(batch mean of exp(-l / beta')), l = -log sigmoid(beta h)
+
+    It has a soft minimum over the batch in place of the mean, so that pairs of great loss, whose
     labels are likely wrong, count less. The gradient is DPO's with pair i weighted by exp(-l_i / beta'), and the mean
     weight is 1.
 

@@ -39,9 +39,11 @@ def nll(policy: PairLogps, *, over: str, mean: str) -> jax.Array:
 
 
 def sft(policy: PairLogps, reference: None = None, *, over: str = "chosen", mean: str = "batch") -> Result:
-    """-log pi_w / n, n the mean number of tokens over the batch's pairs
+    """Supervised fine-tuning (SFT).
 
-    Supervised fine-tuning; on the chosen responses of preference data it is the DPO paper's preferred-FT.
+    -log pi_w / n, n the mean number of tokens over the batch's pairs
+
+    On the chosen responses of preference data it is the DPO paper's preferred-FT.
 
     Args:
       policy: [B] float32 log-probabilities and token counts.

@@ -29,7 +29,9 @@ def simpo(
     gamma: float = 1.0,
     label_smoothing: float = 0.0,
 ) -> Result:
-    """-log sigmoid(beta (log pi_w / n_w - log pi_l / n_l) - gamma)
+    """Simple preference optimization (SimPO).
+
+    -log sigmoid(beta (log pi_w / n_w - log pi_l / n_l) - gamma)
 
     The reward is the likelihood per token, with a target margin and no reference.
 
@@ -52,9 +54,11 @@ def simpo(
 
 
 def repo(policy: PairLogps, reference: None = None, *, gamma: float = 0.4) -> Result:
-    """max(0, gamma - log pi_w / n_w + log pi_l / n_l)
+    """ReLU-based preference optimization (RePO).
 
-    RePO, preference optimisation by a ReLU: SimPO's limit as beta grows. A pair whose margin exceeds gamma has no
+    max(0, gamma - log pi_w / n_w + log pi_l / n_l)
+
+    It is SimPO's limit as beta grows. A pair whose margin exceeds gamma has no
     gradient, all others have the same.
 
     Args:
@@ -74,9 +78,11 @@ def repo(policy: PairLogps, reference: None = None, *, gamma: float = 0.4) -> Re
 
 
 def simper(policy: PairLogps, reference: None = None) -> Result:
-    """-exp(log pi_w / n_w) + exp(log pi_l / n_l)
+    """Alignment by inverse perplexity (SimPER).
 
-    SimPER: the inverse perplexity of the chosen response is raised, that of the rejected one lowered. It has neither a
+    -exp(log pi_w / n_w) + exp(log pi_l / n_l)
+
+    The inverse perplexity of the chosen response is raised, that of the rejected one lowered. It has neither a
     reference nor a hyper-parameter, and a response that is unlikely has hardly a gradient.
 
     Args:
@@ -101,9 +107,11 @@ def alphapo(
     gamma: float = 0.1,
     reward_alpha: float = 0.25,
 ) -> Result:
-    """-log sigmoid(beta (r_w - r_l) - gamma), r = (1 - p^-alpha) / alpha, p = exp(log pi / n)
+    """SimPO with a shaped reward (AlphaPO).
 
-    SimPO with a reward whose shape alpha bends; alpha -> 0 is SimPO.
+    -log sigmoid(beta (r_w - r_l) - gamma), r = (1 - p^-alpha) / alpha, p = exp(log pi / n)
+
+    Alpha bends the shape of the reward; alpha -> 0 is SimPO.
 
     Args:
       policy: [B] float32 log-probabilities, summed over each response, and token counts.
@@ -133,9 +141,11 @@ def cpo(
     surrogate: str = "sigmoid",
     reward_alpha: float = 0.0,
 ) -> Result:
-    """-log sigmoid(beta (log pi_w - log pi_l)) - alpha log pi_w / n_w
+    """Contrastive preference optimization (CPO).
 
-    DPO with a uniform reference, and imitation of the chosen response.
+    -log sigmoid(beta (log pi_w - log pi_l)) - alpha log pi_w / n_w
+
+    It is DPO with a uniform reference, and imitation of the chosen response.
 
     Args:
       policy: [B] float32 log-probabilities, summed over each response, and token counts.
@@ -167,9 +177,11 @@ def cpo(
 
 
 def slic(policy: PairLogps, reference: None = None, *, delta: float = 1.0, lam: float = 0.1) -> Result:
-    """max(0, delta - log pi_w + log pi_l) - lambda log pi_w
+    """Sequence likelihood calibration (SLiC).
 
-    Sequence likelihood calibration: a margin between likelihoods, and imitation of the chosen response.
+    max(0, delta - log pi_w + log pi_l) - lambda log pi_w
+
+    It asks for a margin between likelihoods, and imitates the chosen response.
 
     Args:
       policy: [B] float32 log-probabilities, summed over each response.
@@ -188,9 +200,11 @@ def slic(policy: PairLogps, reference: None = None, *, delta: float = 1.0, lam: 
 
 
 def rrhf(policy: PairLogps, reference: None = None, *, lam: float = 1.0) -> Result:
-    """max(0, log pi_l / n_l - log pi_w / n_w) - lambda log pi_w
+    """Rank responses to align with human feedback (RRHF), of a pair.
 
-    Ranking by likelihood per token, and imitation of the best response; here of two.
+    max(0, log pi_l / n_l - log pi_w / n_w) - lambda log pi_w
+
+    The two responses are ranked by likelihood per token, and the better one is imitated.
 
     Args:
       policy: [B] float32 log-probabilities, summed over each response, and token counts.
@@ -209,9 +223,11 @@ def rrhf(policy: PairLogps, reference: None = None, *, lam: float = 1.0) -> Resu
 
 
 def unlikelihood(policy: PairLogps, reference: None = None, *, alpha: float = 0.1) -> Result:
-    """-log pi_w + alpha log pi_l
+    """Unlikelihood training.
 
-    The DPO paper's baseline: raise the chosen, lower the rejected response, with no bound on either.
+    -log pi_w + alpha log pi_l
+
+    The DPO paper's baseline raises the chosen and lowers the rejected response, with no bound on either.
 
     Args:
       policy: [B] float32 log-probabilities, summed over each response.

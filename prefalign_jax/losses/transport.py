@@ -26,7 +26,9 @@ def matched(values: jax.Array, others: jax.Array, weight: jax.Array) -> jax.Arra
 
 
 def aot(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Result:
-    """smoothed -log sigmoid(beta (x_(i) - r_(i))), sorted over the batch: x of log pi_w - log pi_l, r the reference's
+    """Alignment by optimal transport (AOT), paired.
+
+    smoothed -log sigmoid(beta (x_(i) - r_(i))), sorted over the batch: x of log pi_w - log pi_l, r the reference's
 
     The distribution of the policy's margins is to dominate that of the reference's, quantile by quantile.
 
@@ -51,7 +53,9 @@ def aot(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1, label_smo
 
 
 def aot_unpaired(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Result:
-    """smoothed -log sigmoid(beta (a_(i) - b_(i))), a and b each sorted over the batch
+    """Alignment by optimal transport (AOT), unpaired.
+
+    smoothed -log sigmoid(beta (a_(i) - b_(i))), a and b each sorted over the batch
 
     The distribution of the chosen log-ratios is to dominate that of the rejected.
 

@@ -40,7 +40,9 @@ def kto(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Result:
-    """w_D (1 - sigmoid(beta (r - z))) if desirable, w_U (1 - sigmoid(beta (z - r))) if not, r = log pi / pi_ref
+    """Kahneman-Tversky optimization (KTO).
+
+    w_D (1 - sigmoid(beta (r - z))) if desirable, w_U (1 - sigmoid(beta (z - r))) if not, r = log pi / pi_ref
 
     z = max(0, mean over the batch of the log-ratio of a completion of another prompt) estimates KL(pi || pi_ref); no
     gradient passes through it.
@@ -75,7 +77,9 @@ def apo_zero_unpaired(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Result:
-    """w_D (1 - sigmoid(beta r)) if desirable, w_U sigmoid(beta r) if not, r = log pi / pi_ref
+    """Anchored preference optimization (APO-zero) of single completions.
+
+    w_D (1 - sigmoid(beta r)) if desirable, w_U sigmoid(beta r) if not, r = log pi / pi_ref
 
     Args:
       policy: [B] float32 log-probabilities of the completion and labels.
@@ -96,7 +100,9 @@ def apo_zero_unpaired(
 
 
 def bco_unpaired(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> Result:
-    """-log sigmoid(beta r - d) if desirable, -log sigmoid(-(beta r - d)) if not, d the running mean of the rewards
+    """Binary classifier optimization (BCO) of single completions.
+
+    -log sigmoid(beta r - d) if desirable, -log sigmoid(-(beta r - d)) if not, d the running mean of the rewards
 
     Args:
       policy: [B] float32 log-probabilities of the completion, labels and weights; `running` holds the shift d.

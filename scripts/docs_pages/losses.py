@@ -57,7 +57,8 @@ def row(name: str) -> list[str]:
     usual = {"rejected", "reference", "label", "reward", "group"}
     return [
         f"`{name}`",
-        f"`{' '.join(doc.splitlines()[0].split())}`",
+        loss.title,
+        f"`{loss.formula}`",
         "; ".join(filter(None, (options, more))) or "none",
         "yes" if "reference" in loss.needs else "no",
         ", ".join(sorted(loss.needs - usual)) or "-",
@@ -91,7 +92,7 @@ def page() -> str:
         "Losses of groups can be added to each other and to `sft`, which reads the best response."
     )
     for title, names in sections().items():
-        head = ("loss", "formula", "options", "reference", "reads", "TRL 1.16", "source")
+        head = ("loss", "in words", "formula", "options", "reference", "reads", "TRL 1.16", "source")
         lines += [f"## {title}", "", markdown(head, [row(name) for name in names]), ""]
     lines += ["## What can be added to a loss", ""]
     lines += prose("Options after the semicolon above, for losses of log-ratios:")
