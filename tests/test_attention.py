@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from conftest import longer
 from prefalign_jax.data.trees import Layout
 from prefalign_jax.models.attention import (
     attend,
@@ -129,11 +130,11 @@ XLA = functools.partial(cudnn, implementation="xla")  # that cuDNN computes the 
     [
         pytest.param(XLA, Layout(), 2, {}, id="as cuDNN"),
         pytest.param(XLA, Layout(tree=False), 1, {}, id="as cuDNN, ordinary"),
-        pytest.param(XLA, Layout(rejected=False), 2, {}, id="as cuDNN, chosen alone"),
+        longer(XLA, Layout(rejected=False), 2, {}, id="as cuDNN, chosen alone"),
         pytest.param(splash, Layout(), 2, {}, id="splash"),
         pytest.param(splash, Layout(tree=False), 1, {"softcap": 5.0}, id="splash, soft-capped"),
         pytest.param(splash, Layout(), 1, {"window": 20, "windows": (0, 20, 1000)}, id="splash, window"),
-        pytest.param(splash, Layout(), 1, {"window": 1000, "windows": (0, 20, 1000)}, id="splash, wide window"),
+        longer(splash, Layout(), 1, {"window": 1000, "windows": (0, 20, 1000)}, id="splash, wide window"),
     ],
 )
 def test_text_by_text_is_the_dense_product_with_its_gradients(kernel, layout, groups, options):

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from conftest import longer
 from prefalign_jax import checkpoint
 from prefalign_jax.sharding import make_mesh, param_shardings
 from prefalign_jax.train_step import init_state
@@ -116,7 +117,7 @@ def on_disk(directory):
     return sorted(path.name for path in directory.iterdir())
 
 
-@pytest.mark.parametrize(("mode", "best"), [("min", 2), ("max", 3)])
+@pytest.mark.parametrize(("mode", "best"), [("min", 2), longer("max", 3)])
 def test_the_best_stays_beside_the_latest(tmp_path, mode, best):
     losses = {1: 0.5, 2: 0.1, 3: 0.9, 4: 0.4, 5: 0.3, 6: 0.3}
     saved(tmp_path, *losses, metrics=losses, keep=1, best_metric="eval/loss", best_mode=mode)

@@ -477,6 +477,7 @@ def test_the_ten_lines_of_the_readme(tmp_path, monkeypatch):
     assert len(code.strip().splitlines()) <= 13 and pa.load(tmp_path / "runs" / "two_rows").model
 
 
+@pytest.mark.everything
 def test_the_page_on_the_library(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shown: dict = {}

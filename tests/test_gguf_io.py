@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from tokenizers import pre_tokenizers
 
 import prefalign_jax as pa
+from conftest import longer
 from gguf_models import FAMILIES, config_of, draw, gguf_tensors, hf_tensors, write_gguf
 from prefalign_jax.models import gguf_io, hf_io
 from prefalign_jax.models.decoder import DecoderConfig
@@ -36,7 +37,11 @@ def assert_same(ours, theirs, **tolerance):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **{"rtol": 0, "atol": 0, **tolerance}), ours, theirs)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Rows of q and k change places in Llama, norms of Gemma are stored plus one, Mixtral's experts lie together.
+CORE = ("llama", "gemma2", "mixtral")
+
+
+@pytest.mark.parametrize("family", [name if name in CORE else longer(name) for name in FAMILIES])
 def test_a_file_holds_the_model_that_it_was_written_from(family, tmp_path):
     config = config_of(family)
     params = draw(config)
@@ -205,6 +210,7 @@ def test_an_export_keeps_what_the_file_says(llama, tmp_path):
     assert DecoderConfig(**hf_io.families.from_hf(stored)) == config
 
 
+@pytest.mark.everything
 def test_a_run_trains_from_a_file_and_exports_a_directory(tmp_path):
     tokens = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
     config = config_of("llama", vocab_size=len(tokens))

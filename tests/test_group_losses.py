@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from conftest import longer
 from prefalign_jax.losses import LOSSES, make_loss, ties_as_trl
 from prefalign_jax.types import PairLogps, Responses, UserError
 
@@ -28,7 +29,7 @@ CASES = {
     "reward_ranking comparisons": {"likelihood": "comparisons", "centre": 0.1},
 }
 BOUND = {case: make_loss(case.split()[0], **hyper) for case, hyper in CASES.items()}
-all_groups = pytest.mark.parametrize("case", CASES)
+all_groups = pytest.mark.parametrize("case", [longer(case) if " " in case else case for case in CASES])
 B = 6  # of all groups here, so that few programs compile
 SCORES = np.array(
     [

@@ -204,7 +204,9 @@ def shardings_of(tree, sizes):
     return sharding.param_shardings(sharding.make_mesh(sizes), tree)
 
 
-@pytest.mark.parametrize("sizes", [None, {"data": 8}, {"data": 4, "fsdp": 2}, {"fsdp": 4, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [None, longer({"data": 8}), longer({"data": 4, "fsdp": 2}), {"fsdp": 4, "tensor": 2}], ids=str
+)
 @pytest.mark.parametrize("kind", [None, *QUANTIZATIONS])
 def test_the_host_holds_one_tensor_at_a_time(kind, sizes, held, tmp_path):
     tensors = half_weights(WIDE)
@@ -237,8 +239,17 @@ FSDP, ALL_AXES = {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}
 @pytest.mark.parametrize("kind", QUANTIZATIONS)
 @pytest.mark.parametrize(
     ("dtype", "sizes"),
-    [("float32", None), ("stored", FSDP)]
-    + [longer(*more) for more in (("stored", None), ("float32", FSDP), ("stored", ALL_AXES), ("float32", ALL_AXES))],
+    [("stored", FSDP)]
+    + [
+        longer(*more)
+        for more in (
+            ("float32", None),
+            ("stored", None),
+            ("float32", FSDP),
+            ("stored", ALL_AXES),
+            ("float32", ALL_AXES),
+        )
+    ],
     ids=str,
 )
 def test_kernels_quantized_on_the_way_are_those_quantized_afterwards(kind, sizes, dtype, tmp_path):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from conftest import longer
 from prefalign_jax.intervals import Interval, bootstrap_difference, bootstrap_mean, t_interval, wilson
 
 DRAWS = 700  # of a coverage: three standard errors are 2.5%
@@ -80,7 +81,7 @@ def coverage(draw, truth, **how):
     return held / DRAWS
 
 
-@pytest.mark.parametrize("size", [50, 200])
+@pytest.mark.parametrize("size", [50, longer(200)])
 @pytest.mark.parametrize("name", SOURCES)
 def test_the_bootstrap_covers(name, size):
     draw, truth = SOURCES[name]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from conftest import longer
 from prefalign_jax import checkpoint
 from prefalign_jax.kept import export_kept, load_kept
 from prefalign_jax.train import train
@@ -35,6 +36,7 @@ def exported(directory):
     return load_file(directory / "model.safetensors")
 
 
+@pytest.mark.everything
 def test_any_kept_checkpoint_is_exported(finished, tmp_path):
     last = exported(finished / "export")
     again = exported(export_kept(finished, "last", tmp_path / "last"))
@@ -103,7 +105,7 @@ def test_what_changes_when_a_run_goes_on_is_said_and_kept(finished, tmp_path, ca
         train(config_of(**{**FIELDS, "data.shuffle": True}), workdir)
 
 
-@pytest.mark.parametrize(("steps", "says"), [(1, "is 0 in the only step"), (2, "rises to the end of the run")])
+@pytest.mark.parametrize(("steps", "says"), [longer(1, "is 0 in the only step"), (2, "rises to the end of the run")])
 def test_a_warm_up_as_long_as_the_run_is_told(steps, says, tmp_path, capsys):
     fields = {"steps": steps, "warmup_steps": steps, "data.limit": 8, "export.enabled": False}
     train(config_of(**fields), tmp_path)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from conftest import longer
 from prefalign_jax.losses import LOSSES, MIXTURES, NEEDS, Loss, hyper_of, make_loss
 from prefalign_jax.losses.ratios import log_ratios
 from prefalign_jax.types import PairLogps, Responses, Sides, UserError
@@ -109,14 +110,17 @@ CASES = {
     "mpo": {"beta": 0.2},
 }
 BOUND = {case: make_loss(case.split()[0], **hyper) for case, hyper in CASES.items()}
-all_losses = pytest.mark.parametrize("case", CASES)
+all_losses = pytest.mark.parametrize("case", [longer(case) if " " in case else case for case in CASES])
 PAIRED = [case for case in CASES if "group" not in BOUND[case].needs]  # what groups do is in test_group_losses.py
 
 LENGTHS = ("chosen_tokens", "rejected_tokens", "prompt_tokens", "text_tokens")
 
 
 def draw(pairs: int, seed: int = 0, dtype=np.float64, filler: int = 0) -> tuple[PairLogps, PairLogps]:
-    """Everything that a loss may need, of pairs and then of filler; the policy likes both sides less than the other."""
+    """Everything that a loss may need, of pairs and then of filler; the policy likes both sides less than the other.
+
+    Tests draw 12 rows in float32 and 6 in float64: each operation compiles anew for each size.
+    """
     rng = np.random.default_rng(seed)
     size = pairs + filler
     tokens = rng.integers(1, 9, (3, size)).astype(dtype)
@@ -185,7 +189,7 @@ def live(loss, policy: PairLogps) -> dict:
 def test_gradients_are_those_of_the_function(case):
     loss = BOUND[case]
     with jax.enable_x64(True):
-        policy, reference = draw(5)
+        policy, reference = draw(6)
         free = live(loss, policy)
         if case == "kto":
             del free["rejected"]  # the mismatched completion only estimates a constant
@@ -231,7 +235,7 @@ TARGETS = (
 )
 def test_raising_the_chosen_never_raises_the_loss_and_lowering_the_rejected_neither(case):
     loss = BOUND[case]
-    policy, reference = draw(64, dtype=np.float32)
+    policy, reference = draw(12, dtype=np.float32)
     free = live(loss, policy)
     grads = jax.grad(lambda free: call(loss, policy, reference, **free)[0].sum())(free)
 
@@ -248,7 +252,7 @@ def test_raising_the_chosen_never_raises_the_loss_and_lowering_the_rejected_neit
 @pytest.mark.parametrize("case", [case for case in CASES if "reference" in BOUND[case].needs])
 def test_no_gradient_reaches_the_reference(case):
     loss = BOUND[case]
-    policy, reference = draw(8, dtype=np.float32)
+    policy, reference = draw(12, dtype=np.float32)
     grads = jax.grad(lambda r: call(loss, policy, r)[0].sum())(reference)
     jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0.0), grads)
     lower = {name: getattr(reference, name) for name in ("chosen", "shared", "sampled", "responses")}
@@ -344,13 +348,13 @@ def test_jit_permutation_filler_and_shapes(case):
 @all_losses
 def test_vmap_over_batches_and_over_pairs(case):
     loss = BOUND[case]
-    batches = [draw(6, seed, np.float32) for seed in (0, 1)]
+    batches = [draw(12, seed, np.float32) for seed in (0, 1)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *batches)
     together = jax.vmap(lambda p, r: call(loss, p, r)[0])(*stacked)
     np.testing.assert_allclose(together, [call(loss, *batch)[0] for batch in batches], rtol=1e-5)
     if "batch" not in loss.needs:
         policy, reference = batches[0]
-        axes = jax.tree.map(lambda x: 0 if len(x) == 6 else None, policy)
+        axes = jax.tree.map(lambda x: 0 if len(x) == 12 else None, policy)
         single = jax.vmap(lambda p, r: call(loss, p, r)[0], in_axes=(axes, axes))(policy, reference)
         np.testing.assert_allclose(single, call(loss, policy, reference)[0], rtol=1e-5)
 
@@ -415,7 +419,7 @@ def test_the_loss_is_the_same_where_both_log_ratios_change_places_and_sign(case)
 @pytest.mark.parametrize("case", [c for c in PAIRED if "rejected" in BOUND[c].needs and "label" not in BOUND[c].needs])
 def test_swapping_the_sides_turns_the_margin_and_the_accuracy(case):
     loss = BOUND[case]
-    policy, reference = draw(8, dtype=np.float32)
+    policy, reference = draw(12, dtype=np.float32)
     metrics, turned = call(loss, policy, reference)[1], call(loss, swapped(policy), swapped(reference))[1]
     np.testing.assert_allclose(metrics["rewards/margins"], -turned["rewards/margins"], rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(metrics["rewards/accuracies"] + turned["rewards/accuracies"], 1.0)
@@ -483,7 +487,7 @@ def test_needs_say_what_is_read():
 @all_losses
 def test_a_loss_reads_nothing_but_what_it_declares(case):
     loss = BOUND[case]
-    policy, reference = draw(4, dtype=np.float32)
+    policy, reference = draw(12, dtype=np.float32)
     fields = {
         "prompt": ("prompt", "prompt_tokens"),
         "rejected": ("rejected", "rejected_tokens"),
@@ -515,7 +519,7 @@ def test_every_hyper_parameter_has_a_case_and_every_loss_too():
     ],
 )
 def test_sums_are_read_however_they_are_spaced(text, weights):
-    policy, reference = draw(4, dtype=np.float32)
+    policy, reference = draw(12, dtype=np.float32)
     loss = make_loss(text)
     names = dict.fromkeys(key.partition(".")[0] for key in loss.hyper)
     parts = [make_loss(name, per_token=True) if name == "ipo" else make_loss(name) for name in names]
@@ -525,7 +529,7 @@ def test_sums_are_read_however_they_are_spaced(text, weights):
 
 
 def test_two_terms_of_one_loss_keep_their_own_options_metrics_and_state():
-    policy, reference = draw(4, dtype=np.float32)
+    policy, reference = draw(12, dtype=np.float32)
     loss = make_loss("dpo + dpo(beta=0.5) + bco + bco(beta=0.5)")
     assert (loss.hyper["dpo.1.beta"], loss.hyper["dpo.2.beta"]) == (0.1, 0.5)
     running = loss.advance(policy._replace(running=loss.running), reference)
@@ -536,7 +540,7 @@ def test_two_terms_of_one_loss_keep_their_own_options_metrics_and_state():
 
 def own(function, **fields):
     """The result, on a few pairs, of a loss that a user adds to the table."""
-    policy, reference = draw(4, dtype=np.float32)
+    policy, reference = draw(12, dtype=np.float32)
     LOSSES["own"] = Loss(function, **fields) if callable(function) else function
     try:
         return call(make_loss("own"), policy, reference)
@@ -556,7 +560,7 @@ def own(function, **fields):
         (lambda p, r, *, beta: (p.chosen, {}), {}, "'beta' has no default"),
         (lambda p, r, *, beta=None: (p.chosen, {}), {}, "'beta' has no default"),
         (lambda p, r: p.chosen, {}, "returned a "),
-        (lambda p, r: (p.chosen[:, None], {}), {}, r"the loss has shape \(4, 1\) where one number per pair is due"),
+        (lambda p, r: (p.chosen[:, None], {}), {}, r"the loss has shape \(12, 1\) where one number per pair is due"),
         (lambda p, r: (p.chosen.mean(), {}), {}, r"the loss has shape \(\)"),
         (lambda p, r: (p.chosen, {"x": 1.0}), {}, "metric 'x' has shape float"),
         (lambda p, r: (p.chosen, {"loss": p.chosen}), {}, "a metric is called 'loss', which the step writes"),
@@ -586,7 +590,7 @@ def test_what_a_loss_carries_makes_it_one_of_the_whole_batch():
 
 
 def test_a_mixture_is_the_weighted_sum_of_its_terms():
-    policy, reference = draw(6, dtype=np.float32)
+    policy, reference = draw(12, dtype=np.float32)
     mixture = make_loss("0.8*dpo + 2e-1*bco(shift=none, beta=0.5) + sft", beta=0.3)
     losses, metrics = call(mixture, policy, reference)
     parts = [make_loss("dpo", beta=0.3), make_loss("bco", shift="none", beta=0.5), make_loss("sft")]
@@ -602,10 +606,10 @@ def test_the_shift_is_the_mean_reward_of_all_steps(case):
     loss, beta = BOUND[case], BOUND[case].hyper.get("beta", 0.2)
     running, seen = dict(loss.running), []
     for seed in range(3):
-        policy, reference = draw(5, seed, np.float32, filler=2)
+        policy, reference = draw(9, seed, np.float32, filler=3)
         running = loss.advance(policy._replace(running=running), reference)
         a, b = policy.chosen - reference.chosen, policy.rejected - reference.rejected
-        seen.append(beta * (a if case == "bco_unpaired" else (a + b) / 2)[:5].mean())
+        seen.append(beta * (a if case == "bco_unpaired" else (a + b) / 2)[:9].mean())
         shift = next(value for name, value in running.items() if name.endswith("shift"))
         np.testing.assert_allclose(shift, np.mean(seen), rtol=1e-5)
     metrics = loss(policy._replace(running=running), reference)[1]

@@ -59,7 +59,9 @@ def edit(directory, **settings):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS)
+@pytest.mark.parametrize(
+    "lora", [LORA, longer(LORAS["all, rank-stabilised"]), LORAS["DoRA"], *map(longer, [*LORAS.values()][3:])], ids=LORAS
+)
 def test_adapters_survive_their_files(family, lora, tmp_path):
     config = shape_of(family)
     adapters = drawn(config, lora)

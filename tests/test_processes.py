@@ -198,6 +198,7 @@ def test_a_checkpoint_of_eight_devices_is_resumed_on_two_by_two_and_sigterm_stop
     np.testing.assert_allclose(mine["loss"], theirs["loss"], atol=1e-6)
 
 
+@pytest.mark.everything
 def test_processes_that_are_not_one_run_are_all_refused_before_the_first_step(tmp_path):
     statuses, said = launch(tmp_path / "run", other={"learning_rate": 2e-3})
     assert statuses == [2, 2], said

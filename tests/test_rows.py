@@ -370,6 +370,7 @@ def test_the_kind_of_a_file_is_told_in_any_case(tmp_path):
     assert len(list(read_rows(tmp_path))) == 3
 
 
+@pytest.mark.everything
 def test_every_published_row_is_the_same_in_every_container(tmp_path):
     compared = collections.Counter()
     mixed = {"tool calls", "tool calls in pairs"}  # content is a text here, a list there: no table holds that

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from conftest import longer
 from prefalign_jax.data.packing import deal_whole
 from prefalign_jax.data.pairs import Origin, as_pairs, from_list
 from prefalign_jax.data.pipeline import batch_of, eval_batches, make_pair_set, train_batches
@@ -53,7 +54,7 @@ def test_what_is_equal_is_found_and_weights_tell_responses_apart():
 @pytest.mark.parametrize("layout", [FULL, ORDINARY, Layout(rejected=False), Layout(rewards=True)], ids=str)
 @pytest.mark.parametrize(
     ("options", "weights"),
-    [(dict(groups=1), None), (dict(groups=2, row_length=64), (0, 0.5, 1))],
+    [longer(dict(groups=1), None), (dict(groups=2, row_length=64), (0, 0.5, 1))],
     ids=["whole", "weights, rows, two shards"],
 )
 def test_shared_tokens_give_what_separate_pairs_give_in_value_and_gradient(layout, options, weights):

@@ -286,6 +286,7 @@ def test_what_moved_and_what_is_tied():
 
 
 @pytest.mark.usefixtures("light_runs")
+@pytest.mark.everything
 def test_a_run_says_a_thing_when_it_first_holds_and_again_at_its_end(tmp_path, capsys):
     config = defaults("dpo")
     config.model.path, config.data.path = str(TRL), str(TRL / "pairs.jsonl")

@@ -117,6 +117,7 @@ def cut(monkeypatch, at, points):
         train_together(points)
 
 
+@pytest.mark.everything
 def test_cut_off_it_goes_on_bit_for_bit_from_what_all_have(undisturbed, tmp_path, monkeypatch, capfd):
     cut(monkeypatch, 5, points_of(tmp_path))
     shutil.rmtree(tmp_path / "p1" / "checkpoints" / "4")  # as if it had not been written yet

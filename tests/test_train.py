@@ -287,6 +287,7 @@ def test_changed_data_are_not_resumed(runs, tmp_path):
         train(config_of(**{"steps": 2, "data.path": str(data), "export.enabled": False}), workdir)
 
 
+@pytest.mark.everything
 def test_rows_in_memory_train_and_are_resumed_as_those_of_a_file_are(tmp_path):
     import datasets
 
@@ -596,6 +597,7 @@ def test_cached_sums_over_parts_of_responses_are_those_of_a_frozen_copy(name, tm
     assert abs(column(tmp_path / "copy")[0] - np.log(2)) > 1e-3
 
 
+@pytest.mark.everything
 def test_the_own_loss_of_the_docs_trains_from_a_config_of_its_own(tmp_path):
     page = (ROOT / "docs" / "own_losses.md").read_text()
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "get_config" in block)
