@@ -72,14 +72,14 @@ def get_config(arg: str = ""):
     c.learning_rate = 5e-4
     c.warmup_steps = 5
     c.schedule = "constant"
-    c.eval_steps = 12
+    c.eval_steps = 13  # of 37
     c.export.enabled = arg.method == "sft"
     return c
 
 
 def sweep():
-    for method, (_, _, field, values) in METHODS.items():
-        for share in SHARES:
+    for share in sorted(SHARES, key=lambda share: share not in (0.0, 1.0)):  # the ends first: they have all strengths
+        for method, (_, _, field, values) in METHODS.items():
             for value in values if share in (0.0, 1.0) else values[1:2]:
                 for seed in range(SEEDS):
                     yield {"config": f"method={method},share={share}", f"loss.{field}": value, "seed": seed}

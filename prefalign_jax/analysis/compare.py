@@ -145,15 +145,16 @@ def final(run: Run, metric: str) -> float:
     return float(values[-1]) if values.size else math.nan
 
 
-def value_at(run: Run, metric: str, column: str, x: float) -> float:
+def value_at(run: Run, metric: str, column: str, x: float, most_gap: float = MAX_GAP) -> float:
     """A metric where a run has spent x, between two evaluations on the line that joins them.
 
     Args:
       run, metric, column: as for `points`.
       x: how much.
+      most_gap: of x, between two evaluations.
 
     Returns:
-      The value; NaN before the first and after the last one, and between two further apart than MAX_GAP of x.
+      The value; NaN before the first and after the last one, and between two further apart than most_gap allows.
     """
     xs, values = points(run, metric, column)
     after = int(np.searchsorted(xs, x * (1 - 1e-9)))
@@ -161,7 +162,7 @@ def value_at(run: Run, metric: str, column: str, x: float) -> float:
         return math.nan
     if math.isclose(xs[after], x, rel_tol=1e-6):
         return float(values[after])
-    if after == 0 or xs[after] - xs[after - 1] > MAX_GAP * x:
+    if after == 0 or xs[after] - xs[after - 1] > most_gap * x:
         return math.nan
     return float(np.interp(x, xs[after - 1 : after + 1], values[after - 1 : after + 1]))
 

@@ -19,6 +19,7 @@ from prefalign_jax.tables import markdown
 from prefalign_jax.types import UserError
 
 METRICS = ("samples/reward", "eval/rewards/accuracies")  # the first of these that the runs have is compared
+MOST_GAP = 1.0  # of the cost: sampling is dear, so evaluations are few, and the curves between them are smooth
 PAIRWISE = ("dpo", "ipo", "orpo", "simpo")
 
 
@@ -69,7 +70,7 @@ def values_of(runs: Sequence[Run], metric: str, flops: Mapping[float, float] | N
             value = next((row[metric] for row in reversed(run.held_out) if row.get(metric) is not None), np.nan)
         else:
             left = min(budget - flops.get(point.share, 0.0), run.spent()["flops"][-1])
-            value = value_at(run, metric, "flops", left)
+            value = value_at(run, metric, "flops", left, most_gap=MOST_GAP)
         out[point][run.config["seed"]] = float(value)
     return dict(out)
 
