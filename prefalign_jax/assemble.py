@@ -354,6 +354,7 @@ def update_options(experiment: Experiment) -> dict[str, Any]:
         move_reference=moving,
         router_weight=config.model.router_weight,
         stochastic_rounding=config.model.stochastic_rounding,
+        ema_decay=config.ema.decay,
     )
 
 

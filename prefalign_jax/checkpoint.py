@@ -33,7 +33,7 @@ from prefalign_jax.options import flatten
 from prefalign_jax.processes import agreed, by_first, gathered, is_first, note, told_by_first
 from prefalign_jax.quiet import hush_failed_writes
 from prefalign_jax.sharding import shapes_of
-from prefalign_jax.types import Params, TrainState, UserError, WriteError, one_line
+from prefalign_jax.types import TrainState, UserError, WriteError, one_line
 
 # Fields that make a run what it is: another value would give finished steps or the order of the data another meaning.
 IDENTITY = (
@@ -42,6 +42,7 @@ IDENTITY = (
     "model",
     "reference",
     "optimizer",
+    "ema",
     "seed",
     "batch_size",
     "max_length",
@@ -52,13 +53,24 @@ IDENTITY = (
     "token_weights",
 )
 FREE = ("data.eval_path", "data.eval_split", "data.eval_limit", "data.cache_dir", "reference.cache_dir")
-FREE += ("token_weights.cache_dir",)
+FREE += ("token_weights.cache_dir", "ema.evaluate")
 # Fields that may change when a run is resumed and change what comes: each change is said and kept in the history.
 TOLD = ("steps", "examples", "epochs", "learning_rate", "schedule", "warmup_steps", "warmup_examples", "warmup_epochs")
-TOLD += ("grad_clip", "micro_steps", "mesh", "vocabulary_chunk", "accuracy_ties", "samples")
+TOLD += (
+    "warmup_ratio",
+    "schedule_options",
+    "ema.evaluate",
+    "grad_clip",
+    "micro_steps",
+    "mesh",
+    "vocabulary_chunk",
+    "accuracy_ties",
+    "samples",
+)
 TOLD += ("data.eval_path", "data.eval_split", "data.eval_limit")
 # Of these, what matters to steps that are still to come alone.
-AHEAD = ("learning_rate", "schedule", "warmup_steps", "warmup_examples", "warmup_epochs", "grad_clip")
+AHEAD = ("learning_rate", "schedule", "warmup_steps", "warmup_examples", "warmup_epochs", "warmup_ratio")
+AHEAD += ("schedule_options", "grad_clip")
 HISTORY = "history.jsonl"  # in the workdir: where a run was resumed with other values
 _CHANGE = {"step": "an integer", "changed": {"*": ["anything"]}}  # a row of it
 
@@ -260,6 +272,8 @@ def _tree(state: TrainState, config: Mapping[str, Any]) -> dict[str, Any]:
     tree = {"step": state.step, "params": state.params, "opt_state": state.opt_state}
     if state.running:
         tree["running"] = state.running
+    if state.ema is not None:
+        tree["ema"] = state.ema
     if config.get("reference", {}).get("kind") == "moving":
         tree["reference"] = state.reference
     return tree
@@ -383,24 +397,29 @@ def told_of(checkpoints: Checkpoints, step: int) -> dict[str, Any]:
     return {name: config[name] for name in TOLD if name in config and name not in unknown}
 
 
-def load_params(checkpoints: Checkpoints, step: int, like: Params) -> Params:
-    """The parameters of a checkpoint alone.
+def load_parts(checkpoints: Checkpoints, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
+    """Some parts of a checkpoint's state alone.
 
     Args:
       checkpoints: from `open_checkpoints`.
       step: from `chosen`.
-      like: arrays or shapes with the structure and shardings of what was trained.
+      like: {field of TrainState: arrays or shapes with the structure and shardings of what was saved}.
+
+    Returns:
+      {field: what was saved}.
 
     Raises:
       UserError: they have other shapes, or cannot be read.
     """
     path = checkpoints.directory / str(step)
-    _check_shapes(f"cannot read {path}", like, ocp.checkpointables_metadata(path).metadata["state"]["params"])
+    saved = ocp.checkpointables_metadata(path).metadata["state"]
+    for name in like.keys() & {"params", "ema"}:
+        _check_shapes(f"cannot read {path}", like[name], saved[name])
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     try:
         with context:
-            return ocp.load_checkpointables(path, {"state": {"params": shapes_of(like)}})["state"]["params"]
+            return ocp.load_checkpointables(path, {"state": shapes_of(dict(like))})["state"]
     except Exception as error:  # Orbax raises many kinds, each over many lines
         raise UserError(f"cannot read {path}: {one_line(error)}") from error
 

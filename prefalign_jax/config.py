@@ -37,20 +37,44 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     c.too_long = "drop"  # What happens to longer pairs: drop, truncate_prompt, truncate_response.
 
     c.learning_rate = 1e-6  # Learning rate after the warm-up, the highest of the run.
-    c.schedule = "linear"  # What the learning rate does after the warm-up: constant, linear, cosine, inverse_sqrt.
-    # The linear warm-up of the learning rate: one of these three.
+    # What the learning rate does after the warm-up: constant, linear, cosine, polynomial, inverse_sqrt, or wsd, which
+    # falls at the end of the run only.
+    c.schedule = "linear"
+    c.schedule_options = ConfigDict()  # A field that the schedule does not have stays None.
+    c.schedule_options.floor = maybe(float)  # Share of learning_rate that a falling schedule ends at; None is 0.
+    c.schedule_options.power = maybe(float)  # Exponent of the polynomial schedule; None is 2.
+    c.schedule_options.decay_ratio = maybe(float)  # Share of the run's steps in which wsd falls; None is 0.1.
+    c.schedule_options.decay_shape = maybe(str)  # How wsd falls: linear, cosine or sqrt (1 - sqrt); None is linear.
+    c.schedule_options.timescale = maybe(int)  # Updates after which inverse_sqrt is 0.71; None is the warm-up's.
+    # The linear warm-up of the learning rate: one of these four.
     c.warmup_steps = 0  # Updates in the warm-up.
     c.warmup_epochs = maybe(float)  # Passes over the training pairs in the warm-up.
     c.warmup_examples = maybe(int)  # Pairs in the warm-up.
+    c.warmup_ratio = maybe(float)  # Share of the run's updates in the warm-up, rounded up to whole ones.
     c.grad_clip = maybe(float)
     c.grad_clip = 1.0  # Global norm that longer gradients are scaled down to; None clips nothing.
-    c.optimizer = ConfigDict({"name": "adamw"})  # adamw, rmsprop or sgd; a field that is None keeps its default.
-    c.optimizer.b1 = maybe(float)  # AdamW's decay of the mean of gradients; None is 0.9.
-    c.optimizer.b2 = maybe(float)  # AdamW's decay of the mean of squared gradients; None is 0.999.
-    c.optimizer.eps = maybe(float)  # What AdamW and RMSProp add to the denominator; None is 1e-8.
-    c.optimizer.weight_decay = maybe(float)  # AdamW's decay of matrices, times the learning rate; None is 0.
+    # adamw, rmsprop, sgd, lion, adafactor, muon or schedule_free_adamw; docs/training.md compares them. A field that is
+    # None keeps its default, and one that the optimizer does not have stays None.
+    c.optimizer = ConfigDict({"name": "adamw"})
+    # Decay of the mean of gradients (adamw, muon's AdamW); weight of that mean in the step (lion); share of the average
+    # in the weights that are trained (schedule_free_adamw). None is 0.9.
+    c.optimizer.b1 = maybe(float)
+    # Decay of the mean of squared gradients (adamw, muon's AdamW, schedule_free_adamw), None is 0.999; decay of the
+    # mean of gradients (lion), None is 0.99.
+    c.optimizer.b2 = maybe(float)
+    c.optimizer.eps = maybe(float)  # What is added to the denominator (all AdamWs, rmsprop); None is 1e-8.
+    c.optimizer.weight_decay = maybe(float)  # Decay of matrices, times the learning rate (not rmsprop, sgd); None is 0.
     c.optimizer.decay = maybe(float)  # RMSProp's decay of the mean of squared gradients; None is 0.99.
-    c.optimizer.momentum = maybe(float)  # SGD's momentum; None is 0.
+    c.optimizer.momentum = maybe(float)  # Decay of the sum (sgd) or mean (muon) of gradients; None is 0 and 0.95.
+    c.optimizer.update_rms = maybe(float)  # RMS of Muon's step, times the learning rate; 0: Jordan's; None is 0.2.
+    c.optimizer.decay_power = maybe(float)  # Adafactor's decay at step t is 1 - t^-decay_power; None is 0.8.
+    c.optimizer.clip_rms = maybe(float)  # RMS of a matrix's step that Adafactor scales larger ones down to; None is 1.
+    c.optimizer.parameter_scale = maybe(bool)  # Multiply Adafactor's step by the RMS of the weights; None is False.
+    c.optimizer.factor_from = maybe(int)  # Rows and columns of a matrix from which Adafactor factors it; None is 128.
+    # Exponential moving average of the trained weights, kept beside them in float32.
+    c.ema = ConfigDict()
+    c.ema.decay = maybe(float)  # Weight of the old average in each update, such as 0.999; None keeps no average.
+    c.ema.evaluate = maybe(bool)  # Evaluate, sample and export the average; None is True. False only keeps it.
 
     # The hyper-parameters of all losses. None keeps the loss's default; one that the loss does not have stays None.
     c.loss = ConfigDict({"name": loss})  # A loss of docs/losses.md, or a weighted sum such as '0.8*dpo + 0.2*sft'.

@@ -29,7 +29,7 @@ from prefalign_jax.losses import BoundLoss, make_loss, ties_as_trl
 from prefalign_jax.models import quantize
 from prefalign_jax.models.decoder import ATTENTION, REMAT
 from prefalign_jax.models.hf_io import DTYPES as STORED
-from prefalign_jax.optim import SCHEDULES, make_optimizer, make_schedule
+from prefalign_jax.optim import SCHEDULES, check_schedule, make_optimizer, make_schedule, steps_of
 from prefalign_jax.options import DTYPES, choose, flatten, given, hyper_parameters, split_names
 from prefalign_jax.processes import agreed
 from prefalign_jax.types import UserError, one_line
@@ -106,6 +106,11 @@ class Experiment:
     def adapted(self) -> bool:
         """Whether adapters are trained, and not the model's own weights."""
         return bool(self.config.lora.rank or self.config.lora.path)
+
+    @property
+    def averaged(self) -> bool:
+        """Whether a moving average of the weights is kept."""
+        return self.config.ema.decay is not None
 
     @property
     def held_out(self) -> bool:
@@ -190,6 +195,8 @@ class Experiment:
         Args:
           pairs: in an epoch.
         """
+        if self.config.warmup_ratio:
+            return steps_of(self.config.warmup_ratio, self.total_steps(pairs))
         return self._duration("warmup_", pairs)
 
     def learning_rate(self, pairs: int) -> optax.Schedule:
@@ -202,7 +209,9 @@ class Experiment:
           UserError: the warm-up is longer than the run.
         """
         length = self.warmup_steps(pairs), self.total_steps(pairs)
-        return make_schedule(self.config.schedule, self.config.learning_rate, *length)
+        return make_schedule(
+            self.config.schedule, self.config.learning_rate, *length, **given(self.config.schedule_options)
+        )
 
     def _duration(self, prefix: str, pairs: int) -> int:
         steps, examples, epochs = (self.config[prefix + unit] for unit in UNITS)
@@ -314,6 +323,8 @@ def _plain(config: ConfigDict, loss: BoundLoss, cleaning: Sequence[BoundStep]) -
     plain["data"]["cleaning"] |= {step.name: step.options for step in cleaning if step.options}
     if config.reference.kind == "moving":
         plain["reference"] |= {**MOVING, **given(config.reference)}
+    if config.ema.decay is not None:
+        plain["ema"] |= {"evaluate": True, **given(config.ema)}
     plain["optimizer"] = {"name": plain["optimizer"]["name"], **given(plain["optimizer"])}
     plain["data"]["chat_template_kwargs"] = dict(template_kwargs(plain["data"]["chat_template_kwargs"])) or None
     return plain
@@ -379,11 +390,13 @@ def _check_durations(experiment: Experiment) -> None:
     for unit in UNITS:
         if (config[f"warmup_{unit}"] or 0) < 0:
             raise UserError(f"warmup_{unit}={config[f'warmup_{unit}']} must be at least 0")
+    if not 0 <= (config.warmup_ratio or 0) <= 1:
+        raise UserError(f"warmup_ratio={config.warmup_ratio} must lie in [0, 1]")
     _only_one("warmup_", experiment)
 
 
 def _only_one(prefix: str, experiment: Experiment) -> None:
-    names = [prefix + unit for unit in UNITS if experiment.config[prefix + unit]]
+    names = [prefix + unit for unit in (*UNITS, "ratio") if experiment.config.get(prefix + unit)]
     if len(names) > 1:
         listed = " and ".join(f"{name}={experiment.config[name]}" for name in names)
         raise UserError(f"{listed} are set together; set one (--config.{names[-1]}=0 unsets it)")
@@ -392,12 +405,33 @@ def _only_one(prefix: str, experiment: Experiment) -> None:
 def _check_optimization(experiment: Experiment) -> None:
     config = experiment.config
     make_optimizer(experiment.plain["optimizer"], 0.0, config.grad_clip)  # names what is wrong with it
+    check_schedule(config.schedule, given(config.schedule_options))
     if not 0 <= config.learning_rate < math.inf:
         raise UserError(f"learning_rate={config.learning_rate} must be a number >= 0")
     if config.batch_size % config.micro_steps:
         raise UserError(f"batch_size={config.batch_size} is not a multiple of micro_steps={config.micro_steps}")
     if config.model.stochastic_rounding and (config.model.param_dtype != "bfloat16" or experiment.adapted):
         raise UserError("model.stochastic_rounding is for model.param_dtype=bfloat16 of weights that are trained")
+
+
+def _check_averages(experiment: Experiment) -> None:
+    config, ema = experiment.config, experiment.config.ema
+    if ema.decay is None:
+        if ema.evaluate is not None:
+            raise UserError(f"ema.evaluate={ema.evaluate} is set without ema.decay, and no average is kept")
+    elif not 0 < ema.decay < 1:
+        raise UserError(f"ema.decay={ema.decay} must lie in (0, 1)")
+    if config.optimizer.name != "schedule_free_adamw":
+        return
+    said = "optimizer.name='schedule_free_adamw' evaluates an average of its own"
+    if ema.decay is not None:
+        raise UserError(f"{said}; unset ema.decay={ema.decay}")
+    if config.schedule != "constant":
+        raise UserError(f"{said} in place of a falling rate; set schedule='constant' (it is {config.schedule!r})")
+    if config.model.param_dtype != "float32" and not (experiment.adapted and config.model.param_dtype == "stored"):
+        raise UserError(
+            f"{said}, which model.param_dtype={config.model.param_dtype!r} would round away; set it to float32"
+        )
 
 
 def _check_data(experiment: Experiment) -> None:
@@ -590,6 +624,7 @@ CHECKS: tuple[Callable[[Experiment], None], ...] = (
     _check_ranges,
     _check_durations,
     _check_optimization,
+    _check_averages,
     _check_data,
     _check_chat,
     _check_adapters,

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from prefalign_jax import checkpoint
-from prefalign_jax.assemble import adapters_of, drawn_dtype, load_model
+from prefalign_jax import averages, checkpoint
+from prefalign_jax.assemble import adapters_of, drawn_dtype, load_model, optimizer_of
 from prefalign_jax.data.chat import load_tokenizer
 from prefalign_jax.data.datasheet import as_markdown
 from prefalign_jax.experiment import Experiment, from_json
 from prefalign_jax.export import export_adapters, export_run
 from prefalign_jax.files import locked, read_json
 from prefalign_jax.models.lora import Lora, full_parameters, init_adapters, join, merge
-from prefalign_jax.sharding import make_mesh
-from prefalign_jax.types import LanguageModel, Params, UserError, one_line
+from prefalign_jax.sharding import make_mesh, state_shardings
+from prefalign_jax.types import LanguageModel, Params, TrainState, UserError, one_line
 
 
 class Kept(NamedTuple):
@@ -66,13 +67,28 @@ def load_kept(workdir: str | Path, which: str = "last") -> Kept:
         path, random_init = config.model.path, config.model.random_init
         model, base = load_model(config, path, mesh, len(tokenizer), random_init, reward, lora)
         if lora is None:
-            params = checkpoint.load_params(checkpoints, step, base)
+            params = _weights(checkpoints, step, experiment, base, mesh)
             return Kept(experiment, step, metrics, model, params, tokenizer, None, None)
         if loaded:
             base = join(base, {**full_parameters(base, lora, drawn_dtype(config)), **loaded})
         make = functools.partial(init_adapters, lora=lora, dtype=drawn_dtype(config))
-        adapters = checkpoint.load_params(checkpoints, step, jax.jit(make)(jax.random.key(0), base))
+        adapters = _weights(checkpoints, step, experiment, jax.jit(make)(jax.random.key(0), base), mesh)
     return Kept(experiment, step, metrics, model, merge(base, adapters, lora), tokenizer, lora, adapters)
+
+
+def _weights(
+    checkpoints: checkpoint.Checkpoints, step: int, experiment: Experiment, params: Params, mesh: jax.sharding.Mesh
+) -> Params:
+    """The weights of a checkpoint that its run evaluates and exports; `params` are arrays like those that it trains."""
+    optimizer = optimizer_of(experiment, lambda step: 0.0)
+    ema = jax.eval_shape(averages.start, params) if experiment.averaged else None
+    like = TrainState(np.int32(0), params, jax.eval_shape(optimizer.init, params), ema=ema)
+    placed = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like, state_shardings(mesh, like)
+    )
+    use_ema = experiment.config.ema.evaluate
+    parts = {name: getattr(placed, name) for name in averages.parts_of(like, use_ema)}
+    return averages.evaluated(like._replace(**checkpoint.load_parts(checkpoints, step, parts)), use_ema).params
 
 
 def export_kept(workdir: str | Path, which: str = "last", directory: str | Path | None = None) -> Path:

@@ -29,11 +29,13 @@ from prefalign_jax.train_step import Metrics, make_update, reference_logps
 from prefalign_jax.types import LanguageModel, PreferenceBatch, TrainState
 
 # Fields in which members may differ, beside the numbers that their loss itself takes.
-NUMBERS = ("seed", "learning_rate", "warmup_steps", "warmup_examples", "warmup_epochs")
+NUMBERS = ("seed", "learning_rate", "warmup_steps", "warmup_examples", "warmup_epochs", "warmup_ratio")
 NUMBERS += ("optimizer.weight_decay", "data.flip_labels", "model.dropout", "model.attention_dropout")
 # Hyper-parameters of losses whose value decides what is computed: it has to be known when the program is made.
 BRANCHING = ("reward_alpha", "centre", "bradley_terry.margin", "exo.label_smoothing", "cpo.label_smoothing")
 FAILED = "failed.json"  # in the directory of a member that diverged: at which step, and what there is to say of it
+# Which parts of a program's state have an axis of members.
+AXES = TrainState(step=None, params=0, opt_state=0, reference=None, running=0, ema=0)
 _MODIFYING = {key for modifier in MODIFIERS.values() for key in hyper_parameters(modifier.function)}
 
 
@@ -176,16 +178,15 @@ def make_program(
             read = functools.partial(reference_logps, model, loss, state.reference, chunk=options["chunk"])
             batches = batches._replace(reference=jax.vmap(functools.partial(jax.lax.map, read))(batches))
         own = jax.tree.map(lambda x: x[np.array(stream_of)], batches)
-        return jax.vmap(update, in_axes=(0, axes, 0), out_axes=(axes, 0))(numbers, state, own)
+        return jax.vmap(update, in_axes=(0, AXES, 0), out_axes=(AXES, 0))(numbers, state, own)
 
-    axes = TrainState(step=None, params=0, opt_state=0, reference=None, running=0)
-    alone = state_shardings(mesh, one, optimizer_of(first, lambda step: 0.0), model.rules)
+    alone = state_shardings(mesh, one, model.rules)
     whole = NamedSharding(mesh, P())
 
     def with_members(shardings: Any) -> Any:
         return jax.tree.map(lambda x: NamedSharding(mesh, P(None, *x.spec)), shardings)
 
-    own = ("params", "opt_state", "running")  # what each member has of its own
+    own = ("params", "opt_state", "running", "ema")  # what each member has of its own
     placed = alone._replace(**{name: with_members(getattr(alone, name)) for name in own})
 
     def of_members(state: TrainState) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -188,18 +187,12 @@ def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
-def state_shardings(
-    mesh: Mesh,
-    state: TrainState,
-    optimizer: optax.GradientTransformation,
-    rules: Sequence[tuple[str, P]] | None = None,
-) -> TrainState:
-    """Shardings of a train state: optimizer moments lie where their parameters do, everything else is replicated.
+def state_shardings(mesh: Mesh, state: TrainState, rules: Sequence[tuple[str, P]] | None = None) -> TrainState:
+    """Shardings of a train state: what belongs to a parameter lies where it does, everything else is replicated.
 
     Args:
       mesh: the mesh.
       state: the state, or its shapes.
-      optimizer: that made `state.opt_state`.
       rules: as in `param_shardings`.
 
     Returns:
@@ -207,16 +200,42 @@ def state_shardings(
     """
     replicated = NamedSharding(mesh, P())
     params = param_shardings(mesh, state.params, rules)
-    opt_state = optax.tree.map_params(
-        optimizer, lambda _, s: s, state.opt_state, params, transform_non_params=lambda _: replicated
-    )
     return TrainState(
         step=replicated,
         params=params,
-        opt_state=opt_state,
+        opt_state=_opt_state_shardings(state.opt_state, state.params, params, replicated),
         reference=None if state.reference is None else param_shardings(mesh, state.reference, rules),
         running=jax.tree.map(lambda _: replicated, state.running),
+        ema=None if state.ema is None else params,
     )
+
+
+def _opt_state_shardings(opt_state: Any, params: Params, shardings: Any, replicated: NamedSharding) -> Any:
+    """Where an optimizer's state lies. The keys on the way to one of its arrays end with those of its parameter.
+
+    A moment has the parameter's shape; Adafactor's means over rows or columns have it without the axis of the mean.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    placed = {_keys(path): (leaf, s) for (path, leaf), s in zip(leaves, jax.tree.leaves(shardings), strict=True)}
+
+    def one(path: Sequence[Any], leaf: Any) -> NamedSharding:
+        keys = _keys(path)
+        param, sharding = next((placed[keys[i:]] for i in range(len(keys)) if keys[i:] in placed), (None, replicated))
+        if param is None or leaf.shape == param.shape:
+            return sharding
+        axes = [axis for axis in range(param.ndim) if param.shape[:axis] + param.shape[axis + 1 :] == leaf.shape]
+        if not axes:
+            return replicated
+        # Of a square matrix both means have one shape: v_row is of each row, v_col of each column.
+        axis = axes[0] if getattr(path[-1], "name", "") == "v_col" else axes[-1]
+        spec = [*sharding.spec, *[None] * (param.ndim - len(sharding.spec))]
+        return NamedSharding(sharding.mesh, P(*spec[:axis], *spec[axis + 1 :]))
+
+    return jax.tree_util.tree_map_with_path(one, opt_state)
+
+
+def _keys(path: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
 def packing_of(mesh: Mesh) -> dict[str, Any]:

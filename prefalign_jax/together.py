@@ -206,7 +206,9 @@ def put_together(runs: Sequence[Run], mesh: jax.sharding.Mesh, stream_of: Sequen
     for k, run in enumerate(runs):
         optimizer = optimizer_of(run.experiment, lambda step: 0.0)
         params = jax.tree.map(jnp.copy, run.began.params)  # others have them too, and a checkpoint replaces them
-        own = init_state(params, optimizer, mesh, reference, run.experiment.loss.running, model.rules)
+        own = init_state(
+            params, optimizer, mesh, reference, run.experiment.loss.running, model.rules, run.experiment.averaged
+        )
         if program is None:
             program = make_program([run.experiment for run in runs], numbers, model, mesh, own, stream_of)
             state = program.empty(reference)

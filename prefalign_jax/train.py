@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from prefalign_jax import checkpoint
+from prefalign_jax import averages, checkpoint
 from prefalign_jax.alike import check_config, check_inputs, check_state
 from prefalign_jax.analysis.runs import read_run
 from prefalign_jax.analysis.signs import signs_of
@@ -101,7 +101,7 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
 
     # State: what a step takes and gives.
     optimizer, train_step = step_of(experiment, model, mesh, experiment.learning_rate(len(data.training)))
-    state = init_state(began.params, optimizer, mesh, began.reference, loss.running, model.rules)
+    state = init_state(began.params, optimizer, mesh, began.reference, loss.running, model.rules, experiment.averaged)
 
     # Resume: where an earlier run in this directory stopped, or the beginning.
     run = Run(experiment, workdir, tokenizer, data, began, stack)
@@ -109,7 +109,7 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
     state = run.restored(state)
     start = run.start
     if why := run.cannot_go_on():
-        return left_alone(workdir, start, why, model, merged(state, began.lora), tokenizer)
+        return left_alone(workdir, start, why, model, merged(run.shown(state), began.lora), tokenizer)
     run.open_files(stack)
     announce(experiment, data, start, total, run.changed)
 
@@ -150,7 +150,8 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
         run.checkpoints.wait()
 
     # Finish.
-    result = Result(step, step < total, first_evaluation(workdir), means, model, merged(state, began.lora), tokenizer)
+    weights = merged(run.shown(state), began.lora)
+    result = Result(step, step < total, first_evaluation(workdir), means, model, weights, tokenizer)
     if result.stopped:
         note(f"stopped at step {step} of {total}, saved; the same command goes on from there")
         return result
@@ -273,6 +274,10 @@ class Run:
                 note(f"{name}: {text}")
         self.said |= shown.keys()
 
+    def shown(self, state: TrainState) -> TrainState:
+        """The state with the weights that are evaluated and exported, which may be an average."""
+        return averages.evaluated(state, self.experiment.config.ema.evaluate)
+
     def save(self, state: TrainState, means: Mapping[str, float]) -> None:
         """Starts writing a checkpoint."""
         checkpoint.save(self.checkpoints, state, self.experiment.plain, self.began.digests, means)
@@ -285,8 +290,10 @@ class Run:
         if config.export.enabled:
             which = config.export.checkpoint  # the last is at hand, and its files need not be read
             if which != "last" and (at := checkpoint.chosen(self.checkpoints, which)) != int(state.step):
-                means = self.checkpoints.metrics(at)
-                state = state._replace(params=checkpoint.load_params(self.checkpoints, at, state.params))
+                means, use_ema = self.checkpoints.metrics(at), config.ema.evaluate
+                parts = {name: getattr(state, name) for name in averages.parts_of(state, use_ema)}
+                state = state._replace(**checkpoint.load_parts(self.checkpoints, at, parts))
+            state = self.shown(state)
             about = dict(data=as_markdown(self.datasheet, level=3), metrics=means, history=self.history)
             shape = self.began.model.config
             export_run(self.experiment, merged(state, lora), shape, self.tokenizer, workdir, **about)

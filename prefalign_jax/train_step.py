@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from prefalign_jax import averages
 from prefalign_jax.logps import REFERENCE_NEEDS, VOCABULARY_CHUNK, policy_and_reference_logps, preference_logps
 from prefalign_jax.losses import BoundLoss
 from prefalign_jax.metrics import metric_sums, weighted_sum
@@ -70,6 +71,7 @@ def init_state(
     reference: Params | None = None,
     running: Mapping[str, float] | None = None,
     rules: Sequence[tuple[str, P]] | None = None,
+    ema: bool = False,
 ) -> TrainState:
     """A state at step 0, its optimizer moments sharded as the parameters are.
 
@@ -80,17 +82,20 @@ def init_state(
       reference: parameters of the frozen copy, as params. The step donates the state: the two must share no buffers.
       running: of the loss, at the first step.
       rules: the model's, of sharding.
+      ema: keep a moving average of the parameters.
 
     Returns:
       The state.
     """
     carried = {name: np.float32(value) for name, value in running.items()} if running else None
-    shapes = TrainState(0, params, jax.eval_shape(optimizer.init, params), reference, carried)
-    shardings = state_shardings(mesh, shapes, optimizer, rules)
+    shapes = TrainState(0, params, jax.eval_shape(optimizer.init, params), reference, carried, params if ema else None)
+    shardings = state_shardings(mesh, shapes, rules)
     # All that the step returns lies on the mesh: a first state that did not would have it compiled twice.
     state = TrainState(np.int32(0), params, None, reference, carried)
-    state = jax.device_put(state, shardings._replace(opt_state=None))
-    return state._replace(opt_state=jax.jit(optimizer.init, out_shardings=shardings.opt_state)(state.params))
+    state = jax.device_put(state, shardings._replace(opt_state=None, ema=None))
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(state.params)
+    average = jax.jit(averages.start, out_shardings=shardings.ema)(state.params) if ema else None
+    return state._replace(opt_state=opt_state, ema=average)
 
 
 def make_update(
@@ -103,6 +108,7 @@ def make_update(
     move_reference: Callable[[jax.Array, Params, Params], Params] | None = None,
     router_weight: float = 0.0,
     stochastic_rounding: bool = False,
+    ema_decay: float | None = None,
     seed: int | jax.Array = 0,
 ) -> Callable[[TrainState, PreferenceBatch], tuple[TrainState, Metrics]]:
     """update(state, batch) -> (state, metrics), the pure function that `make_train_step` compiles.
@@ -124,6 +130,7 @@ def make_update(
       router_weight: of a mixture of experts' auxiliary loss in the objective; in any case it is the metric
         router_balance.
       stochastic_rounding: of bfloat16 parameters, see `optim.apply_updates`; the optimizer is then `in_float32`.
+      ema_decay: of the moving average of the parameters, which the state then has.
       seed: of the rounding, and of the dropout of a model that has some. What is dropped is a function of the seed, the
         step, the micro-step and the place in the packed rows: a resumed run draws the same, another number of
         micro-steps does not.
@@ -211,7 +218,8 @@ def make_update(
         reference = state.reference
         if move_reference is not None:
             reference = move_reference(state.step + 1, params, reference)
-        return TrainState(state.step + 1, params, opt_state, reference, running), metrics
+        ema = averages.moved(state.ema, params, ema_decay) if ema_decay is not None else state.ema
+        return TrainState(state.step + 1, params, opt_state, reference, running, ema), metrics
 
     return step
 
@@ -235,7 +243,7 @@ def make_train_step(
     def jitted(state: TrainState, batch: PreferenceBatch):
         nonlocal placed
         if placed is None:  # the shardings need the structure of a state and a batch
-            states = state_shardings(mesh, state, optimizer, model.rules)
+            states = state_shardings(mesh, state, model.rules)
             batches = batch_shardings(mesh, batch)
             placed = jax.jit(
                 step,

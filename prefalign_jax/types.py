@@ -219,7 +219,7 @@ class TrainState(NamedTuple):
     """Everything an update reads and writes.
 
     `reference` is the frozen or moving copy, None where none is kept on the device; `running` is what the loss carries
-    from step to step, None for most.
+    from step to step, None for most; `ema` is the moving average of the parameters, None where none is asked for.
     """
 
     step: Array  # [] int32
@@ -227,6 +227,7 @@ class TrainState(NamedTuple):
     opt_state: Any
     reference: Params | None = None
     running: Mapping[str, Array] | None = None
+    ema: Params | None = None
 
 
 class Cached(NamedTuple):

@@ -14,7 +14,7 @@ FLOORS = (
     "exits",
     "files options processes tables",
     "gguf",
-    "data logps losses metrics models optim progress sharding",
+    "averages data logps losses metrics models optim progress sharding",
     "checkpoint config generation pages policy reference train_step",
     "experiment judges",
     "cli export load_data",

@@ -326,7 +326,7 @@ def gigabytes(name: str) -> float:
     """Weights, gradients, moments and reference, in GB on each device of the stated mesh."""
     c, (*_, devices) = recipe(name), PUBLISHED[name].batch
     optimizer, state = abstract(c, PUBLISHED[name].shape)
-    shardings = state_shardings(mesh_of(c, devices), state, optimizer)
+    shardings = state_shardings(mesh_of(c, devices), state)
     total = 0
     for arrays, where in ((state, shardings), (state.params, shardings.params)):  # gradients lie as the weights do
         for leaf, sharding in zip(jax.tree.leaves(arrays), jax.tree.leaves(where), strict=True):

@@ -208,7 +208,7 @@ def placed():
     optimizer = make_optimizer({"name": "adamw", "weight_decay": 0.1}, lambda step: 1e-3, 1.0)
     params = jax.device_put(params, param_shardings(MESH, params))
     state = init_state(params, optimizer, MESH, jax.tree.map(jnp.copy, params))
-    return state, state_shardings(MESH, state, optimizer)
+    return state, state_shardings(MESH, state)
 
 
 def moments(opt_state):
@@ -258,7 +258,7 @@ def test_a_state_without_a_reference_and_other_optimizers(name):
     params = make_params()
     optimizer = make_optimizer({"name": name}, 1e-3)
     state = TrainState(0, params, jax.eval_shape(optimizer.init, params))
-    shardings = state_shardings(MESH, state, optimizer)
+    shardings = state_shardings(MESH, state)
     assert shardings.reference is None
     assert jax.tree.structure(shardings.opt_state) == jax.tree.structure(state.opt_state)
     assert [tree == shardings.params for tree in moments(shardings.opt_state)] == [True] * {"sgd": 0, "rmsprop": 1}[

@@ -58,7 +58,7 @@ OPTIONS = {
     "--lora_target_modules q_proj v_proj": "--config.lora.targets='layers/attention/[qkvo]'",
     "--load_in_4bit": "write --config.model.quantize=nf4",
     "--load_in_8bit": "write --config.model.quantize=int8",
-    "--warmup_ratio=0.1": "write --config.warmup_epochs",
+    "--warmup_ratio=0.1": "write --config.warmup_ratio=0.1",
     "--warmup_steps=100": "write --config.warmup_steps=100",
     "--lr_scheduler_type cosine": "write --config.schedule=cosine",
     "--optim=adamw_torch": "write --config.optimizer.name=adamw",

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from prefalign_jax import averages
 from prefalign_jax.assemble import decoder_of, drawn_dtype, step_of
 from prefalign_jax.cost.chips import CHIPS, Chip
 from prefalign_jax.cost.collectives import COLLECTIVES, Collective, collectives
@@ -41,8 +42,9 @@ class Plan(NamedTuple):
 
     Attributes:
       mesh: devices along each axis.
-      memory: bytes on a device by what they hold: parameters, reference, optimizer, batch, gradients, activations (what
-        the backward pass reads of the layers), temporaries (the rest of what the program holds at once).
+      memory: bytes on a device by what they hold: parameters, reference, optimizer, average (of a run that keeps one),
+        batch, gradients, activations (what the backward pass reads of the layers), temporaries (the rest of what the
+        program holds at once).
       flops: of all devices, see `count_flops`.
       traffic: the program's collectives.
       tokens: of the batch, a shared prompt counted once.
@@ -106,13 +108,15 @@ def plan(
     batch = blank_batch(experiment, mesh, prompt, response)
     compiled = train_step.lower(state, batch).compile()
 
-    shardings = state_shardings(mesh, state, optimizer, model.rules)
+    shardings = state_shardings(mesh, state, model.rules)
     text, analysis = compiled.as_text(), compiled.memory_analysis()
     held = {
         "parameters": _on_device(state.params, shardings.params),
         "reference": _on_device(state.reference, shardings.reference),
         "optimizer": _on_device(state.opt_state, shardings.opt_state),
     }
+    if state.ema is not None:
+        held["average"] = _on_device(state.ema, shardings.ema)
     held["batch"] = analysis.argument_size_in_bytes - sum(held.values())
     gradients = held["parameters"]
     own = {sharding.shard_shape(x.shape) for x, sharding in _leaves(state, shardings)}
@@ -146,7 +150,8 @@ def blank_state(experiment: Experiment, shape: DecoderConfig, optimizer: Any, lo
             reference = jax.eval_shape(lambda tree: cast(tree, config.dtype), params)
     carried = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in running} or None
     step = jax.ShapeDtypeStruct((), jnp.int32)
-    return TrainState(step, params, jax.eval_shape(optimizer.init, params), reference, carried)
+    ema = jax.eval_shape(averages.start, params) if experiment.averaged else None
+    return TrainState(step, params, jax.eval_shape(optimizer.init, params), reference, carried, ema)
 
 
 def blank_batch(experiment: Experiment, mesh: Mesh, prompt: int, response: int) -> PreferenceBatch:

@@ -9,10 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from prefalign_jax import averages
 from prefalign_jax.assemble import Assembled
 from prefalign_jax.evaluation.held_out import columns_of, moved_columns, set_logps, summary
 from prefalign_jax.evaluation.policy_samples import make_sampler
 from prefalign_jax.experiment import Experiment
+from prefalign_jax.members import AXES
 from prefalign_jax.train_step import make_eval_step
 from prefalign_jax.types import TrainState
 
@@ -63,7 +65,14 @@ def make_evaluation(
             out.append(summary(columns_of(loss, policy, frozen, running) | moved_columns(loss, policy, frozen)))
         return out
 
+    def weights(state: TrainState) -> TrainState:
+        return averages.evaluated(state, experiments[0].config.ema.evaluate)
+
+    if members:
+        weights = jax.vmap(weights, in_axes=(AXES,), out_axes=AXES)
+
     def evaluate(state: TrainState, step: int) -> list[dict[str, float]]:
+        state = weights(state)
         means: list[dict[str, float]] = [{} for _ in began]
         for numbers in same.values():
             for k, some in zip(numbers, measured(state, numbers), strict=True):
