@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -108,10 +108,20 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    return "ipykernel" in sys.modules
+
+
+def console() -> TextIO:
+    """Where remarks and progress go: stderr; in a notebook stdout, since it shows stderr on red, as errors."""
+    return sys.stdout if in_notebook() else sys.stderr
+
+
 def note(text: str) -> None:
     """One line for the person watching, above a bar that is being drawn."""
     if is_first():
-        tqdm.tqdm.write(printable(text), file=sys.stderr)
+        tqdm.tqdm.write(printable(text), file=console())
 
 
 def agreed(value: Any) -> Any:

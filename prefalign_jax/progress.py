@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
 from collections.abc import Mapping
-from typing import Any, Self, TextIO
+from typing import Self, TextIO
 
 import jax.monitoring
 import tqdm
 
-from prefalign_jax.processes import is_first
+from prefalign_jax.processes import console, in_notebook, is_first
 
 # JAX reports the beginning of each as a scalar and its end as a duration; one may lie within another.
 _COMPILING = {
@@ -22,7 +21,7 @@ _OFTEN = 0.1  # seconds between two states of a bar
 
 
 class Progress:
-    """Shows on stderr how far something has come: share, latest metrics, rate, time left.
+    """Shows how far something has come: share, latest metrics, rate, time left.
 
     While JAX compiles it says so, and its clock stands still: rate and time left are of what comes after. Of several
     processes only the first shows anything, and nothing is shown before the first update or compilation.
@@ -32,9 +31,10 @@ class Progress:
       unit: what is counted.
       start: units that an earlier run has done, which do not count for the rate.
       every: seconds between lines where stderr is neither a terminal nor a notebook.
-      stream: stderr by default.
+      stream: None is stderr, and in a notebook stdout.
 
     Example:
+      >>> import sys
       >>> with Progress(10_000, "step", stream=sys.stdout) as progress:
       ...     progress.update(0, {"loss": 0.693147})
       step 0/10,000 (0%), loss 0.6931
@@ -51,14 +51,14 @@ class Progress:
     ):
         self.total, self.unit, self.start = total, unit, start
         self.done, self.said = start, ""
-        self.stream = stream or sys.stderr
-        self.live = self.stream.isatty() or "ipykernel" in sys.modules
+        self.stream = stream or console()
+        self.live = self.stream.isatty() or in_notebook()
         self.every = _OFTEN if self.live else every
         self.began = time.monotonic()
         self.compiled = 0.0  # seconds
         self.depth = 0  # of compilations within compilations
         self.shown = self.told = -math.inf  # when a state was shown, and when in a log that it compiles
-        self.bar: Any = None
+        self.bar: tqdm.tqdm | None = None
         self.open = is_first()
         if self.open:
             jax.monitoring.register_scalar_listener(self._begins)
@@ -125,7 +125,7 @@ class Progress:
                 shape = "{n:,} [{elapsed}"
                 if known:
                     shape = "{percentage:3.0f}%|{bar}| {n:,}/{total:,} [{elapsed}<{remaining}"
-                self.bar = _bar()(
+                self.bar = tqdm.tqdm(
                     desc=self.unit,
                     total=self.total,
                     initial=self.start,
@@ -154,10 +154,3 @@ def _columns(stream: TextIO) -> int | None:
         return (os.get_terminal_size(stream.fileno()).columns or 80) - 1
     except (AttributeError, OSError, ValueError):
         return None
-
-
-def _bar() -> Any:
-    """tqdm's widget in a notebook, else its bar."""
-    import tqdm.auto
-
-    return tqdm.auto.tqdm

@@ -191,17 +191,14 @@ def test_a_note_stands_above_the_bar(monkeypatch):
     assert "4/4" in lines[1] and lines[2:] == [""]
 
 
-def test_in_a_notebook_it_is_a_widget(clock, monkeypatch):
-    made = []
-
-    class Widget(progress.tqdm.tqdm):
-        def __init__(self, **options):
-            made.append(options["desc"])
-            super().__init__(**options)
-
+def test_in_a_notebook_remarks_and_the_bar_are_on_stdout(clock, monkeypatch, capsys):
+    """A notebook shows stderr on red."""
     monkeypatch.setitem(sys.modules, "ipykernel", object())
-    monkeypatch.setattr(progress, "_bar", lambda: Widget)
-    stream = io.StringIO()
-    with Progress(4, stream=stream) as shown:
+    with Progress(4) as shown:
+        shown.update(1)
+        processes.note("exported")
+        clock[0] += 1.0
         shown.update(4)
-    assert made == ["step"] and "4/4" in stream.getvalue()
+    out, err = capsys.readouterr()
+    assert "1/4" in out and "exported" in out and "4/4" in out
+    assert err == ""
