@@ -15,13 +15,17 @@ from pathlib import Path
 
 from prefalign_jax import config
 
+LOSSES = ("dpo", "orpo", "sft")
+SEEDS = 3
+
 
 def get_config(arg: str = ""):
-    arg = config.parse_arg(arg, loss=("dpo", "orpo", "sft"), data=None, model="smollm2", pairs=200)
+    arg = config.parse_arg(arg, loss=LOSSES, data=None, model="smollm2", pairs=200)
     c = config.defaults(arg.loss)
     c.model.path = arg.model
     c.data.path = arg.data
     c.data.eval_fraction, c.data.eval_seed = 0.1, 0  # of the prompts, the same for all seeds
+    c.data.eval_limit = 96  # pairs: a minute an evaluation
     c.max_length = 192
     c.batch_size = 8
     c.steps = arg.pairs // c.batch_size
@@ -33,3 +37,7 @@ def get_config(arg: str = ""):
     c.samples.prompts = str(Path(__file__).with_name("questions.jsonl"))
     c.samples.max_new_tokens = 64
     return c
+
+
+def sweep():
+    return [{"config": f"loss={loss}", "seed": seed} for loss in LOSSES for seed in range(SEEDS)]

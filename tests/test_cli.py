@@ -1,6 +1,7 @@
 """What every command does with its command line; tests/test_trl_mistakes.py has what users of TRL type."""
 
 import configparser
+import gc
 import glob
 import importlib
 import os
@@ -296,6 +297,17 @@ def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, mine, kept)
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", mine)
     parser.set_environment()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == kept
+
+
+@pytest.mark.parametrize(("mine", "kept"), [(700, 500_000), (10**9, 10**9), (0, 0)])
+def test_garbage_is_looked_for_seldom_and_as_the_user_says_where_that_is_seldomer(monkeypatch, mine, kept):
+    before = gc.get_threshold()
+    try:
+        gc.set_threshold(mine)
+        parser.set_environment()
+        assert gc.get_threshold()[0] == kept
+    finally:
+        gc.set_threshold(*before)
 
 
 # Every command

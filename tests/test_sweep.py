@@ -417,8 +417,8 @@ SWEEPS = [path for path in sorted((ROOT / "experiments").rglob("*.py")) if "def 
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda path: path.stem)
 def test_the_sweeps_of_the_experiments_are_sound(file, launch_leaves_no_trace):
     text = file.read_text()
-    argument = ":model=m" * ("model=None" in text) + ",data=d" * ("data=None" in text)
-    points = read_points(f"{file}{argument}")
+    given = [f"{name}=m" for name in ("model", "data") if f"{name}=None" in text]
+    points = read_points(":".join([str(file), *filter(None, [",".join(given)])]))
     assert len({point.name for point in points}) == len(points) > 1
 
 

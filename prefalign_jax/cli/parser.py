@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import gc
 import os
 import re
 import runpy
@@ -146,8 +147,17 @@ def _field(name: str, value: str) -> str:
     return f"write --config.{near[0]}={value or 'VALUE'}; " if near else ""
 
 
+_OBJECTS = 500_000  # new ones, before Python looks for garbage among them: at most some 50 MB
+
+
 def set_environment() -> None:
-    """Lets compiled programs outlive the process, and PyTorch out; what the user has set stays. It comes before jax."""
+    """Lets compiled programs outlive the process, and PyTorch out; what the user has set stays. It comes before jax.
+
+    Python looks for cycles of garbage after every few hundred objects. Importing and tracing make millions that stay,
+    so it looks less often here: a run begins a tenth sooner.
+    """
+    if 0 < gc.get_threshold()[0] < _OBJECTS:
+        gc.set_threshold(_OBJECTS, 10, 10)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(user_cache() / "xla"))
     # JAX keeps what takes a second to compile. A run has dozens of programs that take less, and that much together.
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
