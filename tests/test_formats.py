@@ -135,6 +135,21 @@ def test_what_prefers_nothing_is_counted(tmp_path, row, reason):
     assert len(records) == 1 and dropped == {reason: 1}
 
 
+JUDGED = [
+    row for row in (PANDALM, ALPACA_EVAL, *(row for _, row, *_ in PAIRS.values())) if FORMATS[detect(row)].verdict
+]
+
+
+@pytest.mark.parametrize("nothing", [None, math.nan])
+@pytest.mark.parametrize("row", [*JUDGED, SAFE], ids=lambda row: detect(row))
+def test_a_row_that_nobody_judged_is_counted_and_the_others_are_read(tmp_path, row, nothing):
+    """AlpacaEval's own files have such rows, where the annotator failed."""
+    silent = {**row, **dict.fromkeys(FORMATS[detect(row)].verdict, nothing)}
+    records, dropped = read_records(write(tmp_path / "rows.jsonl", [SHP, silent, row]))
+    assert len(records) == 1 + len(read_records(write(tmp_path / "row.jsonl", [row]))[0])
+    assert dropped == {"no preference": 1}
+
+
 def test_a_vote_on_the_second_turn_is_about_both(tmp_path):
     row = {**PAIRS["lmsys/mt_bench_human_judgments"][1], "turn": 2}
     (record,), dropped = read_records(write(tmp_path / "rows.jsonl", [row]))

@@ -50,13 +50,15 @@ class Format(NamedTuple):
 
     Attributes:
       read: row -> rows of the common format; of a `group`, [rows] -> rows.
-      fields: that it reads; a row of this format has them all, none null.
+      fields: that it reads; a row of this format has them all, none null but the verdict.
       signs: and these, which only tell it from others.
       without: and none of these.
       also: fields that it reads where a row has them.
       group: consecutive rows with the same value in this field are read together.
       gather: the pairs of consecutive rows with the same values in these fields are one group, where groups are wanted.
       answers: what the field or fields with its responses are called, for what is left out of them.
+      verdict: the fields that say which response is better. Where all of them are null, nobody has said it, and the row
+        is left out.
       pairs: it makes pairs of what are demonstrations as they stand, so it is detected only where pairs are wanted.
     """
 
@@ -68,7 +70,13 @@ class Format(NamedTuple):
     group: str | None = None
     gather: tuple[str, ...] = ()
     answers: str = ""
+    verdict: tuple[str, ...] = ()
     pairs: bool = False
+
+    def lacks(self, row: Row) -> bool:
+        """Whether a field that a row of this format has is not there; a verdict may be null."""
+        needed = (*self.fields, *self.signs)
+        return any(row.get(field) is None and not (field in self.verdict and field in row) for field in needed)
 
 
 def detect(row: Row, pairs: bool = True) -> str:
@@ -85,13 +93,15 @@ def detect(row: Row, pairs: bool = True) -> str:
       >>> detect({"history": "Q", "human_ref_A": "a", "human_ref_B": "b", "labels": 1})
       'shp'
     """
-    return _detect(frozenset(field for field, value in row.items() if value is not None), pairs)
+    null = frozenset(field for field, value in row.items() if value is None)
+    return _detect(frozenset(row) - null, null, pairs)
 
 
 @functools.lru_cache(maxsize=1024)
-def _detect(fields: frozenset[str], pairs: bool) -> str:
+def _detect(fields: frozenset[str], null: frozenset[str], pairs: bool) -> str:
     for name, one in FORMATS.items():
-        if fields.issuperset((*one.fields, *one.signs)) and fields.isdisjoint(one.without) and (pairs or not one.pairs):
+        known = fields | null.intersection(one.verdict)
+        if known.issuperset((*one.fields, *one.signs)) and fields.isdisjoint(one.without) and (pairs or not one.pairs):
             return name
     return "common"
 
@@ -111,6 +121,8 @@ def in_common(name: str, row: Row, rows: Sequence[Row]) -> list[Row]:
     form = FORMATS[name]
     if name == "common":
         return [row]
+    if form.verdict and all(missing(row.get(field)) for field in form.verdict):
+        raise Dropped("no preference")
     others = {field: value for field, value in row.items() if field not in (*form.fields, *form.also)}
     for other in rows[1:]:
         check_alike(row, other, [form.group])
@@ -500,6 +512,7 @@ FORMATS: dict[str, Format] = {
     "shp": Format(
         shp,
         ("history", "human_ref_A", "human_ref_B", "labels"),
+        verdict=("labels",),
         also=("score_ratio",),
         gather=("post_id", "history"),
     ),
@@ -511,27 +524,37 @@ FORMATS: dict[str, Format] = {
     "pandalm": Format(
         pandalm,
         ("instruction", "response1", "response2", "annotator1"),
+        verdict=("annotator1", "annotator2", "annotator3"),
         also=("input",),
         gather=("instruction", "input"),
     ),
     "alpaca_eval": Format(
         alpaca_eval,
         ("instruction", "output_1", "output_2", "preference"),
+        verdict=("preference",),
         also=("input",),
         gather=("instruction", "input"),
     ),
-    "llmbar": Format(llmbar, ("input", "output_1", "output_2", "label")),
-    "judgebench": Format(judgebench, ("question", "response_A", "response_B", "label")),
-    "autoj": Format(autoj, ("prompt", "response 1", "response 2", "label")),
+    "llmbar": Format(llmbar, ("input", "output_1", "output_2", "label"), verdict=("label",)),
+    "judgebench": Format(judgebench, ("question", "response_A", "response_B", "label"), verdict=("label",)),
+    "autoj": Format(autoj, ("prompt", "response 1", "response 2", "label"), verdict=("label",)),
     "hhh_alignment": Format(hhh_alignment, ("input", "targets")),
     "prometheus_hhh": Format(prometheus_hhh, ("chosen_instruction", "rejected_instruction")),
-    "mt_bench_human": Format(mt_bench_human, ("conversation_a", "conversation_b", "winner", "turn")),
-    "rewardbench": Format(rewardbench, ("prompt", *_SIDES), signs=("chosen_model", "rejected_model", "subset")),
-    "pku_saferlhf": Format(pku_saferlhf, ("prompt", "response_0", "response_1", "better_response_id")),
-    "helpsteer2_preference": Format(
-        helpsteer2_preference, ("prompt", "response_1", "response_2", "preference_strength")
+    "mt_bench_human": Format(
+        mt_bench_human, ("conversation_a", "conversation_b", "winner", "turn"), verdict=("winner",)
     ),
-    "helpsteer3": Format(helpsteer3, ("context", "response1", "response2", "overall_preference")),
+    "rewardbench": Format(rewardbench, ("prompt", *_SIDES), signs=("chosen_model", "rejected_model", "subset")),
+    "pku_saferlhf": Format(
+        pku_saferlhf, ("prompt", "response_0", "response_1", "better_response_id"), verdict=("better_response_id",)
+    ),
+    "helpsteer2_preference": Format(
+        helpsteer2_preference,
+        ("prompt", "response_1", "response_2", "preference_strength"),
+        verdict=("preference_strength",),
+    ),
+    "helpsteer3": Format(
+        helpsteer3, ("context", "response1", "response2", "overall_preference"), verdict=("overall_preference",)
+    ),
     "helpsteer": Format(
         helpsteer,
         ("prompt", "response", "helpfulness"),
@@ -547,7 +570,7 @@ FORMATS: dict[str, Format] = {
         group="prompt",
         pairs=True,
     ),
-    "summarize_from_feedback": Format(summarize_from_feedback, ("info", "summaries", "choice")),
+    "summarize_from_feedback": Format(summarize_from_feedback, ("info", "summaries", "choice"), verdict=("choice",)),
     "openai_preference": Format(openai_preference, ("input", "preferred_output", "non_preferred_output")),
     "torchtune": Format(torchtune, ("chosen_conversations", "rejected_conversations")),
     "sharegpt": Format(sharegpt, ("conversations",), without=("messages", "prompt")),
@@ -563,6 +586,8 @@ FORMATS: dict[str, Format] = {
     ),
     "question": Format(instruction, ("question", "completion"), without=("prompt", "chosen"), also=("input",)),
     # Of rows with the fields of an earlier one; to be named.
-    "pku_saferlhf_safer": Format(pku_saferlhf_safer, ("prompt", "response_0", "response_1", "safer_response_id")),
+    "pku_saferlhf_safer": Format(
+        pku_saferlhf_safer, ("prompt", "response_0", "response_1", "safer_response_id"), verdict=("safer_response_id",)
+    ),
     "common": Format(lambda row: [row], (), answers="responses"),
 }

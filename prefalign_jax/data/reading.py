@@ -104,11 +104,11 @@ def common_rows(
 
     def read(name: str, given: Sequence[tuple[Place, Mapping]]) -> tuple[Place, Mapping, Sequence[Mapping]]:
         (where, row), form, out = given[0], FORMATS[name], []
-        fields = (*form.fields, *form.signs)
         try:
             with _counted(tally):
-                if any(row.get(field) is None for field in fields):
-                    raise Malformed(f"format {name!r} has the fields {', '.join(fields)}, found {names(row)}")
+                if form.lacks(row):
+                    fields = ", ".join((*form.fields, *form.signs))
+                    raise Malformed(f"format {name!r} has the fields {fields}, found {names(row)}")
                 one_by_one = form.group or not joins(form)
                 common = in_common(name, row, [row for _, row in given]) if one_by_one else gather(name, given)
                 out = [one for each in common for one in in_pairs(name, each)]
