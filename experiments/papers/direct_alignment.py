@@ -1,6 +1,6 @@
 """One stage or SFT first, pairwise or pointwise, which beta: eight methods that differ in these alone.
 
-    prefalign train --workdir=runs/frontier_pairs \\
+    prefalign train --workdir=runs/direct_pairs --config.on_policy.limit=200 \\
       --config=experiments/papers/frontier.py:method=pairs,model=TinyStories-656K
     for share in 0.05 0.1 1.0; do prefalign train --workdir=runs/direct_sft/$share \\
       --config=experiments/papers/direct_alignment.py:method=sft,share=$share,model=TinyStories-656K; done
@@ -44,7 +44,7 @@ def get_config(arg: str = ""):
         share=0.0,
         model=None,
         sft="runs/direct_sft",
-        pairs="runs/frontier_pairs/pairs.jsonl",
+        pairs="runs/direct_pairs/pairs.jsonl",
         data=None,
     )
     loss = "sft" if arg.method == "sft" else METHODS[arg.method][0]
@@ -72,7 +72,7 @@ def get_config(arg: str = ""):
     c.learning_rate = 5e-4
     c.warmup_steps = 5 if arg.method != "sft" else 2
     c.schedule = "constant"
-    c.eval_steps = 13  # of 37
+    c.eval_steps = 9  # of 18
     c.export.enabled = arg.method == "sft"
     return c
 
