@@ -123,7 +123,7 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     c.vocabulary_chunk = 8192  # Columns of the logits that are in memory at once.
     # Devices along each axis of the mesh; their product is the number of devices, and -1 takes the rest.
     c.mesh = ConfigDict()
-    c.mesh.data = -1  # Splits the rows of a batch; every device holds all weights.
+    c.mesh.data = maybe(int)  # Splits the rows of a batch; None is 1 where another axis takes the rest, else -1.
     c.mesh.fsdp = 1  # Splits the rows of a batch, and parameters, gradients and moments.
     c.mesh.tensor = 1  # Splits attention heads, MLPs, experts and the vocabulary.
     c.mesh.context = 1  # Splits the tokens of a row, for long texts.

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from prefalign_jax.options import given
 from prefalign_jax.types import Params, PreferenceBatch, TrainState, UserError
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -47,11 +48,41 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def axis_sizes(sizes: Mapping[str, int | None], devices: int) -> tuple[int, ...]:
+    """Devices along each of AXES.
+
+    Args:
+      sizes: devices along each axis; at most one -1 stands for the rest, a missing axis for 1, and None for the rest
+        unless another axis takes it, then for 1.
+      devices: how many there are.
+
+    Raises:
+      UserError: an axis is unknown, or the sizes do not multiply to the number of devices.
+
+    Example:
+      >>> axis_sizes({"data": None, "tensor": 2}, 8), axis_sizes({"data": None, "fsdp": -1}, 8)
+      ((4, 1, 1, 2), (1, 8, 1, 1))
+    """
+    for name in sizes:
+        if name not in AXES:
+            raise UserError(f"mesh.{name} is unknown; the axes are {', '.join(AXES)}")
+    shape = [sizes.get(name, 1) for name in AXES]
+    shape = [(1 if -1 in shape else -1) if size is None else size for size in shape]
+    known = math.prod(size for size in shape if size != -1)
+    if shape.count(-1) == 1 and known > 0 and devices % known == 0:
+        shape[shape.index(-1)] = devices // known
+    if any(size < 1 for size in shape) or math.prod(shape) != devices:
+        raise UserError(
+            f"mesh {given(sizes)} does not fit: the sizes must multiply to the {devices} device(s); one may be -1"
+        )
+    return tuple(shape)
+
+
+def make_mesh(sizes: Mapping[str, int | None], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with the axes data, fsdp, context and tensor.
 
     Args:
-      sizes: devices along each axis; at most one -1 stands for the rest, a missing axis for 1.
+      sizes: devices along each axis, as in `axis_sizes`.
       devices: to lay out; None for all.
 
     Returns:
@@ -60,23 +91,13 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     Raises:
       UserError: an axis is unknown, or the sizes do not multiply to the number of devices.
     """
-    for name in sizes:
-        if name not in AXES:
-            raise UserError(f"mesh.{name} is unknown; the axes are {', '.join(AXES)}")
-    shape = [sizes.get(name, 1) for name in AXES]
     try:
         devices = jax.devices() if devices is None else devices
     except (RuntimeError, AssertionError) as error:  # a platform was asked for that is not there
         reason = next(iter(str(error).splitlines()), "is JAX_PLATFORMS right?")
         raise UserError(f"no device: {reason}") from None
-    known = math.prod(size for size in shape if size != -1)
-    if shape.count(-1) == 1 and known > 0 and len(devices) % known == 0:
-        shape[shape.index(-1)] = len(devices) // known
-    if any(size < 1 for size in shape) or math.prod(shape) != len(devices):
-        raise UserError(
-            f"mesh {dict(sizes)} does not fit: the sizes must multiply to the {len(devices)} device(s); one may be -1"
-        )
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    shape = axis_sizes(sizes, len(devices))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def groups_of(mesh: Mesh) -> int:

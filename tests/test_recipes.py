@@ -21,7 +21,7 @@ from prefalign_jax.models.lora import Lora, init_adapters
 from prefalign_jax.models.quantize import quantize_params
 from prefalign_jax.optim import OPTIMIZERS, make_optimizer
 from prefalign_jax.options import given, hyper_parameters
-from prefalign_jax.sharding import AXES, param_shardings, state_shardings
+from prefalign_jax.sharding import AXES, axis_sizes, param_shardings, state_shardings
 from prefalign_jax.train import train
 from prefalign_jax.types import TrainState, UserError
 
@@ -317,9 +317,7 @@ def abstract(c, shape: str) -> tuple[optax.GradientTransformation, TrainState]:
 
 
 def mesh_of(c, devices: int) -> AbstractMesh:
-    sizes = [c.mesh[axis] for axis in AXES]
-    sizes[sizes.index(-1)] = devices // -math.prod(sizes)
-    return AbstractMesh(tuple(sizes), AXES)
+    return AbstractMesh(axis_sizes(c.mesh, devices), AXES)
 
 
 def gigabytes(name: str) -> float:

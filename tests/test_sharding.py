@@ -60,6 +60,9 @@ def specs(shardings, params) -> dict[str, tuple]:
         ({"data": 2, "fsdp": -1, "tensor": 2}, (2, 2, 1, 2)),
         ({"fsdp": 2, "context": 2, "tensor": 2}, (1, 2, 2, 2)),
         ({"tensor": -1}, (1, 1, 1, 8)),
+        ({"data": None, "fsdp": 1}, (8, 1, 1, 1)),
+        ({"data": None, "fsdp": 2, "tensor": 1}, (4, 2, 1, 1)),
+        ({"data": None, "fsdp": -1, "tensor": 2}, (1, 4, 1, 2)),
     ],
 )
 def test_a_mesh_takes_all_devices(sizes, shape):

@@ -54,7 +54,7 @@ def get_config(arg: str = ""):
 
     c.dtype = "bfloat16"
     c.model.remat = "full"
-    c.mesh.data, c.mesh.fsdp = 1, -1
+    c.mesh.fsdp = -1
     c.eval_steps = c.save_steps = 100
     c.checkpoint.keep = 1
     c.export.dtype = "bfloat16"

@@ -35,6 +35,6 @@ def get_config():
 
     c.dtype = "bfloat16"
     c.model.remat = "full"
-    c.mesh.data, c.mesh.fsdp = 1, -1
+    c.mesh.fsdp = -1
     c.export.dtype = "bfloat16"
     return c

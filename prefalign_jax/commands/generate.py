@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
         options.out,
         draw,
         **{name: getattr(options, name) for name in ("name", "n", "limit", "split", "batch_size")},
-        mesh={"data": -1, "fsdp": options.fsdp, "tensor": options.tensor},
+        mesh={"data": None, "fsdp": options.fsdp, "tensor": options.tensor},
     )
     if options.alpaca_eval:
         write_alpaca_eval(options.alpaca_eval, read_samples(options.out))

@@ -105,7 +105,7 @@ def sample_to_file(
     limit: int | None = None,
     split: str = "train",
     batch_size: int = 64,
-    mesh: Mapping[str, int] | None = None,
+    mesh: Mapping[str, int | None] | None = None,
 ) -> None:
     """Samples responses to prompts; appends each to a file, with its tokens and their log-probabilities.
 
@@ -165,7 +165,7 @@ def _samples(
     draw: Draw,
     n: int,
     batch_size: int,
-    mesh: Mapping[str, int],
+    mesh: Mapping[str, int | None],
 ) -> Iterator[tuple[Prompt, int, Completion, str]]:
     """(prompt, number of the sample, what was drawn, its text) of the prompts, whose keys are their numbers."""
     directory = resolve(exported(model))
