@@ -108,6 +108,24 @@ class Experiment:
         return bool(self.config.lora.rank or self.config.lora.path)
 
     @property
+    def training(self) -> dict[str, str]:
+        """How weights are updated, and which of them are the result, in words."""
+        plain = self.plain
+
+        def written(name: str, options: Mapping[str, Any]) -> str:
+            listed = ", ".join(f"{key}={value}" for key, value in given(options).items())
+            return f"{name}({listed})" if listed else name
+
+        out = {"optimizer": written(plain["optimizer"]["name"], plain["optimizer"])}
+        out["learning rate"] = f"{plain['learning_rate']:g}, {written(plain['schedule'], plain['schedule_options'])}"
+        if plain["optimizer"]["name"] == "schedule_free_adamw":
+            out["weights"] = "the optimizer's average"
+        elif self.averaged:
+            kept = "" if plain["ema"]["evaluate"] else " is kept, the last weights are the result"
+            out["weights"] = f"moving average with decay {plain['ema']['decay']}{kept}"
+        return out
+
+    @property
     def averaged(self) -> bool:
         """Whether a moving average of the weights is kept."""
         return self.config.ema.decay is not None

@@ -39,6 +39,7 @@ CARD = {
     "loss": "name of the loss",
     "loss_title": "the loss's name in words",
     "formula": "the loss in one line",
+    "training": "mapping: how weights were updated, and which are the result",
     "hyper_parameters": "mapping: the loss's hyper-parameters",
     "data": "text or mapping: what the model was trained on",
     "metrics": "mapping: name to number",
@@ -129,7 +130,13 @@ def export_run(
     """
     config, loss = experiment.config, experiment.loss
     card = {"base_model": config.model.path, "data": data, "metrics": metrics, "config": experiment.plain}
-    card |= {"loss": loss.name, "loss_title": loss.title, "formula": loss.formula, "hyper_parameters": loss.hyper}
+    card |= {
+        "training": experiment.training,
+        "loss": loss.name,
+        "loss_title": loss.title,
+        "formula": loss.formula,
+        "hyper_parameters": loss.hyper,
+    }
     card |= {"name": (config.export.push_to or workdir.resolve().name).rpartition("/")[2], "history": history}
     base, dtype = hf_io.resolve(config.model.path), config.export.dtype
     if dtype == "stored":
@@ -317,6 +324,8 @@ def model_card(card: Mapping[str, Any], *, title: str, scoring: str | None = Non
             f"{title}`{card['loss']}`{formula}",
             _table("hyper-parameter", card.get("hyper_parameters")),
         ]
+    if card.get("training"):
+        sections += ["## Training", _table("", card["training"])]
     if card.get("data"):
         data = card["data"]
         sections += ["## Data", _table("", data) if isinstance(data, Mapping) else str(data)]

@@ -310,6 +310,8 @@ def announce(
     pairs = f"{len(data.training)} {loss.unit}, {len(data.held_out)} held out"
     saves = "" if config.save_steps else "; saved with each evaluation, and by time at most 10 minutes apart"
     note(f"{loss.name}: {pairs}, {total} steps of {config.batch_size}{resumed}{saves}")
+    if config.optimizer.name != "adamw" or experiment.averaged:
+        note("; ".join(f"{name}: {words}" for name, words in experiment.training.items()))
     warmup = experiment.warmup_steps(len(data.training))
     if warmup == total:
         rate = "is 0 in the only step, which changes nothing" if total == 1 else "rises to the end of the run"

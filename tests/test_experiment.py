@@ -187,6 +187,7 @@ def test_the_length_of_a_run_is_the_field_set_or_one_epoch(fields, steps):
         (dict(steps=7, examples=19, epochs=1.5), "steps=7 and examples=19 and epochs=1.5 are set together"),
         (dict(examples=19, epochs=0.5), "examples=19 and epochs=0.5 are set together"),
         (dict(warmup_steps=3, warmup_epochs=0.5), "warmup_steps=3 and warmup_epochs=0.5 are set together"),
+        (dict(warmup_steps=3, warmup_ratio=0.5), "warmup_steps=3 and warmup_ratio=0.5 are set together"),
         (dict(steps=0, epochs=0.0), "steps=0 must be positive"),
     ],
 )
@@ -196,7 +197,14 @@ def test_two_lengths_are_an_error(fields, says):
 
 @pytest.mark.parametrize(
     ("fields", "steps"),
-    [(dict(), 0), (dict(warmup_steps=3), 3), (dict(warmup_examples=9), 2), (dict(warmup_epochs=2.0), 5)],
+    [
+        (dict(), 0),
+        (dict(warmup_steps=3), 3),
+        (dict(warmup_examples=9), 2),
+        (dict(warmup_epochs=2.0), 5),
+        (dict(warmup_ratio=0.07), 7),
+        (dict(warmup_ratio=0.101), 11),
+    ],
 )
 def test_the_warm_up_has_its_own_fields(fields, steps):
     assert read(ready(batch_size=4, steps=100, **fields)).warmup_steps(10) == steps
@@ -219,6 +227,40 @@ def test_max_length_is_what_the_model_takes_if_nothing_is_said():
     assert read(ready(max_length=96)).fitted(128).config.max_length == 96
     with pytest.raises(UserError, match="max_length=129 exceeds the model's 128 positions"):
         read(ready(max_length=129)).fitted(128)
+
+
+OWN_AVERAGE = "optimizer.name='schedule_free_adamw' evaluates an average of its own"
+SCHEDULE_FREE = dict(optimizer__name="schedule_free_adamw", schedule="constant")
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        (dict(warmup_ratio=1.5), "warmup_ratio=1.5 must lie in [0, 1]"),
+        (dict(optimizer__momentum=0.9), "optimizer 'adamw' has no hyper-parameter 'momentum'"),
+        (dict(optimizer__name="lion", optimizer__eps=1e-8), "optimizer 'lion' has no hyper-parameter 'eps'"),
+        (dict(schedule_options__power=2.0), "schedule 'linear' has no hyper-parameter 'power'"),
+        (dict(schedule="wsd", schedule_options__decay_ratio=0.0), "schedule 'wsd': decay_ratio=0.0 is out of range"),
+        (dict(ema__decay=1.0), "ema.decay=1.0 must lie in (0, 1)"),
+        (dict(ema__evaluate=False), "ema.evaluate=False is set without ema.decay"),
+        (dict(SCHEDULE_FREE, ema__decay=0.9), f"{OWN_AVERAGE}; unset ema.decay=0.9"),
+        (dict(SCHEDULE_FREE, schedule="linear"), f"{OWN_AVERAGE} in place of a falling rate; set schedule='constant'"),
+        (dict(SCHEDULE_FREE, model__param_dtype="bfloat16"), f"{OWN_AVERAGE}, which model.param_dtype='bfloat16' wou"),
+    ],
+)
+def test_what_an_optimizer_a_schedule_or_an_average_does_not_take_is_refused(fields, says):
+    assert complaint(ready(**fields)).startswith(says)
+
+
+def test_training_is_told_in_words():
+    assert read(ready()).training == {"optimizer": "adamw", "learning rate": "1e-06, linear"}
+    fields = dict(optimizer__name="muon", optimizer__momentum=0.9, schedule="wsd", schedule_options__floor=0.1)
+    assert read(ready(**fields, ema__decay=0.99)).training == {
+        "optimizer": "muon(momentum=0.9)",
+        "learning rate": "1e-06, wsd(floor=0.1)",
+        "weights": "moving average with decay 0.99",
+    }
+    assert read(ready(**SCHEDULE_FREE)).training["weights"] == "the optimizer's average"
 
 
 # What it is read as

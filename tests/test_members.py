@@ -67,7 +67,9 @@ def began(experiment, data, model, mesh):
     params, reference = make_params(0, MODEL), make_params(1, MODEL) if "reference" in experiment.loss.needs else None
     if model.join:
         params, reference = init_adapters(jax.random.key(experiment.config.seed), params, LORA), params
-    return step, init_state(params, optimizer, mesh, reference, experiment.loss.running, model.rules)
+    return step, init_state(
+        params, optimizer, mesh, reference, experiment.loss.running, model.rules, experiment.averaged
+    )
 
 
 def order_of(experiment):
@@ -123,6 +125,7 @@ def set_of(experiment, model):
         "bco",
         "dpo with adapters",
         "dpo with dropout",
+        "dpo by muon",
         "dpo in one order",
         "kto in one order",
     ],
@@ -131,6 +134,8 @@ def test_a_member_is_the_run_that_it_is_alone(name):
     loss, _, adapted = name.partition(" ")
     model, dropping = ADAPTED if adapted == "with adapters" else MODEL, adapted == "with dropout"
     fields = {"seed": 0} if adapted == "in one order" else {}
+    if adapted == "by muon":  # whose weight decay differs, with a moving average and a warm-up as a ratio
+        fields = {"optimizer.name": "muon", "ema.decay": 0.9, "warmup_steps": 0, "warmup_ratio": 0.25}
     experiments = experiments_of(loss, differing=DROPOUT if dropping else {}, **fields)
     data = set_of(experiments[0], model)
     assert len(data.shapes) > 1

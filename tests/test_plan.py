@@ -8,15 +8,15 @@ import optax
 import pytest
 
 from prefalign_jax import commands
-from prefalign_jax.assemble import decoder_of, step_of
+from prefalign_jax.assemble import decoder_of, optimizer_of, step_of
 from prefalign_jax.config import defaults
 from prefalign_jax.cost import plan as module
-from prefalign_jax.cost.plan import CHIPS, SHAPES, advice, blank_state, plan, report, seconds, shape_of
+from prefalign_jax.cost.plan import CHIPS, SHAPES, advice, blank_state, held_of, plan, report, seconds, shape_of
 from prefalign_jax.data.pipeline import batch_of, make_pair_set
 from prefalign_jax.experiment import read
 from prefalign_jax.models.decoder import make_decoder
 from prefalign_jax.models.lora import Lora
-from prefalign_jax.sharding import born, make_mesh, packing_of, place_batch
+from prefalign_jax.sharding import born, make_mesh, packing_of, place_batch, state_shardings
 from prefalign_jax.train_step import init_state
 from prefalign_jax.types import Pair, UserError
 from small import CONFIG
@@ -70,6 +70,41 @@ def test_the_parts_have_closed_forms(found):
     assert found.memory["reference"] == found.memory["parameters"] == found.memory["gradients"]
     assert found.memory["optimizer"] == pytest.approx(2 * found.memory["parameters"], rel=0.01)
     assert found.tokens == 32 * (80 + 2 * 60)
+
+
+@pytest.mark.parametrize(
+    ("name", "of_matrices", "of_others"),
+    [
+        ("adamw", 2, 2),
+        ("rmsprop", 1, 1),
+        ("lion", 1, 1),
+        ("muon", 1, 2),
+        ("schedule_free_adamw", 2, 2),
+        ("adafactor", 0, 1),
+    ],
+)
+def test_the_state_of_every_optimizer_and_an_average_are_counted(name, of_matrices, of_others, config):
+    """Copies of the layers' matrices, and of the rest; Adafactor keeps two vectors of a matrix."""
+    fields = config.copy_and_resolve_references()
+    fields.optimizer.name, fields.ema.decay = name, None if name.startswith("schedule") else 0.999
+    fields.schedule = "constant"
+    if name == "adafactor":
+        fields.optimizer.factor_from = 8
+    experiment = read(fields, complete=False)
+    optimizer = optimizer_of(experiment, lambda step: 1e-3)
+    state = blank_state(experiment, CONFIG, optimizer, None)
+    held = held_of(state, state_shardings(MESH, state))
+    shardings = state_shardings(MESH, state).params
+    sizes = jax.tree.map(lambda x, s: 4 * int(np.prod(s.shard_shape(x.shape))), state.params, shardings)
+    pairs = zip(jax.tree.leaves(sizes["layers"]), jax.tree.leaves(state.params["layers"]), strict=True)
+    matrices = sum(size for size, x in pairs if x.ndim > 2)
+    everything = sum(jax.tree.leaves(sizes))
+    if name == "adafactor":
+        assert held["optimizer"] < 0.4 * everything  # matrices of 16 x 32 are small beside their norms
+    else:
+        wanted = of_matrices * matrices + of_others * (everything - matrices)
+        assert held["optimizer"] == pytest.approx(wanted, abs=64)
+    assert held.get("average") == (None if name.startswith("schedule") else everything)
 
 
 @pytest.mark.parametrize(("name", "billions"), [("llama-3-8b", 8.03), ("llama-3-70b", 70.55), ("mistral-7b", 7.24)])

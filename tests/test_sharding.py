@@ -256,6 +256,49 @@ def test_the_reference_lies_where_the_policy_does(placed):
         assert frozen.sharding.is_equivalent_to(policy.sharding, policy.ndim)
 
 
+def spec_at(shardings, *names):
+    """The specs of the arrays of an optimizer's state on whose way the names lie, in order."""
+    leaves = jax.tree_util.tree_leaves_with_path(shardings)
+    return [sharding.spec for path, sharding in leaves if all(name in jax.tree_util.keystr(path) for name in names)]
+
+
+@pytest.mark.parametrize("name", ["lion", "adafactor", "muon", "schedule_free_adamw"])
+def test_every_optimizers_state_lies_as_the_parameters_do(name):
+    own = {"factor_from": 8} if name == "adafactor" else {}
+    params = make_params()
+    optimizer = make_optimizer({"name": name, **own}, 1e-3)
+    state = TrainState(0, params, jax.eval_shape(optimizer.init, params), ema=params)
+    shardings = state_shardings(MESH, state)
+    assert jax.tree.structure(shardings.opt_state) == jax.tree.structure(state.opt_state)
+    assert shardings.ema == shardings.params
+    down, embedding = P(None, "tensor", "fsdp"), P(None, "fsdp")
+    if name == "adafactor":
+        assert spec_at(shardings.opt_state, "down", "v_row") == [P(None, "fsdp")]  # [2, 32, 16], a mean over the 32
+        assert spec_at(shardings.opt_state, "down", "v_col") == [P(None, "tensor")]
+        assert spec_at(shardings.opt_state, "embed", "v_row") == [P("fsdp")]  # over the 61 rows, which are most
+        assert spec_at(shardings.opt_state, "embed", "v_col") == [P(None)]
+        assert spec_at(shardings.opt_state, "final_norm", "v'") == spec_at(shardings.params, "final_norm", "v'")
+    else:
+        once, twice = {"lion": (1, 1), "muon": (1, 2), "schedule_free_adamw": (2, 2)}[name]
+        assert spec_at(shardings.opt_state, "down", "kernel") == [down] * once
+        assert spec_at(shardings.opt_state, "embed") == [embedding] * twice
+    large = [leaf for leaf in jax.tree.leaves(shardings.opt_state) if not leaf.is_fully_replicated]
+    assert len(large) >= len([leaf for leaf in jax.tree.leaves(shardings.params) if not leaf.is_fully_replicated])
+
+
+def test_means_of_a_square_matrix_lie_as_the_axis_that_is_left():
+    rules = [("layers/w/kernel", P(None, "fsdp", "tensor"))]
+    params = {"layers": {"w": {"kernel": jnp.ones([2, 8, 8])}}}
+    optimizer = make_optimizer({"name": "adafactor", "factor_from": 4}, 1e-3)
+    shardings = state_shardings(MESH, TrainState(0, params, jax.eval_shape(optimizer.init, params)), rules)
+    assert spec_at(shardings.opt_state, "v_row") == [P(None, "fsdp")]
+    assert spec_at(shardings.opt_state, "v_col") == [P(None, "tensor")]
+    moved = jax.tree.map(lambda x: x.at[:, 3, :].set(5.0), params)  # a large row is seen in the means of rows alone
+    _, state = jax.jit(lambda: optimizer.update(moved, optimizer.init(params), params))()
+    rows, columns = (getattr(state[0]["layers"]["w"]["kernel"][0], name) for name in ("v_row", "v_col"))
+    assert rows[0, 3] > 5 * rows[0, 0] and columns[0, 3] == columns[0, 0]
+
+
 @pytest.mark.parametrize("name", ["sgd", "rmsprop"])
 def test_a_state_without_a_reference_and_other_optimizers(name):
     params = make_params()

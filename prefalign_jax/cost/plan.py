@@ -110,13 +110,7 @@ def plan(
 
     shardings = state_shardings(mesh, state, model.rules)
     text, analysis = compiled.as_text(), compiled.memory_analysis()
-    held = {
-        "parameters": _on_device(state.params, shardings.params),
-        "reference": _on_device(state.reference, shardings.reference),
-        "optimizer": _on_device(state.opt_state, shardings.opt_state),
-    }
-    if state.ema is not None:
-        held["average"] = _on_device(state.ema, shardings.ema)
+    held = held_of(state, shardings)
     held["batch"] = analysis.argument_size_in_bytes - sum(held.values())
     gradients = held["parameters"]
     own = {sharding.shard_shape(x.shape) for x, sharding in _leaves(state, shardings)}
@@ -132,6 +126,13 @@ def plan(
     flops = count_flops(train_step, *abstract)
     traffic = [_as_bfloat16(one) if narrow else one for one in collectives(text, mesh.size)]
     return Plan(dict(mesh.shape), held | working, flops, traffic, tokens)
+
+
+def held_of(state: TrainState, shardings: TrainState) -> dict[str, int]:
+    """Bytes on a device of the parts of a state."""
+    parts = {"parameters": "params", "reference": "reference", "optimizer": "opt_state"}
+    parts |= {"average": "ema"} if state.ema is not None else {}
+    return {name: _on_device(getattr(state, part), getattr(shardings, part)) for name, part in parts.items()}
 
 
 def blank_state(experiment: Experiment, shape: DecoderConfig, optimizer: Any, lora: Lora | None) -> TrainState:
@@ -237,6 +238,8 @@ def advice(step: Plan, config: ConfigDict, chip: Chip) -> list[str]:
         offer(working / 2, f"--config.micro_steps={2 * config.micro_steps}, at least")
     if in_full and config.reference.kind == "copy":
         offer(memory["reference"], "--config.reference.kind=cached")
+    if in_full and config.optimizer.name == "adamw":
+        offer(memory["optimizer"], "--config.optimizer.name=adafactor, nearly")
     if in_full and config.model.param_dtype == "float32":
         saved = memory["parameters"] / 2 + memory["gradients"] / 2
         offer(saved, "--config.model.param_dtype=bfloat16 --config.model.stochastic_rounding=True")
