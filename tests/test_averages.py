@@ -136,6 +136,12 @@ def test_the_average_is_what_is_evaluated_exported_and_read_again(fields, tmp_pa
     assert np.abs(params["head"]["kernel"] - parts["params"]["head"]["kernel"]).max() > 1e-5  # it is not the last
     same(load(tmp_path / "run" / "export").params, params)
     same(load_kept(tmp_path / "run").params, params)
+    if fields is EMA:  # the finished run is asked for its last weights
+        last = train(config_of(**AVERAGED, **fields, **{"ema.evaluate": False}), tmp_path / "run")
+        same(last.params, parts["params"])
+        same(load(tmp_path / "run" / "export").params, parts["params"])
+        assert last.after["eval/loss"] != result.after["eval/loss"]
+        train(config_of(**AVERAGED, **fields), tmp_path / "run")
     # A run that begins with what was exported measures at its start what the first one measured at its end.
     begun = {"model.path": str(tmp_path / "run" / "export"), "reference.path": str(TRL), "steps": 1}
     again = train(config_of(**{**AVERAGED, **begun, "export.enabled": False}), tmp_path / "again")
