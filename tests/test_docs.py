@@ -107,6 +107,12 @@ def test_every_page_is_reached_from_the_readme():
     assert sorted(page.name for page in {*PAGES} - reached) == []
 
 
+def test_every_page_is_in_the_navigation_of_the_site():
+    listed = set(re.findall(r"^ +- ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
+    made = {"index.md", "contributing.md", "changes.md"}
+    assert listed - made == {page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]}
+
+
 def test_the_readme_counts_losses_and_families():
     page = " ".join(PAGES[0].read_text(encoding="utf-8").split())
     assert re.findall(r"\[(\d+) (other losses|families)\]", page) == [
