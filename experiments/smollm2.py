@@ -25,7 +25,7 @@ def get_config(arg: str = ""):
     c.model.path = arg.model
     c.data.path = arg.data
     c.data.eval_fraction, c.data.eval_seed = 0.1, 0  # of the prompts, the same for all seeds
-    c.data.eval_limit = 200  # of which half are short enough: a minute an evaluation
+    c.data.eval_limit = 100  # of which half are short enough: under a minute an evaluation
     c.max_length = 192
     c.batch_size = 8
     c.steps = arg.pairs // c.batch_size
@@ -40,4 +40,4 @@ def get_config(arg: str = ""):
 
 
 def sweep():
-    return [{"config": f"loss={loss}", "seed": seed} for loss in LOSSES for seed in range(SEEDS)]
+    return [{"config": f"loss={loss}", "seed": seed} for seed in range(SEEDS) for loss in LOSSES]
