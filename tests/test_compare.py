@@ -170,3 +170,25 @@ def test_what_a_loss_defines_for_itself_is_not_compared(other, alike, tmp_path):
     groups = group_runs(find_runs([tmp_path]))
     names = ("eval/loss", "eval/logps/chosen", "eval/rewards/accuracies", "grad_norm")
     assert {name for name in names if comparable(groups, name)} == alike
+
+
+# Names of groups
+
+
+def test_runs_of_several_sweeps_get_short_names_that_tell_what_varies(tmp_path):
+    path = "/a/very/long/way/to/" + "x" * 60
+    for number, loss in enumerate(
+        ({"name": "dpo", "beta": 0.1}, {"name": "orpo", "lam": 0.5}, {"name": "orpo", "lam": 1})
+    ):
+        fields = dict(batch_size=4 + number, data={"path": f"{path}/{number}.jsonl"}, epochs=1.0, steps=20 + number)
+        leave_run(tmp_path / str(number), loss=loss, **fields)
+    assert [group.label for group in group_runs(find_runs([tmp_path]))] == ["dpo", "orpo, lam=0.5", "orpo, lam=1"]
+
+
+def test_long_values_are_cut_and_still_told_apart(tmp_path):
+    for number in range(3):
+        leave_run(tmp_path / str(number), note="n" * 200 + str(number), data={"path": f"/way/{number}/pairs.jsonl"})
+    by_note = [group.label for group in group_runs(find_runs([tmp_path]), ["note"])]
+    assert len(set(by_note)) == 3 and max(map(len, by_note)) < 75
+    labels = [group.label for group in group_runs(find_runs([tmp_path]), ["data.path"])]
+    assert labels == [f"data.path=/way/{number}/pairs.jsonl" for number in range(3)]

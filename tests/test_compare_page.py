@@ -1,4 +1,5 @@
 import html.parser
+import json
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from prefalign_jax.analysis.runs import find_runs
 from prefalign_jax.types import UserError
 
 ROOT = Path(__file__).parents[1]
-VOID = {"meta", "br", "link", "img", "hr"}
+VOID = {"meta", "br", "link", "img", "hr", "input"}
 
 
 class Page(html.parser.HTMLParser):
@@ -43,7 +44,7 @@ class Page(html.parser.HTMLParser):
 
     def handle_data(self, data):
         self.words.append(data)
-        if {"td", "th"} & set(self.open):
+        if {"td", "th"} & set(self.open) and "script" not in self.open:
             self.rows[-1][-1] += data + " "
 
     def cells(self):
@@ -77,15 +78,40 @@ def made(tmp_path_factory):
     return *page_of(leave_ablation(root / "runs"), root), root
 
 
+def charts_of(text):
+    (data,) = re.findall(r'<script type="application/json" id="charts">(.*?)</script>', text, re.DOTALL)
+    return json.loads(data)
+
+
 def test_the_page_is_whole_and_asks_the_network_for_nothing(made):
     page, text, pictures, _ = made
     links = [value for _, name, value in page.attributes if name in ("src", "href", "xlink:href", "data", "action")]
     assert links and all(value.startswith("#") for value in links)
-    assert not re.search(r"@import|url\((?!#)|<script|<link|<image", text)
+    assert not re.search(r"@import|url\((?!#)|<script src|<link|<image|XMLHttpRequest|fetch\(|WebSocket|\beval\(", text)
     targets = {value for _, name, value in page.attributes if name == "id"}
     assert {value[1:] for tag, name, value in page.attributes if (tag, name) == ("a", "href")} <= targets
-    assert len(pictures) == text.count("<figure>") > 4
+    data = charts_of(text)
+    curves = [curves for panel in data["panels"] for curves in panel["curves"] if curves]
+    assert len(pictures) == len(curves) > 4 and text.count("<figure>") == len(data["panels"]) == 4
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+    assert len(text) < 150_000
+
+
+def test_charts_hold_bands_units_and_the_lines_to_read_them_by(made):
+    data = charts_of(made[1])
+    assert [group["label"] for group in data["groups"]] == ["beta=0.1", "beta=0.3"]
+    assert len({(group["colour"], *group["dash"]) for group in data["groups"]}) == 2
+    assert [column["label"] for column in data["columns"]] == ["steps", "trained tokens", "seconds of training"]
+    loss, accuracy, training, _ = data["panels"]
+    assert (accuracy["title"], accuracy["unit"]) == ("rewards/accuracies, held out", "share of pairs")
+    assert accuracy["marks"] == [[0.5, "0.5: chance"]] and loss["points"] and not training["points"]
+    x, mean, low, high = loss["curves"][0][0]
+    assert x == [*range(0, 21, 2)] and mean[0] == 1 and mean[-1] == 0.55 and low[-1] < 0.5 < 0.61 < high[-1]
+    assert training["curves"][1:] == [None, None] and "95% interval over 3 seeds" in loss["captions"][0]
+
+
+def test_whoever_copies_the_page_copies_the_licence_of_what_draws_it(made):
+    assert "Copyright (c) 2022 Leon Sorokin" in made[1] and "uPlot (v1.6.32)" in made[1]
 
 
 def test_tables_hold_means_intervals_and_paired_differences(made):
@@ -114,7 +140,7 @@ def test_what_is_missing_is_said(made):
 def test_runs_table_shows_what_differs_and_each_config_can_be_opened(made):
     page, text, *_ = made
     assert ["beta=0.3-seed=2", "beta=0.3", "2", "0.3"] in [row[:4] for row in page.cells()]
-    assert text.count("<details>") == 6 and "batch_size: 4" in text
+    assert text.count(": whole config</summary>") == 6 and "batch_size: 4" in text
 
 
 def test_the_same_runs_make_the_same_page(made):
@@ -127,7 +153,7 @@ def test_whatever_the_data_say_is_text(tmp_path):
     for number in range(2):
         leave_run(tmp_path / "runs" / f"<i>{number}", note=evil + str(number), loss={"name": "_" + evil})
     page, text, _ = page_of(tmp_path / "runs", tmp_path)
-    assert "<script" not in text and "<i>" not in text and "a <b> & c" in page.words
+    assert "<script>alert" not in text and "<i>" not in text and "a <b> & c" in page.words
     assert any(evil in word for word in page.words)
 
 

@@ -182,8 +182,9 @@ def test_every_template_travels_in_the_wheel():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     patterns = config["options.package_data"]["*"].split()
-    files = [path for path in PACKAGE.rglob("*.*") if path.suffix in (".html", ".css", ".js", ".jinja")]
-    assert len(files) > 5
+    files = [path for path in PACKAGE.rglob("*.*") if path.suffix in (".html", ".css", ".js", ".jinja", ".LICENSE")]
+    assert len(files) > 5 and {"uplot.js", "uplot.css", "uplot.LICENSE"} <= {path.name for path in files}
+    assert "prefalign_jax/pages/uplot.LICENSE" in config["metadata"]["license_files"].split()
     assert not [path for path in files if not any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns)]
     assert not [path for path in files if not (path.parent / "__init__.py").exists()]
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from prefalign_jax.analysis.runs import Run, differing
+from prefalign_jax.analysis.runs import Run, differing, settings
 from prefalign_jax.intervals import Interval, t_interval
 from prefalign_jax.options import did_you_mean
 from prefalign_jax.types import UserError
@@ -17,6 +18,8 @@ from prefalign_jax.types import UserError
 SEED = "seed"
 HELD_OUT = "eval/"
 SAMPLES = "samples/"
+LONGEST = 64  # characters of a group's label
+LONG_VALUE = 32  # characters of a field and its value from which a path is shortened
 MAX_GAP = 0.25  # of x: values between evaluations further apart than this are not made up
 SHARES = ("rewards/accuracies",)
 # Metrics in units of the loss's coefficients.
@@ -68,45 +71,106 @@ def group_runs(runs: Sequence[Run], by: Sequence[str] | None = None) -> list[Gro
             raise UserError(f"--group_by: the configs have no field {name!r}; {did_you_mean(name, known)}".rstrip("; "))
     if len(runs) > 1 and (bare := [run for run in runs if not run.config]):
         raise UserError(f"{bare[0].path} has no config.json to group it by; run its command once more, which writes it")
-    points = [{name: value for name, value in run.overrides.items() if name != SEED} for run in runs]
-    if by is None and all(points):
-        return _by_points(runs, points)
+    if by is None and all(run.overrides.keys() - {SEED} for run in runs):
+        groups = _by_points(runs)
+        if not any(mixed(group) for group in groups):  # as they are in two sweeps of the same fields of two configs
+            return groups
     by = [name for name in differing(runs) if name != SEED] if by is None else list(by)
     parts: dict[str, list[Run]] = {}
     for run in runs:
-        parts.setdefault(json.dumps([run.config.get(name) for name in by]), []).append(run)
-    fields = [{name: members[0].config.get(name) for name in by} for members in parts.values()]
-    labels = _labels(fields, runs)
+        parts.setdefault(json.dumps([settings(run).get(name) for name in by]), []).append(run)
+    fields = [dict(zip(by, json.loads(key), strict=True)) for key in parts]
+    alone = str(runs[0].config.get("loss.name") or runs[0].name)
+    labels = _labels(fields, alone)
     return [Group(*group, tuple(members)) for *group, members in zip(labels, fields, parts.values(), strict=True)]
 
 
-def _by_points(runs: Sequence[Run], points: Sequence[dict[str, Any]]) -> list[Group]:
-    """Groups of what points of a sweep override; a config's argument shows without the name of its first field."""
+def _by_points(runs: Sequence[Run]) -> list[Group]:
+    """Groups of what points of a sweep override."""
     shown = dict.fromkeys(name for name in differing(runs) if name != SEED)
     parts: dict[str, list[Run]] = {}
-    for run, point in zip(runs, points, strict=True):
-        given = [
-            str(value).partition("=")[2] or str(value) if name == "config" else f"{name.removeprefix('loss.')}={value}"
-            for name, value in point.items()
-        ]
-        parts.setdefault(", ".join(given), []).append(run)
+    for run in runs:
+        point = {name: value for name, value in run.overrides.items() if name != SEED}
+        parts.setdefault(json.dumps(point), []).append(run)
+    points = [json.loads(key) for key in parts]
+    names = dict.fromkeys(name for point in points for name in point)
+    # All of a sweep's own fields are in its labels, also one that here has a single value.
+    labels = _whole([{name: _said(name, point.get(name)) for name in names} for point in points])
     return [
         Group(label, {name: members[0].config.get(name) for name in shown}, tuple(members))
-        for label, members in parts.items()
+        for label, members in zip(labels, parts.values(), strict=True)
     ]
 
 
-def _labels(fields: Sequence[dict[str, Any]], runs: Sequence[Run]) -> list[str]:
-    """The loss's name, and as many other fields as it takes to tell the groups apart."""
-    labels = [str(one.get("loss.name", "")) for one in fields]
-    for name in fields[0]:
-        if len(set(labels)) == len(labels):
-            break
-        if name != "loss.name" and len({json.dumps(one[name]) for one in fields}) > 1:
-            given = [f"{name.removeprefix('loss.')}={one[name]}" if one[name] is not None else "" for one in fields]
-            labels = [", ".join(filter(None, pair)) for pair in zip(labels, given, strict=True)]
-    alone = runs[0].config.get("loss.name") or runs[0].name
-    return [label or (alone if len(fields) == 1 else "default") for label in labels]
+def _labels(fields: Sequence[dict[str, Any]], alone: str) -> list[str]:
+    """The loss's name, and as few other fields as tell the groups of one loss apart."""
+    parts = []
+    for one in fields:
+        alike = [other for other in fields if other.get("loss.name") == one.get("loss.name")]
+        names = ["loss.name", *_telling(alike)]
+        parts.append({name: _said(name, one.get(name)) for name in names})
+    return [label or (alone if len(fields) == 1 else "default") for label in _whole(parts)]
+
+
+def _telling(fields: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of fields that tell these groups apart, each time the one that tells most apart, the loss's first."""
+    rest = sorted(fields[0], key=lambda name: not name.startswith("loss."))
+    names: list[str] = []
+
+    def told_apart(names: Sequence[str]) -> int:
+        return len({json.dumps([one.get(name) for name in names]) for one in fields})
+
+    while rest and told_apart(names) < len(fields):
+        names.append(max(rest, key=lambda name: told_apart([*names, name])))
+        rest.remove(names[-1])
+    return names
+
+
+def _said(name: str, value: Any) -> str:
+    """A field and its value; a config's argument and the loss's name show without the name of the field."""
+    if value is None:
+        return ""
+    text = value if isinstance(value, str) else json.dumps(value)
+    if name == "config":
+        return text.partition("=")[2] or text
+    return text if name == "loss.name" else f"{name.removeprefix('loss.')}={text}"
+
+
+def _whole(parts: Sequence[Mapping[str, str]]) -> list[str]:
+    """Labels of what is said of each group, cut to LONGEST characters; numbers tell those apart that are then equal."""
+    shortened: list[dict[str, str]] = [{} for _ in parts]
+    for name in dict.fromkeys(name for one in parts for name in one):
+        for one, text in zip(shortened, _shortened([one.get(name, "") for one in parts]), strict=True):
+            one[name] = text
+    labels = [", ".join(filter(None, one.values())) for one in shortened]
+    labels = [label if len(label) <= LONGEST else label[: LONGEST - 1] + "…" for label in labels]
+    times = collections.Counter(labels)
+    seen: collections.Counter[str] = collections.Counter()
+    for number, label in enumerate(labels):
+        if times[label] > 1:
+            seen[label] += 1
+            labels[number] = f"{label} ({seen[label]})"
+    return labels
+
+
+def _shortened(texts: Sequence[str]) -> list[str]:
+    """Long paths by their last parts, as many of them as tell them apart.
+
+    Example:
+      >>> _shortened(["data.path=/a/long/way/to/the/files/odds.jsonl", "data.path=/a/long/way/to/the/files/ties.jsonl"])
+      ['data.path=…/odds.jsonl', 'data.path=…/ties.jsonl']
+    """
+    if max(map(len, texts)) <= LONG_VALUE:
+        return list(texts)
+
+    def last(text: str, count: int) -> str:
+        name, equals, value = text.partition("=")
+        parts = value.split("/")
+        return f"{name}=…/{'/'.join(parts[-count:])}" if equals and len(parts) > count else text
+
+    counts = range(1, max(text.count("/") for text in texts) + 2)
+    tries = ([last(text, count) for text in texts] for count in counts)
+    return next(one for one in tries if len(set(one)) == len(set(texts)))
 
 
 def mixed(group: Group) -> list[str]:

@@ -12,13 +12,15 @@ from typing import NamedTuple
 
 import matplotlib.figure
 import matplotlib.ticker
-from markupsafe import Markup
 
 from prefalign_jax import tables
+from prefalign_jax.analysis import quantities
 from prefalign_jax.analysis.compare import (
     HELD_OUT,
     MAX_GAP,
+    SAMPLES,
     SEED,
+    Band,
     Estimate,
     Group,
     band,
@@ -35,9 +37,10 @@ from prefalign_jax.analysis.runs import Run, differing
 from prefalign_jax.analysis.signs import SIGNS, signs_of
 from prefalign_jax.files import write_bytes
 from prefalign_jax.options import did_you_mean
+from prefalign_jax.pages.charts import SCRIPTS, Curve, Panel, chart_data, notice
 from prefalign_jax.pages.frame import render
-from prefalign_jax.pages.palette import look
-from prefalign_jax.pages.pictures import png, styled, svg
+from prefalign_jax.pages.palette import INK, look
+from prefalign_jax.pages.pictures import png, styled
 from prefalign_jax.tables import Cell, Table
 from prefalign_jax.types import UserError
 
@@ -54,13 +57,6 @@ COLUMNS = {
 }
 COMPUTE = ("flops", "trained_tokens", "seconds")
 MOST_PAIRS = 6  # of groups compared each with each; more are compared with the first
-
-
-class Panel(NamedTuple):
-    """A picture of the page, and what its bands are."""
-
-    picture: Markup
-    caption: str
 
 
 class Gaps(NamedTuple):
@@ -127,14 +123,9 @@ def write_page(
     sections |= {"final": "Last values"}
     if len(groups) > 1:
         sections |= {"differences": "Differences, paired by seed", "compute": "At equal compute"}
-    curves, pictures = [], {}
-    shown = [*metrics, *(name for name in TRAINING if name not in metrics)]
-    for column in ("step", *([] if one else columns)):
-        sections[f"curves-{column}"] = f"Curves by {COLUMNS.get(column, column)}"
-        panels, images = _panels(groups, shown if column == "step" else metrics, column)
-        curves.append((f"curves-{column}", panels))
-        pictures |= images
-    sections["runs"] = "Runs and configs"
+    sections |= {"curves": "Curves", "runs": "Runs and configs"}
+    used = ["step", *([] if one else columns)]
+    panels, drawn = _curves(groups, metrics, [name for name in TRAINING if name not in metrics], used)
 
     seeds = sorted({run.config[SEED] for run in finished if SEED in run.config})
     lead = f"{_count(len(finished), 'run')}, {_count(len(groups), 'group')}, {'seed' if len(seeds) == 1 else 'seeds'} "
@@ -151,13 +142,19 @@ def write_page(
         gaps=_differences(groups, metrics) if len(groups) > 1 else None,
         max_gap=f"{MAX_GAP:.0%}",
         equal=_equal(groups, metrics, columns) if len(groups) > 1 else [],
-        key=[(group.label, *look(number)) for number, group in enumerate(groups)] if len(groups) > 1 else [],
-        curves=curves,
+        scripts=SCRIPTS,
+        curves=chart_data(
+            [group.label if len(groups) > 1 else "" for group in groups],
+            {column: COLUMNS.get(column, column) for column in used},
+            panels,
+        ),
+        notice=notice(),
         runs=_runs(groups),
         configs=[(run.name, _config(run)) for group in groups for run in group.runs],
     )
     beside = path.with_name(f"{path.stem}_pictures")
-    written = {path: page.encode(), **{beside / f"{name}.png": image for name, image in pictures.items()}}
+    pictures = [(beside / f"{_slug(name)}-{column}.png", draw_metric(groups, name, column)) for name, column in drawn]
+    written = {path: page.encode(), **{file: png(figure) for file, figure in pictures}}
     for file, content in written.items():
         write_bytes(file, content)
     return [*written]
@@ -172,22 +169,46 @@ def _notes(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
     for group in groups:
         if others := mixed(group):
             notes.append(f"Runs of {group.label} also differ in {', '.join(others)}: their interval is not over seeds.")
-        if len(group.runs) == 1 and len(finished) > 1:
-            notes.append(f"{group.label} has one run: there is no interval over seeds.")
+    alone = [group.label for group in groups if len(group.runs) == 1]
+    if alone and len(finished) > 1:
+        what = f"{alone[0]} has" if len(alone) == 1 else f"{len(alone)} of {len(groups)} groups have"
+        names = "" if len(alone) in (1, len(groups)) else f" ({'; '.join(alone)})"
+        notes.append(f"{what} one run: there is no interval over seeds{names}.")
     if not any(run.held_out for run in finished):
         notes.append("No run has held-out data: the last logged training step stands in, which is one noisy batch.")
     return notes
 
 
-def _panels(groups: Sequence[Group], names: Sequence[str], column: str) -> tuple[list[Panel], dict[str, bytes]]:
-    """The curves of some metrics by one column: for the page, and as pictures by name."""
-    panels, pictures = [], {}
-    for name in names:
-        if any(band(group, name, column) for group in groups):
-            figure = draw_metric(groups, name, column)
-            panels.append(Panel(svg(figure, f"{name} by {column}"), _kinds(groups, name, column)))
-            pictures[f"{_slug(name)}-{column}"] = png(figure)
-    return panels, pictures
+def _curves(
+    groups: Sequence[Group], metrics: Sequence[str], training: Sequence[str], columns: Sequence[str]
+) -> tuple[list[Panel], list[tuple[str, str]]]:
+    """The charts, and (metric, column) of all that are not empty; training metrics are drawn by step alone."""
+    panels, drawn = [], []
+    runs = [run for group in groups for run in group.runs]
+    for name in (*metrics, *training):
+        bands = [
+            [band(group, name, column) if column == "step" or name in metrics else None for group in groups]
+            for column in columns
+        ]
+        there = [(name, column) for column, some in zip(columns, bands, strict=True) if any(some)]
+        if there:
+            curves = [[one and _curve(one) for one in some] if any(some) else None for some in bands]
+            captions = [_kinds([one for one in some if one]) for some in bands]
+            about = quantities.marks(name, runs)
+            panels.append(
+                Panel(_title(name), quantities.unit_of(name, runs), about, name.startswith(HELD_OUT), curves, captions)
+            )
+            drawn += there
+    return panels, drawn
+
+
+def _curve(curve: Band) -> Curve:
+    return Curve(curve.x, curve.mean) if curve.kind == "one run" else Curve(curve.x, curve.mean, curve.low, curve.high)
+
+
+def _title(metric: str) -> str:
+    side = "held out" if metric.startswith(HELD_OUT) else "samples" if metric.startswith(SAMPLES) else "training"
+    return f"{metric.removeprefix(HELD_OUT).removeprefix(SAMPLES)}, {side}"
 
 
 def markdown(runs: Sequence[Run], group_by: Sequence[str] | None = None, metrics: Sequence[str] | None = None) -> str:
@@ -408,8 +429,9 @@ def _slug(name: str) -> str:
 
 @styled
 def draw_metric(groups: Sequence[Group], metric: str, column: str = "step") -> matplotlib.figure.Figure:
-    """A metric's curves against a measure of what was spent, a band around the mean of each group."""
-    figure = matplotlib.figure.Figure(figsize=(4.4, 2.9))
+    """A metric's curves against a measure of what was spent, a band around the mean of each group, the key beside."""
+    beside = 0.6 + 0.06 * max(len(group.label) for group in groups) if len(groups) > 1 else 0.0
+    figure = matplotlib.figure.Figure(figsize=(4.6 + beside, max(2.9, 0.4 + 0.17 * len(groups))))
     axes = figure.add_subplot()
     for number, group in enumerate(groups):
         curve = band(group, metric, column)
@@ -421,18 +443,22 @@ def draw_metric(groups: Sequence[Group], metric: str, column: str = "step") -> m
         axes.plot(curve.x, curve.mean, style, color=colour, lw=1.4, marker=marker, ms=3, label=" " + group.label)
         if curve.kind != "one run":
             axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.2, lw=0)
-    side = "held out" if metric.startswith(HELD_OUT) else "training"
-    axes.set_title(f"{metric.removeprefix(HELD_OUT)}, {side}")
+    runs = [run for group in groups for run in group.runs]
+    for value, label in quantities.marks(metric, runs):
+        axes.axhline(value, color=INK, lw=0.8, ls=":", alpha=0.8)
+        axes.annotate(label, (1, value), (0, 2), ("axes fraction", "data"), "offset points", ha="right", fontsize=7)
+    axes.set_title(_title(metric))
     axes.set_xlabel(COLUMNS.get(column, column))
+    axes.set_ylabel(quantities.unit_of(metric, runs))
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
     if axes.get_xlim()[1] < 1e7:
         axes.xaxis.set_major_formatter("{x:,.0f}")
     if len(groups) > 1:
-        axes.legend().set_in_layout(False)  # labels may be longer than the picture is wide
+        figure.legend(loc="outside right upper")
     return figure
 
 
-def _kinds(groups: Sequence[Group], metric: str, column: str) -> str:
-    """What the bands of a picture are."""
-    kinds = dict.fromkeys(curve.kind for group in groups if (curve := band(group, metric, column)))
+def _kinds(curves: Sequence[Band]) -> str:
+    """What the bands of a chart are."""
+    kinds = dict.fromkeys(curve.kind for curve in curves)
     return "band: " + "; ".join(kinds) if kinds.keys() != {"one run"} else "one run each: no band"

@@ -148,17 +148,17 @@ def find_runs(directories: Sequence[Path]) -> list[Run]:
     return runs
 
 
-def differing(runs: Iterable[Run]) -> list[str]:
-    """The config fields that are not the same in all runs, in the config's order; loss.name first.
+def settings(run: Run) -> dict[str, Any]:
+    """Its config with dotted names, without steps that only follow from how many pairs an epoch has."""
+    counted = run.config.get("epochs") or run.config.get("examples")
+    return {name: value for name, value in run.config.items() if name != "steps" or not counted}
 
-    The steps of runs whose length is given in epochs or examples are none: they follow from how many pairs there are.
-    """
-    runs = list(runs)
-    configs = [run.config for run in runs]
+
+def differing(runs: Iterable[Run]) -> list[str]:
+    """The fields of `settings` that are not the same in all runs, in the config's order; loss.name first."""
+    configs = [settings(run) for run in runs]
     names = dict.fromkeys(name for config in configs for name in config)
     names_that_differ = [name for name in names if any(config.get(name) != configs[0].get(name) for config in configs)]
-    if all(config.get("epochs") or config.get("examples") for config in configs):
-        names_that_differ = [name for name in names_that_differ if name != "steps"]
     return sorted(names_that_differ, key=lambda name: name != "loss.name")
 
 

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from prefalign_jax.cli.parser import Parser
 from prefalign_jax.options import split_names
+
+FEW = 3  # directories that a page's title names
+
+
+def title_of(directories: Sequence[Path]) -> str:
+    """The directories' names where they are few, else the directory that they are in and how many they are.
+
+    Example:
+      >>> title_of([Path("/runs/a"), Path("/runs/b")]), title_of([Path(f"/runs/{number}") for number in range(32)])
+      ('a and b', 'runs: 32 directories')
+    """
+    whole = [directory.resolve() for directory in directories]
+    if len(whole) <= FEW:
+        return " and ".join(directory.name for directory in whole)
+    return f"{Path(os.path.commonpath(whole)).name or 'runs'}: {len(whole)} directories"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     written = write_page(
         runs,
         options.out or options.directories[0] / "report.html",
-        title=" and ".join(directory.resolve().name for directory in options.directories),
+        title=title_of(options.directories),
         group_by=options.group_by,
         metrics=options.metrics,
         columns=options.x,

@@ -47,7 +47,7 @@ def page(verdicts: Sequence[Verdict], names: tuple[str, str], judge: str = "judg
     digest = hashlib.sha256(json.dumps([names, rows]).encode()).hexdigest()
     data = {"names": names, "judge": judge, "digest": digest, "rows": rows}
     title = f"{len(rows):,} comparisons, {judge}"
-    return render("judges/page.html", title=title, script="judges/page.js", data=data)
+    return render("judges/page.html", title=title, scripts=["judges/page.js"], data=data)
 
 
 def write_page(path: str | Path, verdicts: Sequence[Verdict], names: tuple[str, str], judge: str = "judge") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import jinja2
@@ -23,18 +24,17 @@ _TEMPLATES = jinja2.Environment(
 _TEMPLATES.filters["written"] = written
 
 
-def render(template: str, *, title: str, script: str = "", **values: Any) -> str:
+def render(template: str, *, title: str, scripts: Sequence[str] = (), **values: Any) -> str:
     """A whole page: it loads nothing, adapts to dark displays and to phones, and runs no script but its own.
 
     Args:
       template: a file of the package that extends pages/frame.html, such as 'pages/token_page.html'.
       title: of the page.
-      script: a .js file of the package; the browser is told its digest, and runs nothing else.
+      scripts: .js files of the package, in order; the browser is told their digest, and runs nothing else.
       **values: what the template shows. Text is escaped, unless it is `markupsafe.Markup`.
     """
-    policy = _POLICY
+    policy, script = _POLICY, "\n".join(_TEMPLATES.loader.get_source(_TEMPLATES, name)[0] for name in scripts)
     if script:
-        script = _TEMPLATES.loader.get_source(_TEMPLATES, script)[0]
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         policy += f"; script-src 'sha256-{digest}'"
     page = _TEMPLATES.get_template(template)

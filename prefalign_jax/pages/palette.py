@@ -12,7 +12,7 @@ PALETTE = {
     "sky": "#56b4e9",
 }
 INK = "#1e2227"  # of text and axes in pictures; on a page the page's own colour takes its place
-DASHES = ("-", "--", "-.", ":")
+DASHES = {"-": (), "--": (6, 3), "-.": (6, 3, 1, 3), ":": (2, 3)}  # line styles, drawn and left out by turns
 
 
 def look(number: int) -> tuple[str, str]:
@@ -22,5 +22,5 @@ def look(number: int) -> tuple[str, str]:
       >>> look(0), look(7)
       (('#0072b2', '-'), ('#d55e00', '--'))
     """
-    colours = list(PALETTE.values())
-    return colours[number % len(colours)], DASHES[number // len(colours) % len(DASHES)]
+    colours, styles = list(PALETTE.values()), list(DASHES)
+    return colours[number % len(colours)], styles[number // len(colours) % len(styles)]
