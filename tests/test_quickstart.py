@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from prefalign_jax.config import defaults
 from prefalign_jax.jobs.quickstart import (
     KIND,
     PLACES,
@@ -17,6 +18,7 @@ from prefalign_jax.jobs.quickstart import (
     draw_answer,
     interval,
     reward,
+    stage,
     write_world,
 )
 
@@ -166,6 +168,14 @@ def test_a_seed_gives_its_world_and_another_seed_another(world, tmp_path):
 def test_the_interval_is_mean_and_half_width():
     """Values 0 and 2, a hundred of each: mean 1, deviation 1.0025, half-width 1.96 * 1.0025 / sqrt(200) = 0.139."""
     assert interval(np.repeat([0.0, 2.0], 100)) == "+1.00 ± 0.14"
+
+
+def test_the_stages_before_alignment_have_its_seed_and_mesh():
+    config = defaults("dpo")
+    assert stage(config, "sft", pathlib.Path("m"), pathlib.Path("d")).mesh.to_dict() == config.mesh.to_dict()
+    config.seed, config.mesh.data, config.mesh.fsdp = 3, 2, 4
+    sft = stage(config, "sft", pathlib.Path("m"), pathlib.Path("d"), learning_rate=1e-3)
+    assert (sft.seed, sft.mesh.data, sft.mesh.fsdp, sft.learning_rate) == (3, 2, 4, 1e-3)
 
 
 @pytest.mark.everything

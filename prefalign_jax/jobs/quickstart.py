@@ -136,7 +136,9 @@ def write_base(directory: Path, texts: list[str], shape: ConfigDict) -> None:
 def stage(config: ConfigDict, loss: str, model: Path, data: Path, **fields) -> ConfigDict:
     """A training config for one of the stages before alignment, with the quickstart's seed, mesh and type."""
     c = defaults(loss)
-    c.update({"seed": config.seed, "mesh": config.mesh, "dtype": config.dtype, "batch_size": 32, "max_length": 128})
+    c.update(
+        {"seed": config.seed, "mesh": config.mesh.to_dict(), "dtype": config.dtype, "batch_size": 32, "max_length": 128}
+    )
     c.model.path, c.data.path = str(model), str(data)
     c.update(fields)
     return c
