@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -136,6 +137,19 @@ def copy(directory: Path) -> None:
     )
 
 
+def _path(directory: Path) -> str:
+    """PATH with this Python first, and with a `prefalign` where the package is not installed."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    if not shutil.which("prefalign", path=path):
+        print("prefalign is not installed here: python -m prefalign_jax stands in")
+        command = directory / "bin" / "prefalign"
+        command.parent.mkdir(exist_ok=True)
+        command.write_text(f'#!/bin/sh\nexec {sys.executable} -m prefalign_jax "$@"\n', encoding="utf-8")
+        command.chmod(0o755)
+        path = f"{command.parent}{os.pathsep}{path}"
+    return path
+
+
 def pages() -> list[Path]:
     """README, then docs in the order of their names: the README makes what the others use."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -156,7 +170,7 @@ def check(directory: Path, given: Mapping[str, str], full: bool, only: str, seco
     """
     copy(directory)
     given = {**GIVEN, **given}
-    environment = {**os.environ, "PYTHONPATH": str(directory)}
+    environment = {**os.environ, "PYTHONPATH": str(directory), "PATH": _path(directory)}
     seen: dict[str, str] = {}
     ran, left, skipped = [], [], []
     for page in pages():
