@@ -53,6 +53,7 @@ def test_commands_are_told_from_output_options_and_other_languages():
         ("python scripts/benchmark.py cost --out=FILE.json", "minutes: --full"),
         ("prefalign report runs/frontier", "runs/frontier, which a command before did not write here"),
         ("prefalign report runs/frontier_of_mine", ""),
+        ("prefalign train --config=dpo:model=MODEL,data=DATA --workdir=runs/frontier", ""),
     ],
 )
 def test_why_a_command_does_not_run(text, reason):
@@ -63,7 +64,7 @@ def test_what_runs_is_short_unless_it_is_asked_for_in_full():
     text = "prefalign train --config=dpo:model=MODEL,data=DATA"
     model, data = commands.GIVEN["MODEL"], commands.GIVEN["DATA"]
     assert commands.filled(text, commands.GIVEN, full=True) == f"prefalign train --config=dpo:model={model},data={data}"
-    assert commands.filled(text, commands.GIVEN, full=False).endswith(" --config.data.limit=64")
+    assert commands.filled(text, commands.GIVEN, full=False).endswith(" --config.data.limit=64 --config.warmup_steps=0")
     assert commands.filled("prefalign train --config=quickstart", {}, full=False).endswith("quickstart")
 
 

@@ -4,7 +4,8 @@ A command is a line of a fenced block without a language, or of one in bash, tha
 Other lines are output, or options to add, and are left alone. Words in capitals stand for what a reader has.
 
 All commands run in one copy of the repository, page by page, so a later one finds what an earlier one left. By default
-they run in a short form: a training takes 64 pairs, a sweep of hours only prints its runs. What was added is shown.
+they run in a short form: a training takes 64 pairs without warm-up, a sweep of hours only prints its runs. What was
+added is shown.
 """
 
 import os
@@ -50,8 +51,8 @@ SHORT = (
     (r"prefalign train .*config=quickstart", ""),
     (r"prefalign sweep .*(experiments/papers|config=quickstart)", "--dry_run"),
     (r"config\.job=(pairs|rounds)|method=pairs", "--config.on_policy.limit=16"),
-    (r"prefalign (train|inspect)", "--config.data.limit=64"),
-    (r"prefalign sweep", "--config.data.limit=64"),
+    (r"prefalign (train|inspect)", "--config.data.limit=64 --config.warmup_steps=0"),
+    (r"prefalign sweep", "--config.data.limit=64 --config.warmup_steps=0"),
     (r"prefalign (generate|judge-bench)", "--limit=16"),
 )
 
@@ -105,7 +106,8 @@ def missing(text: str, given: Mapping[str, str], full: bool, left: Sequence[str]
         return f"{', '.join(dict.fromkeys(names))}: give it"
     if not full and re.search(LONG, text):
         return "minutes: --full"
-    if lacks := [directory for directory in left if re.search(rf"{re.escape(directory)}(?!\w)", text)]:
+    others = [directory for directory in left if directory not in writes(text)]
+    if lacks := [directory for directory in others if re.search(rf"{re.escape(directory)}(?!\w)", text)]:
         return f"{lacks[0]}, which a command before did not write here"
     return ""
 
@@ -201,7 +203,7 @@ def check(directory: Path, given: Mapping[str, str], full: bool, only: str, seco
                 )
                 status, said = done.returncode, done.stdout + done.stderr
             except subprocess.TimeoutExpired as error:
-                status, said = "over time", str(error.stderr or "")
+                status, said = "over time", (error.stderr or b"").decode(errors="replace")
             ran.append((status, f"{time.monotonic() - began:.0f}", place, line))
             if status != 0:
                 print(f"  {status}: {' | '.join(said.strip().splitlines()[-3:])}", flush=True)
