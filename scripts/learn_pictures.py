@@ -11,9 +11,7 @@ from prefalign_jax.exits import status_of
 def main() -> None:
     """Reads the command line and draws."""
     parser = Parser("learn_pictures.py", __doc__)
-    parser.add_argument(
-        "directory", type=Path, nargs="?", metavar="DIR", help="has kept/; without it only dpo.png is drawn"
-    )
+    parser.add_argument("directory", type=Path, nargs="?", metavar="DIR", help="has kept/; without it only dpo.png")
     parser.add_argument("--commands", action="store_true", help="print what makes the runs, and stop")
     args = parser.read(sys.argv[1:])
     if args.commands:

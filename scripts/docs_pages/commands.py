@@ -13,12 +13,15 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from prefalign_jax.cli.parser import Parser
 from prefalign_jax.tables import aligned
+from prefalign_jax.types import UserError
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("prefalign", "python", "pip", "export", "JAX_PLATFORMS", "XLA_FLAGS", "mkdocs", "ruff", "git")
@@ -214,3 +217,31 @@ def check(directory: Path, given: Mapping[str, str], full: bool, only: str, seco
     failed = sum(status != 0 for status, *_ in ran)
     print(f"\n{len(ran)} ran, {failed} of them failed; {len(skipped)} did not")
     return int(failed > 0)
+
+
+def main(what: str) -> int:
+    """Reads the command line, of a script that does what is said, and runs the commands."""
+    parser = Parser("check_commands.py", what)
+    parser.add_argument(
+        "--give",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="what a word in capitals stands for; repeatable",
+    )
+    parser.add_argument("--full", action="store_true", help="commands as they are written: hours")
+    parser.add_argument("--only", default="", metavar="REGEX", help="of the place (docs/data.md:12) or the command")
+    parser.add_argument(
+        "--seconds", type=float, default=600, metavar="N", help="that a command may take (default: 600)"
+    )
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="run there, and keep what the commands leave")
+    args = parser.read(sys.argv[1:])
+    pairs = [one.partition("=") for one in args.give]
+    if faulty := [one for one, (name, _, path) in zip(args.give, pairs, strict=True) if not name.isupper() or not path]:
+        raise UserError(f"--give={faulty[0]}: expected NAME=PATH, such as HARMLESS=data/test.jsonl.gz")
+    given = {name: str(Path(path).absolute()) if Path(path).exists() else path for name, _, path in pairs}
+    if args.keep:
+        args.keep.mkdir(parents=True, exist_ok=True)
+        return check(args.keep.absolute(), given, args.full, args.only, args.seconds)
+    with tempfile.TemporaryDirectory() as directory:
+        return check(Path(directory), given, args.full, args.only, args.seconds)
