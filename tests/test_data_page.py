@@ -178,9 +178,12 @@ def test_the_page_escapes_everything_and_loads_nothing(tiny_tokenizer):
     text = hostile_page(tiny_tokenizer)
     seen = Seen(text)
     names = {tag for tag, _ in seen.elements}
-    assert names.isdisjoint({"script", "link", "iframe", "object", "base"})
+    assert names.isdisjoint({"link", "iframe", "object", "base"})
+    assert [tag for tag, _ in seen.elements].count("script") == 1  # the page's own
     policy = next(a["content"] for t, a in seen.elements if a.get("http-equiv") == "Content-Security-Policy")
+    policy, digest = policy.split("; script-src ")
     assert policy == "default-src 'none'; base-uri 'none'; form-action 'none'; style-src 'unsafe-inline'"
+    assert digest.startswith("'sha256-") and " " not in digest
     for _, attributes in seen.elements:
         assert not any(name.startswith("on") for name in attributes)
         assert "src" not in attributes and attributes.get("href", "#").startswith("#")
@@ -202,3 +205,11 @@ def test_visible_text_has_no_hidden_character(text):
     if text.isascii() and text.replace("\n", "").isprintable():
         assert shown == text.replace(" ", "·").replace("\n", "↵\n")
     assert not [plain for plain, _ in visible(text) if set(plain) & set(" \t\u202a\u202e\u200b\u2066\xa0")]
+
+
+def test_an_index_leads_to_every_pair_of_every_group(tiny_tokenizer):
+    text = hostile_page(tiny_tokenizer)
+    seen = Seen(text)
+    links = [attributes["href"][1:] for tag, attributes in seen.elements if tag == "a"]
+    places = [attributes["id"] for _, attributes in seen.elements if "id" in attributes]
+    assert set(links) <= set(places) and len(places) == len(set(places)) and "group0-pair0" in links

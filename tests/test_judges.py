@@ -901,6 +901,16 @@ def test_the_page_loads_nothing_and_does_not_write_markup():
     assert "default-src 'none'" in text
 
 
+def test_the_page_says_the_win_rate_and_how_much_is_lost():
+    verdicts = [Verdict(c, 1.0 if i < 15 else 0.5) for i, c in enumerate(comparisons(20))]
+    text = page_module.page([*verdicts, verdict(None, reason="timeout")], ("a & b", "c"), "j")
+    result = win_rate(verdicts)
+    assert f"a &amp; b wins {result.rate.mean:.1%} [{result.rate.low:.1%}, {result.rate.high:.1%}] against c" in text
+    assert "15 won, 5 tied, 0 lost; 20 prompts" in text and "1 timeout" in text
+    assert '<option value="first">the judge prefers a &amp; b</option>' in text
+    assert "wins no verdict" not in text
+
+
 def test_sides_do_not_tell_the_models():
     verdicts = [Verdict(c, 1.0) for c in comparisons(400)]
     turned = [Verdict(c._replace(first=c.second, second=c.first), 0.0) for c in comparisons(400)]

@@ -91,11 +91,26 @@ def test_hostile_text_is_text(tiny_tokenizer):
     found = Seen(page(HOSTILE[0], HOSTILE[3], [example(tiny_tokenizer, text) for text in HOSTILE], beta=0.1))
     assert found.open == []  # every element is closed where it should be
     assert {tag for tag, _ in found.elements} <= set(
-        "html head meta title style body h1 h2 h3 h4 p span br article div i".split()
+        "html head meta title style body nav ol li a h1 h2 h3 h4 p span br article div i script".split()
     )
     allowed = {"class", "style", "title", "lang", "charset", "name", "content", "http-equiv"}
+    allowed |= {"id", "href", "hidden", "role", "tabindex", "aria-label"}
     assert {name for _, attributes in found.elements for name in attributes} <= allowed
     assert found.texts == [text for text in HOSTILE for _ in range(2)]
+
+
+def test_an_index_leads_to_every_pair(tiny_tokenizer):
+    found = Seen(page("t", "a", [example(tiny_tokenizer, text) for text in HOSTILE], beta=0.1))
+    links = [attributes["href"] for tag, attributes in found.elements if tag == "a" and attributes["href"] != "#index"]
+    assert links == [f"#pair{number}" for number in range(1, len(HOSTILE) + 1)]
+    places = {attributes["id"] for _, attributes in found.elements if "id" in attributes}
+    assert {link[1:] for link in links} | {"index"} <= places
+
+
+def test_tokens_are_reached_by_keys_and_their_texts_are_named(tiny_tokenizer):
+    found = Seen(page("t", "a", [example(tiny_tokenizer, "x")], beta=0.1))
+    texts = [attributes for _, attributes in found.elements if "text" in attributes.get("class", "").split()]
+    assert len(texts) > 1 and all(one["tabindex"] == "0" and one["aria-label"] for one in texts)
 
 
 def test_a_token_that_is_markup_by_itself_is_text():
@@ -103,7 +118,8 @@ def test_a_token_that_is_markup_by_itself_is_text():
     response = Response("chosen", range(len(HOSTILE)), HOSTILE, {"policy": logps}, None)
     found = Seen(page("t", "a", [Example("g", "s", None, "w", "p", [response])], beta=1.0))
     assert found.texts == ["".join(HOSTILE)]
-    assert not {"script", "img"} & {tag for tag, _ in found.elements}
+    assert "img" not in {tag for tag, _ in found.elements}
+    assert [tag for tag, _ in found.elements].count("script") == 1  # the page's own
 
 
 def test_pointing_at_a_token_shows_its_numbers(tiny_tokenizer):

@@ -461,4 +461,6 @@ def draw_metric(groups: Sequence[Group], metric: str, column: str = "step") -> m
 def _kinds(curves: Sequence[Band]) -> str:
     """What the bands of a chart are."""
     kinds = dict.fromkeys(curve.kind for curve in curves)
-    return "band: " + "; ".join(kinds) if kinds.keys() != {"one run"} else "one run each: no band"
+    if kinds.keys() <= {"one run"}:
+        return "one run: no band" if len(curves) < 2 else "one run each: no band"
+    return "band: " + "; ".join(kinds)

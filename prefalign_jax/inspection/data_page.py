@@ -311,6 +311,7 @@ def page(
     return render(
         "inspection/data_page.html",
         title=title,
+        scripts=["pages/tokens.js"],
         about=about,
         tables=tables,
         figures=[svg(figure, label) for label, figure in figures.items()],

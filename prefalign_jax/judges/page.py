@@ -9,7 +9,9 @@ from pathlib import Path
 
 from prefalign_jax.files import write_text
 from prefalign_jax.generation.sample_files import as_text
+from prefalign_jax.intervals import Interval
 from prefalign_jax.judges.judge import Verdict
+from prefalign_jax.judges.win_rate import WinRate, win_rate
 from prefalign_jax.pages.frame import render
 
 
@@ -46,8 +48,31 @@ def page(verdicts: Sequence[Verdict], names: tuple[str, str], judge: str = "judg
         )
     digest = hashlib.sha256(json.dumps([names, rows]).encode()).hexdigest()
     data = {"names": names, "judge": judge, "digest": digest, "rows": rows}
-    title = f"{len(rows):,} comparisons, {judge}"
-    return render("judges/page.html", title=title, scripts=["judges/page.js"], data=data)
+    title = f"{len(rows):,} comparison{'s' * (len(rows) > 1)}, {judge}"
+    rate, *facts = summary(win_rate(verdicts), names, judge)
+    return render(
+        "judges/page.html", title=title, scripts=["judges/page.js"], data=data, names=names, rate=rate[1], facts=facts
+    )
+
+
+def summary(result: WinRate, names: tuple[str, str], judge: str) -> list[tuple[str, str]]:
+    """What the verdicts say, as (name, value): first how often the first model wins."""
+
+    def shown(rate: Interval | None) -> str:
+        return "no verdict" if rate is None else f"{rate.mean:.1%} [{rate.low:.1%}, {rate.high:.1%}]"
+
+    facts = [
+        ("win rate", f"{names[0]} wins {shown(result.rate)} against {names[1]}" if result.rate else "no verdict"),
+        ("verdicts", f"{result.wins:,} won, {result.ties:,} tied, {result.losses:,} lost; {result.prompts:,} prompts"),
+    ]
+    if result.length_controlled is not None:
+        facts.append(("at equal lengths", shown(result.length_controlled)))
+    if result.inconsistent is not None:
+        facts.append(("asked in both orders", f"{result.inconsistent:.1%} of verdicts change"))
+    if result.lost:
+        lost = "; ".join(f"{count:,} {reason}" for reason, count in result.lost.items())
+        facts.append(("no verdict", lost))
+    return [*facts, ("judge", judge)]
 
 
 def write_page(path: str | Path, verdicts: Sequence[Verdict], names: tuple[str, str], judge: str = "judge") -> None:

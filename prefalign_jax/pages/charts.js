@@ -90,12 +90,13 @@ function options(panel, curves, width) {
 function drawMarks(u, panel) {
   const {left, top, width, height} = u.bbox, ratio = uPlot.pxRatio;
   u.ctx.save();
-  u.ctx.strokeStyle = u.ctx.fillStyle = colour("soft");
-  u.ctx.lineWidth = ratio;
+  u.ctx.fillStyle = colour("soft");
   u.ctx.font = `${11 * ratio}px system-ui, sans-serif`;
   for (const [value, label] of panel.marks) {
     const y = u.valToPos(value, "y", true);
     if (!(y >= top && y <= top + height)) continue;
+    u.ctx.strokeStyle = u.ctx.fillStyle;
+    u.ctx.lineWidth = ratio;
     u.ctx.setLineDash([5 * ratio, 4 * ratio]);
     u.ctx.beginPath();
     u.ctx.moveTo(left, y);

@@ -160,6 +160,7 @@ def page(title: str, about: str, examples: Sequence[Example], *, beta: float) ->
     return render(
         "pages/token_page.html",
         title=title,
+        scripts=["pages/tokens.js"],
         about=about,
         examples=examples,
         panels=panels,
