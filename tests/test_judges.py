@@ -888,7 +888,7 @@ def elements_of(text):
 def test_no_text_of_the_data_becomes_markup():
     hostile = [Verdict(Comparison(HOSTILE, HOSTILE, HOSTILE + "2", HOSTILE), None, HOSTILE)]
     found = elements_of(page_module.page(hostile, (HOSTILE, HOSTILE), HOSTILE))
-    plain = elements_of(page_module.page([verdict(1.0)], ("a", "b")))
+    plain = elements_of(page_module.page([verdict(None, reason="plain")], ("a", "b")))
     assert [tag for tag, _ in found.tags] == [tag for tag, _ in plain.tags]
     assert [tag for tag, _ in found.tags].count("script") == 2
     data = json.loads(found.data)
