@@ -156,8 +156,12 @@ def _path(directory: Path) -> str:
 
 
 def pages() -> list[Path]:
-    """README, then docs in the order of their names: the README makes what the others use."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    """README, then docs in the order of their names: the README makes what the others use.
+
+    Pages in Japanese have the same commands, so they are left out.
+    """
+    docs = ROOT / "docs"
+    return [ROOT / "README.md", *sorted({*docs.rglob("*.md")} - {*(docs / "ja").rglob("*.md")})]
 
 
 def check(directory: Path, given: Mapping[str, str], full: bool, only: str, seconds: float) -> int:

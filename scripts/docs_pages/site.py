@@ -20,7 +20,12 @@ from mkdocs.structure.files import File, InclusionLevel
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "prefalign_jax"
 # Pages that lie outside docs/, by their place in the site.
-OUTSIDE = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changes.md"}
+OUTSIDE = {
+    "README.md": "index.md",
+    "README.ja.md": "ja/index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changes.md",
+}
 LANGUAGES = {".py": "python", ".sh": "bash", ".yaml": "yaml", ".cff": "yaml"}
 # Page of the reference -> (title, modules and rooms of the package); one page has what no other names.
 REST = ""
@@ -188,6 +193,12 @@ def on_files(files, config):
 def on_page_markdown(markdown, page, **_):
     """Turns the links of a page of docs/."""
     return turned(f"docs/{page.file.src_uri}", markdown) if page.file.generated_by is None else markdown
+
+
+def on_page_context(context, page, config, **_):
+    """The theme's own words, and the language that a page says it is in: Japanese below ja/."""
+    config.theme["language"] = "ja" if page.file.src_uri.startswith("ja/") else "en"
+    return context
 
 
 def on_post_build(config):
