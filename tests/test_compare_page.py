@@ -223,3 +223,27 @@ def test_the_script_says_what_it_wrote_and_what_is_wrong(tmp_path):
     for wrong in ([tmp_path / "none"], [], [tmp_path / "run", "--group=x"]):
         out = report(*wrong)
         assert out.returncode == 2 and out.stderr.startswith("error: ") and out.stderr.count("\n") == 1
+
+
+def test_many_groups_are_rows_and_samples_are_compared_between_losses(tmp_path):
+    names = ("dpo", "orpo", "ipo", "simpo", "kto", "cpo", "hinge")
+    for name in names:
+        for seed in range(2):
+            run = leave_run(tmp_path / "runs" / f"{name}-{seed}", seed=seed, loss={"name": name}, cost=1.0 + seed)
+            rows = [{"step": step, "eval/loss": 1.0, "samples/kl": step + seed / 10} for step in (0, 20)]
+            (run / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page, text, _ = page_of(tmp_path / "runs", tmp_path, columns=["seconds"], metrics=["eval/loss", "samples/kl"])
+    cells = page.cells()
+    assert ["group", "eval/loss", "samples/kl"] in cells and [row[0] for row in cells if len(row) == 3][1:8] == [
+        *sorted(names)
+    ]
+    assert ["group", "samples/kl"] in cells and any(row[0] == "dpo − cpo" and len(row) == 2 for row in cells)
+    assert "Not compared: eval/loss." in " ".join(page.words)
+
+
+def test_where_nothing_can_be_compared_there_is_no_empty_table(tmp_path):
+    for number in range(2):
+        leave_run(tmp_path / "runs" / str(number), loss={"name": "dpo", "beta": 0.1 + number})
+    page, text, _ = page_of(tmp_path / "runs", tmp_path, metrics=["eval/loss"], columns=["seconds"])
+    assert "No metric is the same quantity in all groups." in page.words
+    assert not re.search(r"<tbody>\s*</tbody>", text)

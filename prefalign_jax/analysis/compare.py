@@ -298,10 +298,13 @@ def comparable(groups: Sequence[Group], metric: str) -> bool:
     """Whether a held-out or training metric is the same quantity in all groups.
 
     A loss defines its loss and rewards, in units of its coefficients; another loss, or another option of one, also what
-    it means by log-probabilities (ORPO's are per token, DPO's sums). Only accuracies are shares of the same pairs.
+    it means by log-probabilities (ORPO's are per token, DPO's sums). Accuracies are shares of the same pairs, and
+    what is measured on samples has nothing to do with the loss.
     """
     name = metric.removeprefix(HELD_OUT)
     runs = [run for group in groups for run in group.runs]
+    if metric.startswith(SAMPLES):
+        return not any(field.startswith("samples.") for field in differing(runs))
     fields = [field for field in differing(runs) if field.startswith("loss.")]
     if not fields or name in SHARES:
         return True

@@ -56,6 +56,7 @@ COLUMNS = {
     "pairs": "pairs",
 }
 COMPUTE = ("flops", "trained_tokens", "seconds")
+MOST_COLUMNS = 5  # of groups in a table with fewer metrics
 MOST_PAIRS = 6  # of groups compared each with each; more are compared with the first
 
 
@@ -290,12 +291,20 @@ def _counted(groups: Sequence[Group], signs: Sequence[Sequence[tuple[str, Mappin
         for name in SIGNS
         if any(name in shown for some in signs for _, shown in some)
     ]
-    return Table("Runs that show a sign", ["sign", *(group.label for group in groups)], rows)
+    return _narrow(Table("Runs that show a sign", ["sign", *(group.label for group in groups)], rows))
 
 
 def _finals(groups: Sequence[Group], metrics: Sequence[str]) -> Table:
     rows = [[name, *(_cell(over_seeds(group, _final_of(name))) for group in groups)] for name in metrics]
-    return Table("Last values", ["metric", *(group.label for group in groups)], rows)
+    return _narrow(Table("Last values", ["metric", *(group.label for group in groups)], rows))
+
+
+def _narrow(table: Table) -> Table:
+    """Turned, so that groups are its rows, where there are more than MOST_COLUMNS of them and more than metrics."""
+    if len(table.head) - 1 <= max(len(table.rows), MOST_COLUMNS):
+        return table
+    first, *others = zip(table.head, *table.rows, strict=True)
+    return Table(table.title, ["group", *first[1:]], others)
 
 
 def _last(run: Run, metrics: Sequence[str]) -> Table:
@@ -320,8 +329,9 @@ def _differences(groups: Sequence[Group], metrics: Sequence[str]) -> Gaps:
         for name in usable
     ]
     several = len({group.fields.get("loss.name") for group in groups}) > 1
+    head = ["metric", *(f"{second.label} − {first.label}" for first, second in couples)]
     return Gaps(
-        Table("Differences", ["metric", *(f"{second.label} − {first.label}" for first, second in couples)], rows),
+        _narrow(Table("Differences", head, rows)),
         against,
         [name for name in metrics if name not in usable and name not in lone],
         lone,
@@ -341,8 +351,8 @@ def _equal(groups: Sequence[Group], metrics: Sequence[str], columns: Sequence[st
     runs = [run for group in groups for run in group.runs]
     head = ["metric", *(group.label for group in groups)]
     head += [f"{groups[1].label} − {groups[0].label}"] * (len(groups) == 2)
-    out = []
-    for column in ("step", *columns):
+    out, usable = [], [name for name in metrics if comparable(groups, name)]
+    for column in ("step", *columns) if usable else ():
         x = reached_by_all(runs, column)
         ends = [float(run.spent()[column][-1]) for run in runs]
         reached = f"{_number(x)} {COLUMNS.get(column, column)}"
@@ -350,14 +360,14 @@ def _equal(groups: Sequence[Group], metrics: Sequence[str], columns: Sequence[st
             out.append(Equal(reached, "", None))
             continue
         rows = []
-        for name in (name for name in metrics if comparable(groups, name)):
+        for name in usable:
             value = _value_at(name, column, x)
             cells = [_cell(over_seeds(group, value)) for group in groups]
             if len(groups) == 2:
                 cells.append(_cell(paired(*groups, value), sign=True))
             rows.append([name, *cells])
         end = f"runs end between {_number(min(ends))} and {_number(max(ends))}"
-        out.append(Equal(reached, end, Table(reached, head, rows)))
+        out.append(Equal(reached, end, _narrow(Table(reached, head, rows))))
     return out
 
 
