@@ -1,6 +1,7 @@
 """What of direct alignment matters, from made-up runs whose effects are known."""
 
 import importlib.util
+import math
 import pathlib
 
 import numpy as np
@@ -13,11 +14,13 @@ from prefalign_jax.analysis.direct_alignment import (
     at_best,
     draw,
     point_of,
+    said,
     table_of,
     values_of,
 )
 from prefalign_jax.analysis.runs import Run
 from prefalign_jax.experiment import read
+from prefalign_jax.intervals import Interval
 from prefalign_jax.losses import LOSSES
 from prefalign_jax.types import UserError
 
@@ -54,15 +57,15 @@ RUNS = [
 
 def test_effects_are_found_and_what_is_no_effect_is_not():
     values = values_of(RUNS, METRICS[0])
-    said = {line.partition(":")[0]: line for line in answers(values)}
-    assert len(values) == 24 and "the seeds tell it from zero" in said["SFT first, dpo"]
-    overall = said["SFT first, mean over methods"].partition(": ")[2]
+    lines = {line.partition(":")[0]: line for line in answers(values)}
+    assert len(values) == 24 and "the seeds tell it from zero" in lines["SFT first, dpo"]
+    overall = lines["SFT first, mean over methods"].partition(": ")[2]
     assert float(overall.split()[0]) == pytest.approx(1, abs=0.02) and "the seeds tell" in overall
     for words in ("in one stage", "after SFT"):
-        line = said[f"Pairwise minus pointwise, {words}, means over methods"]
+        line = lines[f"Pairwise minus pointwise, {words}, means over methods"]
         assert float(line.partition(": ")[2].split()[0]) == pytest.approx(2, abs=0.02) and "the seeds tell" in line
         # The best strength is the middle one for all: choosing it for each changes nothing.
-        assert "do not tell" in said[f"Spread between methods, {words}"]
+        assert "do not tell" in lines[f"Spread between methods, {words}"]
     assert "pointwise" in table_of(values) and len(table_of(values).splitlines()) == 6
     assert len(draw(values, METRICS[0]).axes[0].containers) == 4
 
@@ -106,3 +109,8 @@ def test_the_experiment_says_what_the_analysis_reads(tmp_path):
         made = read(experiment.get_config(f"method=sft,share={share},model=base"), complete=False)
         assert [source.fraction for source in made.sources] == [share]
         assert made.config.export.enabled
+
+
+def test_a_difference_that_nobody_measured_is_not_one_that_the_seeds_do_not_tell():
+    assert said("SFT first", Interval(math.nan, math.nan, math.nan)) == "SFT first: no seed has both."
+    assert said("SFT first", Interval(0.1, math.nan, math.nan)).endswith("the seeds do not tell it from zero.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -116,6 +117,8 @@ def said(name: str, gap: Interval, digits: int = 4) -> str:
       >>> said("SFT first", Interval(0.02, 0.01, 0.03))
       'SFT first: +0.0200 [0.0100, 0.0300]; the seeds tell it from zero.'
     """
+    if math.isnan(gap.mean):
+        return f"{name}: no seed has both."
     verdict = "the seeds tell it from zero" if gap.low > 0 or gap.high < 0 else "the seeds do not tell it from zero"
     return f"{name}: {gap.mean:+.{digits}f} [{gap.low:.{digits}f}, {gap.high:.{digits}f}]; {verdict}."
 
