@@ -25,6 +25,7 @@ from prefalign_jax.callable_module import make_callable
 
 if TYPE_CHECKING:
     from prefalign_jax import losses as losses
+    from prefalign_jax.callbacks import Callbacks as Callbacks
     from prefalign_jax.data.chat import load_tokenizer as load_tokenizer
     from prefalign_jax.data.pairs import Pairs as Pairs
     from prefalign_jax.library import experiment as experiment
@@ -51,6 +52,7 @@ FACE = {
     "experiment": "library",
     "train": "train",
     "sample": "library",
+    "Callbacks": "callbacks",
     "Policy": "policy",
     "Pairs": "data.pairs",
     "PairLogps": "types",

@@ -224,13 +224,24 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     c.checkpoint = ConfigDict()
     c.checkpoint.keep = 2  # Latest checkpoints that are kept.
     c.checkpoint.best_metric = maybe(str)  # Metric by which the best checkpoint is kept too, such as eval/loss.
-    c.checkpoint.best_mode = "min"  # Whether the best has the least (min) or the most (max) of that metric.
+    # Whether the best has the least (min) or the most (max) of that metric; None knows it of losses (min) and of
+    # accuracies, margins and samples/reward (max).
+    c.checkpoint.best_mode = maybe(str)
+    # Early stopping: the run ends once a metric has not improved. The best checkpoint by it is kept, and exported.
+    c.early_stopping = ConfigDict()
+    c.early_stopping.metric = maybe(str)  # Metric of the evaluations, such as eval/loss; None never ends a run early.
+    c.early_stopping.patience = maybe(int)  # Evaluations in a row without improvement that end the run; None is 3.
+    c.early_stopping.min_delta = maybe(float)  # An improvement is by more than this; None is 0.
     c.export = ConfigDict()
     c.export.enabled = True  # Write the trained model as a Hugging Face directory, WORKDIR/export.
     c.export.dtype = "stored"  # Type of the exported weights: float32, bfloat16, float16, or stored, as in model.path.
-    c.export.checkpoint = "last"  # Which kept checkpoint is exported: last, best (checkpoint.best_metric), or a step.
+    # Which kept checkpoint is exported: last, best (by checkpoint.best_metric), or a step. None is best with early
+    # stopping, else last.
+    c.export.checkpoint = maybe(str)
     c.export.push_to = maybe(str)  # NAME/MODEL on the hub, private if it is new, that the export goes to too.
     c.tensorboard = True  # Write TensorBoard's event files too, where tensorboardX is installed.
+    # Trackers that get all metrics as well, with commas: wandb, trackio, mlflow; tensorboard makes its files a must.
+    c.log_to = maybe(str)
     # What is run. train: one training. sft_first: fine-tuning on the chosen responses before it. pairs: preference data
     # drawn from the policy. rounds: trainings on such data. quickstart: the embedded demonstration.
     c.job = "train"

@@ -24,14 +24,17 @@ from prefalign_jax.data.records import TRAIN_ON
 from prefalign_jax.data.template import CHAT_FIELDS, ChatOptions, chat_options, template_kwargs
 from prefalign_jax.data.token_weights import contrasted
 from prefalign_jax.data.trees import Layout
+from prefalign_jax.early_stopping import PATIENCE, EarlyStopping, stopping_of
 from prefalign_jax.files import read_json
 from prefalign_jax.losses import BoundLoss, make_loss, ties_as_trl
+from prefalign_jax.metrics import better
 from prefalign_jax.models import quantize
 from prefalign_jax.models.decoder import ATTENTION, REMAT
 from prefalign_jax.models.hf_io import DTYPES as STORED
 from prefalign_jax.optim import SCHEDULES, check_schedule, make_optimizer, make_schedule, steps_of
 from prefalign_jax.options import DTYPES, choose, flatten, given, hyper_parameters, split_names
 from prefalign_jax.processes import agreed
+from prefalign_jax.trackers import TENSORBOARD, TRACKERS
 from prefalign_jax.types import UserError, one_line
 
 LENGTH = 1024  # tokens of a pair, where the config leaves max_length unset and the model has as many positions
@@ -68,7 +71,7 @@ CHOICES: dict[str, Sequence[str] | Mapping[str, Any]] = {
 POSITIVE = (
     *("batch_size", "micro_steps", "max_length", "log_steps", "eval_steps", "save_steps", "grad_clip"),
     *("checkpoint.keep", "vocabulary_chunk", "model.pad_vocabulary", "lora.rank", "lora.alpha"),
-    *("samples.limit", "samples.per_prompt", "samples.max_new_tokens"),
+    *("samples.limit", "samples.per_prompt", "samples.max_new_tokens", "early_stopping.patience"),
     *("on_policy.limit", "on_policy.per_prompt", "on_policy.rounds", "on_policy.sharpness"),
     *("data.limit", "data.eval_limit", "data.row_length", "reference.mixup", "reference.every"),
     *("sft.epochs", "sft.learning_rate"),
@@ -134,6 +137,11 @@ class Experiment:
     def held_out(self) -> bool:
         """Whether it has held-out data."""
         return bool(self.sources_for("eval") or self.config.data.eval_fraction)
+
+    @property
+    def early_stopping(self) -> EarlyStopping | None:
+        """When it ends before its last step; None for never."""
+        return stopping_of(self.fields)
 
     @property
     def mixed(self) -> bool:
@@ -345,7 +353,20 @@ def _plain(config: ConfigDict, loss: BoundLoss, cleaning: Sequence[BoundStep]) -
         plain["ema"] |= {"evaluate": True, **given(config.ema)}
     plain["optimizer"] = {"name": plain["optimizer"]["name"], **given(plain["optimizer"])}
     plain["data"]["chat_template_kwargs"] = dict(template_kwargs(plain["data"]["chat_template_kwargs"])) or None
+    _fill_in_the_best(plain)
     return plain
+
+
+def _fill_in_the_best(plain: dict[str, Any]) -> None:
+    """What follows from the metric of early stopping, or of the best checkpoint, where nothing else is set."""
+    stopping, checkpoint, export = plain["early_stopping"], plain["checkpoint"], plain["export"]
+    if stopping["metric"]:
+        stopping |= {"patience": PATIENCE, "min_delta": 0.0, **given(stopping)}
+    checkpoint["best_metric"] = checkpoint["best_metric"] or stopping["metric"]
+    if checkpoint["best_mode"] is None:
+        checkpoint["best_mode"] = better(checkpoint["best_metric"]) if checkpoint["best_metric"] else "min"
+    if export["checkpoint"] is None:
+        export["checkpoint"] = "best" if stopping["metric"] else "last"
 
 
 def _frozen(plain: Mapping[str, Any]) -> FrozenConfigDict:
@@ -375,7 +396,7 @@ def _profiled(text: str | None) -> range:
 
 
 def _check_choices(experiment: Experiment) -> None:
-    fields, unset = experiment.fields, ("data.leaks", "model.quantize")
+    fields, unset = experiment.fields, ("data.leaks", "model.quantize", "checkpoint.best_mode")
     for name, choices in CHOICES.items():
         if not (fields[name] is None and name in unset):
             choose(name, fields[name], dict.fromkeys(choices))
@@ -514,6 +535,37 @@ def _check_export(experiment: Experiment) -> None:
         raise UserError("export.checkpoint='best' needs checkpoint.best_metric, such as eval/loss")
 
 
+def _check_the_best(experiment: Experiment) -> None:
+    stopping, checkpoint = experiment.config.early_stopping, experiment.config.checkpoint
+    if stopping.metric is None:
+        for name in ("patience", "min_delta"):
+            if stopping[name] is not None:
+                raise UserError(f"early_stopping.{name}={stopping[name]} is set without early_stopping.metric")
+    else:
+        if checkpoint.best_metric != stopping.metric:
+            both = f"checkpoint.best_metric={checkpoint.best_metric!r} and early_stopping.metric={stopping.metric!r}"
+            raise UserError(f"{both} differ; set the second alone, or write the same")
+        if not experiment.config.eval_steps:
+            raise UserError(
+                f"early_stopping.metric={stopping.metric!r} needs eval_steps, the updates between evaluations"
+            )
+        if not 0 <= stopping.min_delta < math.inf:
+            raise UserError(f"early_stopping.min_delta={stopping.min_delta} must be a number >= 0")
+    if checkpoint.best_mode is None:
+        raise UserError(
+            f"whether the least or the most of {checkpoint.best_metric!r} is best is not known; set "
+            "checkpoint.best_mode to min or max"
+        )
+
+
+def _check_trackers(experiment: Experiment) -> None:
+    config = experiment.config
+    for name in split_names(config.log_to):
+        choose("log_to", name, dict.fromkeys((TENSORBOARD, *TRACKERS)))
+    if TENSORBOARD in split_names(config.log_to) and not config.tensorboard:
+        raise UserError(f"log_to={config.log_to!r} and tensorboard=False contradict each other; leave one of them out")
+
+
 def _check_reference(experiment: Experiment) -> None:
     loss, reference = experiment.loss, experiment.config.reference
     needed, kind = "reference" in loss.needs, reference.kind
@@ -632,7 +684,7 @@ def _check_evaluation(experiment: Experiment) -> None:
         if config.samples[name] and not (config.samples.prompts or (name == "reward" and config.on_policy.prompts)):
             raise UserError(f"samples.{name} is set without samples.prompts, and nothing is sampled")
     if JOBS[config.job] == "data" and not experiment.held_out:
-        for name in ("checkpoint.best_metric", "eval_steps", "data.eval_limit"):
+        for name in ("early_stopping.metric", "checkpoint.best_metric", "eval_steps", "data.eval_limit"):
             if fields[name] and not (config.samples.prompts and name != "data.eval_limit"):
                 raise UserError(f"{name} is set without held-out data; set data.eval_path or data.eval_fraction")
 
@@ -647,6 +699,8 @@ CHECKS: tuple[Callable[[Experiment], None], ...] = (
     _check_chat,
     _check_adapters,
     _check_export,
+    _check_the_best,
+    _check_trackers,
     _check_reference,
     _check_token_weights,
     _check_ends_of_responses,

@@ -6,11 +6,12 @@ import contextlib
 import json
 import math
 import os
+import re
 import resource
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -20,9 +21,13 @@ import jax.numpy as jnp
 from prefalign_jax.files import parse_json, read_json_lines, write_text, writing
 from prefalign_jax.processes import is_first
 from prefalign_jax.torch_free import without_torch
+from prefalign_jax.trackers import Trackers
 from prefalign_jax.types import UserError
 
 GIB = 2**30
+# What is better of a metric, by its name: the least or the most. Of other metrics it depends on what is wanted.
+_LESS_IS_BETTER = re.compile(r"(^|/)(\w+_)?loss(/|$)")
+_MORE_IS_BETTER = re.compile(r"/(accuracies|margins)(_low|_high)?$|^samples/reward(_low|_high)?$")
 ROW = {"step": "an integer", "*": "a number or null"}  # of a metrics file
 
 
@@ -59,6 +64,18 @@ def metric_sums(values: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Ar
     """
     weight = jnp.where(jnp.isnan(values), 0.0, weight)
     return weighted_sum(values, weight), jnp.sum(weight)
+
+
+def better(name: str) -> str | None:
+    """Whether the least (min) or the most (max) of a metric is best; None where its name does not tell.
+
+    Example:
+      >>> better("eval/loss"), better("eval/rewards/accuracies"), better("samples/length")
+      ('min', 'max', None)
+    """
+    if _LESS_IS_BETTER.search(name):
+        return "min"
+    return "max" if _MORE_IS_BETTER.search(name) else None
 
 
 NEWS = ("loss", "grad_norm")  # metrics of all pairs: none of them can fail to apply
@@ -115,10 +132,12 @@ class Board:
 
 
 class Writer(NamedTuple):
-    """Open files that metrics go to; both None on the processes of a run that do not write."""
+    """What metrics go to: a file of a name, and what is beside it; all None on the processes that do not write."""
 
     jsonl: TextIO | None
     board: Board | None
+    trackers: Trackers | None = None
+    name: str = "metrics"
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends one line, `step` first. JSON has no NaN and no infinity: they are written as null.
@@ -140,9 +159,11 @@ class Writer(NamedTuple):
                 self.jsonl.write(json.dumps({"step": int(step), **finite}, allow_nan=False) + "\n")
         if self.board is not None:
             self.board.write(int(step), numbers)
+        if self.trackers is not None:
+            self.trackers.write(self.name, int(step), numbers)
 
     def close(self) -> None:
-        """Closes the files; what was written is on disk."""
+        """Closes the files; what was written is on disk. The trackers, which have several writers, stay open."""
         if self.jsonl is not None:
             with writing(self.jsonl.name):
                 self.jsonl.close()
@@ -151,7 +172,12 @@ class Writer(NamedTuple):
 
 
 def open_writer(
-    workdir: str | os.PathLike, name: str = "metrics", *, tensorboard: bool = True, resume_step: int = 0
+    workdir: str | os.PathLike,
+    name: str = "metrics",
+    *,
+    tensorboard: bool = True,
+    resume_step: int = 0,
+    trackers: Trackers | None = None,
 ) -> Writer:
     """Opens WORKDIR/NAME.jsonl, one line a logged step, and TensorBoard's event files in WORKDIR/tensorboard/NAME.
 
@@ -163,6 +189,7 @@ def open_writer(
       name: of the file.
       tensorboard: write event files too, if tensorboardX is installed.
       resume_step: the last step whose lines stay; 0 starts anew.
+      trackers: that get every line too.
 
     Returns:
       The writer. In a run of several processes only the first one's writes.
@@ -179,23 +206,28 @@ def open_writer(
             # One directory a writer: TensorBoard shows the files of one as one run.
             board = Board(path.parent / "tensorboard" / name, resume_step + 1 if resume_step else 0)
     with writing(path):
-        return Writer(path.open("a", buffering=1, encoding="utf-8"), board)  # by line: a killed run loses at most one
+        file = path.open("a", buffering=1, encoding="utf-8")  # by line: a killed run loses at most one
+    return Writer(file, board, trackers, name)
 
 
 def _keep_up_to(path: Path, last: int) -> None:
     """Removes the lines of later steps and broken ones, all of them if `last` is 0; the file is never half written."""
-    if not path.exists():
-        return
+    if path.exists():
+        write_text(path, "".join(line + "\n" for line, row in _whole_lines(path) if row["step"] <= last and last))
 
-    def stays(line: str) -> bool:
-        try:
-            return parse_json(line, ROW, where=path)["step"] <= last
-        except UserError:
-            return False
 
+def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(line, row) of a metrics file, but for the lines that are broken."""
     with writing(path):
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if last else []
-    write_text(path, "".join(line + "\n" for line in lines if stays(line)))
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    for line in lines:
+        with contextlib.suppress(UserError):
+            yield line, parse_json(line, ROW, where=path)
+
+
+def whole_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file that a killed run may have left, [] if there is none."""
+    return [row for _, row in _whole_lines(path)]
 
 
 def device_memory() -> dict[str, float]:

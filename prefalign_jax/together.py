@@ -25,9 +25,11 @@ from prefalign_jax.experiment import Experiment, read
 from prefalign_jax.files import locked, write_json
 from prefalign_jax.load_data import Data, load_pairs
 from prefalign_jax.members import FAILED, Program, make_program, numbers_of, shared_fields
+from prefalign_jax.options import split_names
 from prefalign_jax.processes import note, stop_signal
 from prefalign_jax.progress import Progress
 from prefalign_jax.sharding import make_mesh, shapes_of
+from prefalign_jax.trackers import check_installed
 from prefalign_jax.train import Run, announce, check_finite, due, evaluates_and_saves, fitted, order_of
 from prefalign_jax.train_step import init_state
 from prefalign_jax.types import PreferenceBatch, TrainState, UserError
@@ -51,6 +53,7 @@ def train_together(points: Sequence[tuple[ConfigDict, Path]]) -> bool:
     shared = [shared_fields(one.fields) for one in experiments]
     if None in shared or any(fields != shared[0] for fields in shared) or jax.process_count() > 1:
         raise UserError("these runs cannot be members of one program; use --together=off")
+    check_installed(split_names(experiments[0].config.log_to))
     with contextlib.ExitStack() as stack:
         for _, workdir in points:
             stack.enter_context(locked(workdir))
@@ -107,25 +110,25 @@ def _train(experiments: Sequence[Experiment], workdirs: Sequence[Path], stack: c
             run.experiment, run.data, run.start, run.total, run.changed
         )  # once for those of which it says the same
 
-    complete = [k for k in live if runs[k].start == runs[k].total]
+    complete = [k for k in live if runs[k].over(runs[k].start)]
 
     def settle(step: int, evaluating: Sequence[int], saving: bool = False) -> None:
         """Evaluates members, saves all if it is time to, and concludes those that end here or ended long ago."""
         means = evaluate(state, step) if evaluating else []
         for k in [*live]:
-            own, at = {}, runs[k].total if k in complete else step
+            at = runs[k].start if k in complete else step
             if k in evaluating:
                 try:
-                    own = runs[k].evaluated(at, means[k])
+                    runs[k].evaluated(at, means[k])
                 except UserError as error:
                     give_up(runs[k], at, error)
                     live.remove(k)
                     continue
-            if at == runs[k].total:
-                conclude(runs[k], program.take(state, k)._replace(step=np.int32(at)), own)
+            if runs[k].over(at):
+                conclude(runs[k], program.take(state, k)._replace(step=np.int32(at)))
                 live.remove(k)
             elif saving:
-                runs[k].save(program.take(state, k), own)
+                runs[k].save(program.take(state, k))
 
     settle(start, [k for k in live if k in complete or runs[k].to_evaluate_first()])
     step = start
@@ -157,7 +160,7 @@ def _train(experiments: Sequence[Experiment], workdirs: Sequence[Path], stack: c
                         timer.saved()
         log.flush()
         for k in live:
-            runs[k].save(program.take(state, k), {})
+            runs[k].save(program.take(state, k))
         for k in live:
             runs[k].checkpoints.wait()
     if live:
@@ -238,8 +241,9 @@ def has_failed(run: Run) -> bool:
 
 
 def is_complete(run: Run) -> bool:
-    """Whether its last step is saved."""
-    return checkpoint.newest(run.checkpoints) == run.total
+    """Whether its last step is saved, or the one at which early stopping has ended it."""
+    step = checkpoint.newest(run.checkpoints)
+    return step is not None and (step == run.total or run.stops_early(step))
 
 
 def common_step(runs: Sequence[Run]) -> int:
@@ -251,11 +255,11 @@ def common_step(runs: Sequence[Run]) -> int:
     return max((checkpoint.newest(run.checkpoints) or 0 for run in runs), default=0)
 
 
-def conclude(run: Run, state: TrainState, means: dict[str, float]) -> None:
-    """What comes after the last step of a run; `means` are of its last evaluation."""
-    run.save(state, means)
+def conclude(run: Run, state: TrainState) -> None:
+    """What comes after the last step of a run."""
+    run.save(state)
     run.checkpoints.wait()
-    run.finish(state, means)
+    run.finish(state)
 
 
 def give_up(run: Run, step: int, error: UserError) -> None:
@@ -290,7 +294,7 @@ class Log:
         for k in [*self.live]:
             values = {name: float(column[k]) for name, column in columns.items()}
             if k in rates:
-                self.runs[k].writer.write(step, values | rates[k])
+                self.runs[k].logged(step, values | rates[k])
             try:
                 check_finite(step, values)
                 losses.append(values["loss"])

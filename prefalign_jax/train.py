@@ -16,6 +16,7 @@ from prefalign_jax.alike import check_config, check_inputs, check_state
 from prefalign_jax.analysis.runs import read_run
 from prefalign_jax.analysis.signs import signs_of
 from prefalign_jax.assemble import Assembled, assemble, step_of
+from prefalign_jax.callbacks import Callbacks
 from prefalign_jax.cost.flops import count_flops
 from prefalign_jax.cost.throughput import Meter
 from prefalign_jax.cost.tracing import Tracer
@@ -27,16 +28,17 @@ from prefalign_jax.data.template import prints_date
 from prefalign_jax.evaluation.contrast import weigh_tokens
 from prefalign_jax.evaluation.in_training import make_evaluation
 from prefalign_jax.experiment import Experiment, read
-from prefalign_jax.export import export_adapters, export_run, hub_token
+from prefalign_jax.export import export_adapters, export_run, hub_token, without_secrets
 from prefalign_jax.files import locked, write_json
 from prefalign_jax.load_data import Data, datasheet_of, load_pairs
-from prefalign_jax.metrics import Writer, open_writer, read_metrics
+from prefalign_jax.metrics import open_writer, read_metrics, whole_rows
 from prefalign_jax.models.hf_io import load_config, resolve
 from prefalign_jax.models.lora import Lora, merge
-from prefalign_jax.options import did_you_mean
+from prefalign_jax.options import did_you_mean, flatten, split_names
 from prefalign_jax.processes import by_first, is_first, note, stop_requested, stop_signal, told_by_first
 from prefalign_jax.progress import Progress
 from prefalign_jax.sharding import make_mesh, place_batch, shapes_of
+from prefalign_jax.trackers import TRACKERS, About, Trackers, check_installed, open_trackers
 from prefalign_jax.train_step import init_state
 from prefalign_jax.types import LanguageModel, Params, TrainState, UserError, one_line
 
@@ -54,7 +56,12 @@ class Result(NamedTuple):
 
 
 def train(
-    config: ConfigDict, workdir: str | Path, *, data: RowsOrPath | None = None, eval_data: RowsOrPath | None = None
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    data: RowsOrPath | None = None,
+    eval_data: RowsOrPath | None = None,
+    callbacks: Callbacks = Callbacks(),
 ) -> Result:
     """Trains, from data to an exported model; goes on where an earlier run in the same directory stopped.
 
@@ -65,6 +72,7 @@ def train(
       data: in place of the config's data.path: a path, a hub name, a list of dicts, or a datasets.Dataset. A run whose
         rows have changed is not resumed.
       eval_data: the same in place of data.eval_path.
+      callbacks: what is called on the way, and may end the run.
 
     Returns:
       The `Result`.
@@ -76,16 +84,17 @@ def train(
     experiment = read(config, data=data, eval_data=eval_data)
     if config.export.push_to:
         hub_token(config.export.push_to)  # that it is missing is said now, not after the training
+    by_first(lambda: check_installed(split_names(config.log_to)))
     workdir = Path(workdir)
     with contextlib.ExitStack() as stack:
         by_first(lambda: stack.enter_context(locked(workdir)))
         if not workdir.is_dir():
             raise UserError(f"--workdir={workdir} is not on a file system that all processes share; use one that is")
         stack.enter_context(jax.default_matmul_precision(config.matmul_precision))
-        return _train(experiment, workdir, stack)
+        return _train(experiment, workdir, stack, callbacks)
 
 
-def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -> Result:
+def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack, callbacks: Callbacks) -> Result:
     # Data: rows -> records -> pairs of token ids. A model that does not fit is found before a long reading.
     experiment, tokenizer = fitted(experiment, workdir)
     config, loss = experiment.config, experiment.loss
@@ -104,7 +113,7 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
     state = init_state(began.params, optimizer, mesh, began.reference, loss.running, model.rules, experiment.averaged)
 
     # Resume: where an earlier run in this directory stopped, or the beginning.
-    run = Run(experiment, workdir, tokenizer, data, began, stack)
+    run = Run(experiment, workdir, tokenizer, data, began, stack, callbacks)
     evaluate = make_evaluation([experiment], [began], [workdir], tokenizer, mesh)
     state = run.restored(state)
     start = run.start
@@ -117,11 +126,11 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
     if run.to_evaluate_first():
         run.evaluated(start, *evaluate(state, start))
         run.say_signs()
-    batches = train_batches(training, **order_of(experiment), start=start, stop=total)
+    batches = train_batches(training, **order_of(experiment), start=start, stop=start if run.over(start) else total)
     abstract = shapes_of(state)
     meter = Meter(training, lambda batch: count_flops(train_step, abstract, shapes_of(batch)))
     timer = checkpoint.Timer(config.save_steps)
-    step, means, log = start, {}, Log(run.writer, stack.enter_context(Progress(total, "step", start=start)))
+    step, log = start, Log(run, stack.enter_context(Progress(total, "step", start=start)))
     with stop_signal() as stop, Tracer(experiment.profiled, start, workdir / "profile") as tracer:
         for step, batch in enumerate(meter.waited(batches), start + 1):
             tracer.before(step, state)
@@ -133,29 +142,33 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -
             log.flush()
             logged = step in (1, total) or due(step, config.log_steps)
             log.put(step, metrics, meter.read() if logged else None)
-            if stop.is_set() or stop_requested(step) or step == total:
+            if stop.is_set() or stop_requested(step) or run.over(step):
                 break
             evaluating, saving = evaluates_and_saves(config, step, timer.due(logged))
             if evaluating or saving:
                 log.flush()  # this step's line is on disk before its checkpoint: a resumed run starts after it
                 with meter.paused():
-                    if means := run.evaluated(step, *evaluate(state, step)) if evaluating else {}:
+                    if evaluating and run.evaluated(step, *evaluate(state, step)):
                         run.say_signs()
-                    if saving:
-                        run.save(state, means)
+                    if saving and not run.over(step):
+                        run.save(state)
                         timer.saved()
+                if run.over(step):
+                    break
         log.close()
-        means = run.evaluated(step, *evaluate(state, step)) if step == total else {}
-        run.save(state, means)
+        if run.over(step) and not run.means_at(step):
+            run.evaluated(step, *evaluate(state, step))
+        run.save(state)
         run.checkpoints.wait()
 
     # Finish.
+    means, stopped = run.means_at(step), not run.over(step)
     weights = merged(run.shown(state), began.lora)
-    result = Result(step, step < total, first_evaluation(workdir), means, model, weights, tokenizer)
-    if result.stopped:
+    result = Result(step, stopped, first_evaluation(workdir), means, model, weights, tokenizer)
+    if stopped:
         note(f"stopped at step {step} of {total}, saved; the same command goes on from there")
         return result
-    run.finish(state, means)
+    run.finish(state)
     run.say_signs(ended=True)
     return result
 
@@ -197,6 +210,7 @@ class Run:
       data: the pairs.
       began: what it begins with.
       stack: closes what is opened.
+      callbacks: what is called on the way.
     """
 
     def __init__(
@@ -207,14 +221,18 @@ class Run:
         data: Data,
         began: Assembled,
         stack: contextlib.ExitStack,
+        callbacks: Callbacks = Callbacks(),
     ):
         self.experiment, self.workdir, self.tokenizer = experiment, workdir, tokenizer
-        self.data, self.began = data, began
+        self.data, self.began, self.callbacks = data, began, callbacks
         self.total = experiment.total_steps(len(data.training))
         self.datasheet = datasheet_of(experiment, data, began.training, tokenizer)
         self.checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints", **experiment.config.checkpoint)
         stack.callback(self.checkpoints.close)
         self.start, self.changed, self.history = 0, {}, []
+        self.trackers: Trackers | None = None
+        self.ending = False  # before the last step, by early stopping or a callback
+        self.latest: tuple[int, dict[str, float]] = -1, {}  # step of the last evaluation, and what it measured
         self.said: set[str] = set()  # signs
 
     def restored(self, state: TrainState) -> TrainState:
@@ -223,14 +241,24 @@ class Run:
         state = checkpoint.restore(self.checkpoints, state, plain, digests)
         check_state(digests, self.total, int(state.step))
         self.start, self.changed = int(state.step), checkpoint.changes(self.checkpoints, plain)
+        self.ending = self.start > 0 and self.stops_early(self.start)
         return state
+
+    def over(self, step: int) -> bool:
+        """Whether the run ends at a step that it has reached."""
+        return self.ending or step == self.total
+
+    def stops_early(self, step: int) -> bool:
+        """Whether early stopping ends it at a step: a function of what was measured up to there, which is on disk."""
+        stopping = self.experiment.early_stopping
+        return bool(stopping) and stopping.ends([row for row in evaluations(self.workdir) if row["step"] <= step])
 
     def cannot_go_on(self) -> str:
         """Why what is there cannot become what is asked for, '' if it can."""
         late = ", ".join(name for name in self.changed if name.split(".")[0] in checkpoint.AHEAD)
         if self.start > self.total:
             return f"{self.total} are asked for"
-        return f"no step is left for another {late}" if self.start == self.total and late else ""
+        return f"no step is left for another {late}" if self.over(self.start) and late else ""
 
     def open_files(self, stack: contextlib.ExitStack) -> None:
         """Writes what is known at the start, and opens the files of metrics; not before the directory is this run's."""
@@ -240,25 +268,61 @@ class Run:
             about = {**self.experiment.plain, "steps": self.total}
             write_json(self.workdir / "config.json", about | ({"history": self.history} if self.history else {}))
             write_datasheet(self.workdir, self.datasheet)
-        kept = start if start < self.total else start - 1  # a complete run's last evaluation is made again
-        writers = dict(tensorboard=config.tensorboard)
+        kept = start - 1 if self.over(start) else start  # a complete run's last evaluation is made again
+        by_first(lambda: self.open_trackers(stack))
+        writers = dict(tensorboard=config.tensorboard, trackers=self.trackers)
         self.writer = stack.enter_context(contextlib.closing(open_writer(self.workdir, resume_step=start, **writers)))
         self.eval_writer = stack.enter_context(
             contextlib.closing(open_writer(self.workdir, "eval", resume_step=kept, **writers))
         )
 
+    def open_trackers(self, stack: contextlib.ExitStack) -> None:
+        """Begins the run's runs in trackers, or goes on with them; before the files of metrics lose what is void."""
+        names = [name for name in split_names(self.experiment.config.log_to) if name in TRACKERS]
+        if not names:
+            return
+        params = flatten(without_secrets(self.experiment.plain)) | {"steps": self.total}
+        for row in self.history:
+            params |= {f"from step {row['step']}: {name}": now for name, (_, now) in row["changed"].items()}
+        rows = {name: whole_rows(self.workdir / f"{name}.jsonl") for name in ("metrics", "eval")}
+        about = About(self.workdir, params)
+        self.trackers = open_trackers(names, about, rows, self.start, bool(self.changed))
+        stack.push(lambda kind, *_: self.trackers.close(failed=kind is not None))
+
     def to_evaluate_first(self) -> bool:
         """Whether an evaluation comes before the first step."""
         evaluated = [row["step"] for row in evaluations(self.workdir)]
         missing = due(self.start, self.experiment.config.eval_steps) and self.start not in evaluated
-        return self.start == 0 or (missing and self.start < self.total)
+        return self.start == 0 or (missing and not self.over(self.start))
 
     def evaluated(self, step: int, means: dict[str, float]) -> dict[str, float]:
-        """Writes down what was measured; returns it."""
+        """Writes down what was measured, and looks whether the run ends with it; returns it."""
         if means:
             check_best(self.experiment.config.checkpoint.best_metric, means, step)
             self.eval_writer.write(step, means)
+            self.latest = step, means
+            if step < self.total and self.stops_early(step):
+                stopping = self.experiment.early_stopping
+                waited = f"{stopping.metric} has not improved in {stopping.patience} evaluations"
+                note(f"{waited}; the run ends at step {step}")
+                self.ending = True
+            self.tell("on_eval", step, means)
         return means
+
+    def means_at(self, step: int) -> dict[str, float]:
+        """What was measured at a step, {} if nothing was."""
+        return self.latest[1] if self.latest[0] == step else {}
+
+    def logged(self, step: int, values: dict[str, float]) -> None:
+        """Writes down the metrics of a step."""
+        self.writer.write(step, values)
+        self.tell("on_step", step, values)
+
+    def tell(self, what: str, step: int, about: Any) -> None:
+        """Calls a callback, which may end the run."""
+        if self.callbacks.told(what, step, about) and not self.ending:
+            note(f"{what} ends the run")
+            self.ending = True
 
     def say_signs(self, ended: bool = False) -> None:
         """Says what the run shows for the first time, and at its end all that it shows; see `analysis.signs`."""
@@ -278,13 +342,19 @@ class Run:
         """The state with the weights that are evaluated and exported, which may be an average."""
         return averages.evaluated(state, self.experiment.config.ema.evaluate)
 
-    def save(self, state: TrainState, means: Mapping[str, float]) -> None:
-        """Starts writing a checkpoint."""
-        checkpoint.save(self.checkpoints, state, self.experiment.plain, self.began.digests, means)
+    def save(self, state: TrainState) -> None:
+        """Starts writing a checkpoint, with what was measured at its step."""
+        step, saved = int(state.step), self.checkpoints.latest
+        checkpoint.save(self.checkpoints, state, self.experiment.plain, self.began.digests, self.means_at(step))
+        if saved < step and self.callbacks.on_save:
+            self.checkpoints.wait()
+            self.tell("on_save", step, self.checkpoints.directory / str(step))
 
-    def finish(self, state: TrainState, means: Mapping[str, float]) -> None:
+
+    def finish(self, state: TrainState) -> None:
         """Draws the curves and exports, once the last checkpoint is on disk."""
         config, lora, workdir = self.experiment.config, self.began.lora, self.workdir
+        means = self.means_at(int(state.step))
         if is_first():
             draw_curves(workdir)
         if config.export.enabled:
@@ -359,12 +429,12 @@ class Log:
     """The metrics of a run's steps, fetched when the next step is already running.
 
     Args:
-      writer: takes the logged steps.
+      run: takes the logged steps.
       progress: takes every step.
     """
 
-    def __init__(self, writer: Writer, progress: Progress):
-        self.writer, self.progress = writer, progress
+    def __init__(self, run: Run, progress: Progress):
+        self.run, self.progress = run, progress
         self.waiting: tuple[int, dict[str, jax.Array], dict[str, float] | None] | None = None
 
     def put(self, step: int, metrics: dict[str, jax.Array], rates: dict[str, float] | None) -> None:
@@ -382,7 +452,7 @@ class Log:
         (step, metrics, rates), self.waiting = self.waiting, None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if rates is not None:
-            self.writer.write(step, values | rates)
+            self.run.logged(step, values | rates)
         check_finite(step, values)
         self.progress.update(step, {"loss": values["loss"]})
 

@@ -132,6 +132,8 @@ OPTIONS = [  # what is written, in which experiment, what the line must say
     ("data.leaks=drop", "dpo", "data.leaks='drop' held-out"),
     ("checkpoint.best_metric=eval/loss", "dpo", "checkpoint.best_metric data.eval_path data.eval_fraction"),
     ("checkpoint.best_mode=mim", "dpo", "checkpoint.best_mode='mim' mean 'min'"),
+    ("early_stopping.metric=eval/loss eval_steps=1", "dpo", "early_stopping.metric data.eval_path data.eval_fraction"),
+    ("log_to=wandbee", "dpo", "log_to='wandbee' mean 'wandb' trackio, mlflow"),
     ("reference.path=absent", "dpo", "'absent' directory hub"),
 ]
 

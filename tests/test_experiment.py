@@ -83,6 +83,18 @@ def test_nan_is_not_positive():
     assert "grad_clip" in complaint(ready(grad_clip=math.nan))
 
 
+STOPPING = dict(early_stopping__metric="eval/loss", eval_steps=5, data__eval_fraction=0.1)
+
+
+def test_early_stopping_keeps_and_exports_the_best_by_its_metric():
+    config = read(ready(**STOPPING)).config
+    assert (config.checkpoint.best_metric, config.checkpoint.best_mode) == ("eval/loss", "min")
+    assert (config.export.checkpoint, config.early_stopping.patience) == ("best", 3)
+    assert read(ready(**STOPPING, export__checkpoint="last")).config.export.checkpoint == "last"
+    config = read(ready(**STOPPING | dict(early_stopping__metric="eval/rewards/accuracies"))).config
+    assert config.checkpoint.best_mode == "max" and read(ready()).config.export.checkpoint == "last"
+
+
 @pytest.mark.parametrize(
     ("loss", "changes", "named"),
     [
@@ -100,6 +112,13 @@ def test_nan_is_not_positive():
         ("dpo", dict(reference__cache_dir="x"), ["reference.cache_dir", "'copy'"]),
         ("orpo", dict(reference__cache_dir="x"), ["reference.cache_dir", "'none'"]),
         ("dpo", dict(checkpoint__best_metric="eval/loss"), ["checkpoint.best_metric", "data.eval_path"]),
+        ("dpo", dict(checkpoint__best_metric="eval/x", data__eval_fraction=0.1), ["'eval/x'", "checkpoint.best_mode"]),
+        ("dpo", dict(early_stopping__patience=2), ["early_stopping.patience=2", "early_stopping.metric"]),
+        ("dpo", STOPPING | dict(eval_steps=None), ["early_stopping.metric='eval/loss'", "eval_steps"]),
+        ("dpo", STOPPING | dict(early_stopping__min_delta=-0.1), ["early_stopping.min_delta=-0.1"]),
+        ("dpo", STOPPING | dict(early_stopping__patience=0), ["early_stopping.patience=0"]),
+        ("dpo", STOPPING | dict(checkpoint__best_metric="eval/x"), ["checkpoint.best_metric='eval/x'", "'eval/loss'"]),
+        ("dpo", dict(log_to="tensorboard", tensorboard=False), ["log_to='tensorboard'", "tensorboard=False"]),
         ("dpo", dict(model__path=""), ["model.path", "--config.model.path"]),
         ("dpo", dict(data__path=""), ["data.path", "--config.data.path"]),
     ],

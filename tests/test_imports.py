@@ -13,7 +13,7 @@ FLOORS = (
     "callable_module types intervals limits quiet torch_free",
     "exits",
     "files options processes tables",
-    "gguf",
+    "callbacks early_stopping gguf trackers",
     "averages data logps losses metrics models optim progress sharding",
     "checkpoint config generation pages policy reference train_step",
     "experiment judges",

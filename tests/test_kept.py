@@ -15,7 +15,12 @@ from prefalign_jax.types import UserError
 from test_train import TRL, column, config_of, rows
 
 FIELDS = {"steps": 4, "eval_steps": 2, "data.eval_fraction": 0.2}
-FIELDS |= {"checkpoint.best_metric": "eval/logps/chosen", "checkpoint.keep": 3, "data.limit": 24}
+FIELDS |= {
+    "checkpoint.best_metric": "eval/logps/chosen",
+    "checkpoint.best_mode": "min",
+    "checkpoint.keep": 3,
+    "data.limit": 24,
+}
 pytestmark = pytest.mark.usefixtures("light_runs")
 
 

@@ -21,8 +21,11 @@ from safetensors.numpy import load_file, save_file
 from conftest import FAST_TO_COMPILE, longer
 from prefalign_jax import assemble
 from prefalign_jax import train as module
+from prefalign_jax.analysis.runs import read_run
+from prefalign_jax.callbacks import Callbacks
 from prefalign_jax.config import defaults
 from prefalign_jax.files import locked
+from prefalign_jax.kept import export_kept
 from prefalign_jax.losses import LOSSES
 from prefalign_jax.models.lora import Lora
 from prefalign_jax.models.quantize import quantize_params
@@ -344,6 +347,72 @@ def test_a_run_that_ended_early_goes_on_bit_for_bit_with_its_evaluations(how, un
         assert column(tmp_path / "broken", name) == column(undisturbed[0], name)
     assert rows(tmp_path / "broken" / "eval.jsonl") == rows(undisturbed[0] / "eval.jsonl")
     jax.tree.map(np.testing.assert_array_equal, result.params, undisturbed[1].params)
+
+
+def test_early_stopping_and_callbacks_end_a_run_that_can_go_on_bit_for_bit(undisturbed, tmp_path):
+    calls = []
+
+    def run(end=lambda name, step: None, **fields):
+        """The run, which `end` may end; notes (name, step, what) of each call of a callback."""
+
+        def noted(name):
+            return lambda step, what: calls.append((name, step, what)) or end(name, step)
+
+        names = ("on_step", "on_eval", "on_save")
+        callbacks = Callbacks(**{name: noted(name) for name in names})
+        return train(config_of(**UNDISTURBED | fields), tmp_path, callbacks=callbacks)
+
+    def cut_off(name, step):
+        if (name, step) == ("on_step", 2):
+            raise Cut
+
+    # Nothing improves by so much: the run ends after two evaluations, of which the second comes after a cut.
+    never = {"early_stopping.metric": "eval/loss", "early_stopping.min_delta": 9.0, "early_stopping.patience": 2}
+    with pytest.raises(Cut):
+        run(cut_off, **never, eval_steps=1)
+    assert [call[:2] for call in calls[-4:]] == [("on_step", 1), ("on_eval", 1), ("on_save", 1), ("on_step", 2)]
+    assert {"step": 1, **calls[-4][2]} == rows(tmp_path / "metrics.jsonl")[0]
+    assert {"step": 1, **calls[-3][2]} == rows(tmp_path / "eval.jsonl")[1]
+    assert (calls[-2][2] / "manifest.json").exists()
+    result = run(**never, eval_steps=1)
+    assert (result.step, result.stopped) == (2, False) and read_run(tmp_path, "").finished
+    assert [row["step"] for row in rows(tmp_path / "eval.jsonl")] == [0, 1, 2]
+    result = run(lambda name, step: (name, step) == ("on_step", 3))
+    assert (result.step, result.stopped) == (4, False)  # step 4 was running by then
+    assert column(tmp_path) == column(undisturbed[0])[:4]
+    assert rows(tmp_path / "eval.jsonl")[-1] == rows(undisturbed[0] / "eval.jsonl")[-2]
+
+
+EARLY = {"data.eval_fraction": 0.3, "data.shuffle": True, "steps": 12, "eval_steps": 1, "learning_rate": 0.05}
+EARLY |= {"early_stopping.metric": "eval/loss", "early_stopping.patience": 2}
+EARLY |= {"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2}
+
+
+@pytest.mark.everything
+def test_early_stopping_on_eight_devices_ends_a_resumed_run_where_it_ends_the_undisturbed_one(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    result = train(config_of(**EARLY), whole)
+    evaluated = {row["step"]: row["eval/loss"] for row in rows(whole / "eval.jsonl")}
+    best = min(evaluated, key=evaluated.get)
+    assert 0 < best and [*evaluated][-1] == result.step == best + 2 < 12 and not result.stopped
+    assert read_run(whole, "").finished
+    exported = (whole / "export" / "model.safetensors").read_bytes()
+    assert exported == (export_kept(whole, str(best)) / "model.safetensors").read_bytes()
+    assert exported != (export_kept(whole, "last") / "model.safetensors").read_bytes()
+
+    def cut_off(step, metrics):
+        if step == best + 1:
+            raise Cut  # one evaluation has been waited for, and the next one comes
+
+    with pytest.raises(Cut):
+        train(config_of(**EARLY), broken, callbacks=Callbacks(on_step=cut_off))
+    for _ in range(2):  # the second time it is complete
+        again = train(config_of(**EARLY), broken)
+        assert again.step == result.step and not again.stopped and again.after == result.after
+        assert rows(broken / "eval.jsonl") == rows(whole / "eval.jsonl")
+        for name in ("loss", "grad_norm"):
+            assert column(broken, name) == column(whole, name)
+        assert (broken / "export" / "model.safetensors").read_bytes() == exported
 
 
 def test_two_runs_do_not_write_in_one_directory(tmp_path):

@@ -78,7 +78,7 @@ OPTIONS = {
     "--save_total_limit=2": "write --config.checkpoint.keep=2",
     "--load_best_model_at_end": "write --config.checkpoint.best_metric=eval/loss",
     "--logging_steps=25": "write --config.log_steps=25",
-    "--report_to=wandb": "metrics.jsonl is always written",
+    "--report_to=wandb": "write --config.log_to=wandb",
     "--run_name=first": "write --workdir=runs/NAME",
     "--resume_from_checkpoint=True": "the same --workdir goes on",
     "--push_to_hub": "write --config.export.push_to=NAME/MODEL",

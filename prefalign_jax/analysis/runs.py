@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from prefalign_jax.early_stopping import stopping_of
 from prefalign_jax.files import parse_json, read_json
 from prefalign_jax.metrics import ROW, read_metrics
 from prefalign_jax.options import flatten
@@ -51,8 +52,10 @@ class Run(NamedTuple):
 
     @property
     def finished(self) -> bool:
-        """Whether its last step is the one that its config asks for."""
-        return bool(self.train) and self.train[-1]["step"] >= self.config.get("steps", 0)
+        """Whether its last step is the one that its config asks for, or early stopping has ended it."""
+        stopping = stopping_of(self.config)
+        complete = bool(self.train) and self.train[-1]["step"] >= self.config.get("steps", 0)
+        return complete or (stopping is not None and stopping.ends(self.held_out))
 
 
 def last_row(path: Path) -> dict[str, Any]:
