@@ -350,7 +350,6 @@ class Run:
             self.checkpoints.wait()
             self.tell("on_save", step, self.checkpoints.directory / str(step))
 
-
     def finish(self, state: TrainState) -> None:
         """Draws the curves and exports, once the last checkpoint is on disk."""
         config, lora, workdir = self.experiment.config, self.began.lora, self.workdir
