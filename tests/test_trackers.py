@@ -1,6 +1,8 @@
 """A tracker gets what the run's own files have, each step once, whatever the run or the tracker goes through."""
 
+import contextlib
 import json
+import struct
 import sys
 
 import pytest
@@ -42,10 +44,10 @@ def fake(monkeypatch):
     return kinds["fake"]
 
 
-def run(workdir, *, start=0, stop=4, value=1.0, changed=False, failed=False):
+def run(workdir, *, start=0, stop=4, value=1.0, changed=False, failed=False, names=("fake", "other"), params=PARAMS):
     """A part of a run: evaluations at even steps, a line at every step, in its files and in its trackers."""
     rows = {name: metrics.whole_rows(workdir / f"{name}.jsonl") for name in ("metrics", "eval")}
-    opened = open_trackers(["fake", "other"], About(workdir, PARAMS), rows, start, changed)
+    opened = open_trackers(names, About(workdir, params), rows, start, changed)
     train, held_out = (metrics.open_writer(workdir, n, resume_step=start, trackers=opened) for n in ("metrics", "eval"))
     if start == 0:
         held_out.write(0, {"eval/loss": value})
@@ -131,3 +133,97 @@ def test_a_client_that_is_not_there_is_said(monkeypatch):
     for name in ("wandb", "trackio", "mlflow", "tensorboard"):
         with pytest.raises(UserError, match=rf"log_to={name}.* not installed: pip install 'prefalign_jax\[{name}\]'"):
             check_installed([name])
+
+
+# The real clients, without a network: what is in their files
+
+
+def by_step(pairs):
+    """{step: {name: number}} of (step, {name: number})."""
+    out = {}
+    for step, numbers in pairs:
+        out.setdefault(step, {}).update(numbers)
+    return out
+
+
+def records(path):
+    """The records of a .wandb file: in blocks of 32 KiB, in parts of a checksum, a length and a kind each."""
+    data, at, record = path.read_bytes(), 7, b""
+    while at < len(data):
+        left = 2**15 - at % 2**15
+        if left < 7:  # no part begins here
+            at += left
+            continue
+        _, size, kind = struct.unpack("<IHB", data[at : at + 7])
+        record += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            yield record
+            record = b""
+
+
+def in_wandb(workdir):
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    def values_of(items):
+        return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+    rows, params = [], {}
+    for path in sorted(workdir.glob("wandb/offline-run-*/run-*.wandb")):
+        assert path.stem == f"run-{json.loads((workdir / KEPT).read_text())['wandb']}"
+        assert SECRET.encode() not in path.read_bytes()
+        for record in map(Record.FromString, records(path)):
+            values = values_of(record.history.item)
+            rows += [(values["_step"], {name: x for name, x in values.items() if name[0] != "_"})] if values else []
+            params |= values_of([*record.config.update, *record.run.config.update])
+    return rows, params
+
+
+def in_trackio(workdir):
+    import sqlite3
+
+    with contextlib.closing(sqlite3.connect(workdir / "trackio" / f"{trackers.PROJECT}.db")) as database:
+        found = database.execute("SELECT run_id, step, metrics FROM metrics ORDER BY id").fetchall()
+        ((run, params),) = database.execute("SELECT run_id, config FROM configs").fetchall()
+    assert {row[0] for row in found} == {run} == {json.loads((workdir / KEPT).read_text())["trackio"]}
+    return [(step, json.loads(text)) for _, step, text in found], json.loads(params)
+
+
+def in_mlflow(workdir):
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    (found,) = client.search_runs([client.get_experiment_by_name(trackers.PROJECT).experiment_id])
+    assert found.info.run_id == json.loads((workdir / KEPT).read_text())["mlflow"] and found.info.status == "FINISHED"
+    assert found.info.run_name == workdir.name and found.data.tags["group"] == workdir.parent.name
+    points = [p for name in found.data.metrics for p in client.get_metric_history(found.info.run_id, name)]
+    return [(point.step, {point.key: point.value}) for point in points], found.data.params
+
+
+CLIENTS = {"wandb": in_wandb, "trackio": in_trackio, "mlflow": in_mlflow}
+SECRET = "nobody-should-see-this"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CLIENTS)
+def test_the_files_of_a_real_client_have_every_metric_once_after_a_kill(name, tmp_path, monkeypatch):
+    workdir = tmp_path / "runs" / "mine"
+    workdir.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["prefalign", f"--config.data.path=https://me:{SECRET}@there.org"])
+    for variable, value in {
+        "WANDB_MODE": "offline",
+        "TRACKIO_DIR": str(workdir / "trackio"),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
+    }.items():
+        monkeypatch.setenv(variable, value)
+    pytest.importorskip(name)  # trackio reads its variable then
+    params = {**PARAMS, "data.path": f"https://me:{SECRET}@there.org", **{f"field {n}": n for n in range(150)}}
+    for start, stop in ((0, 4), (2, 7)):  # killed after step 4 with a checkpoint of step 2
+        run(workdir, start=start, stop=stop, names=[name], params=params)
+    rows, told = CLIENTS[name](workdir)
+    assert by_step(rows) == by_step(files(workdir))
+    assert sum(map(len, (numbers for _, numbers in rows))) == sum(map(len, by_step(files(workdir)).values()))
+    assert {"loss.name", "loss.beta", "field 149"} <= told.keys() and "grad_clip" not in told
+    assert told["data.path"] == "https://there.org" and float(told["loss.beta"]) == 0.1
+    assert SECRET not in "".join(str(value) for value in told.values())
