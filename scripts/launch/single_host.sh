@@ -1,10 +1,10 @@
 #!/bin/bash
-# The handbook's 7B DPO on one host with 8 GPUs, which one process sees. Started again where it was only told to stop.
-#   scripts/launch/single_host.sh runs/zephyr [--config.x=y ...]
+# Runs an experiment on one host, in one process that sees all of its GPUs, with the options of `prefalign train`:
+#   scripts/launch/single_host.sh --config=handbook/zephyr_7b_dpo --workdir=runs/zephyr [--config.x=y ...]
+# A run that was told to stop is started again, unless this script was told so too: by Ctrl-C, which both get.
 set -u
-workdir=${1:?directory of the run}
-shift
-until python scripts/train.py --config=experiments/handbook/zephyr_7b_dpo.py --workdir="$workdir" "$@"; do
+trap 'exit 143' INT TERM
+until prefalign train "$@"; do
     status=$?
     [ "$status" -eq 143 ] || exit "$status"
 done
