@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 import yaml
-from launch import kubernetes
 
+from launch import kubernetes
 from prefalign_jax.exits import status_of
 
 ROOT = pathlib.Path(__file__).parents[1]
