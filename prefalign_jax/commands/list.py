@@ -1,4 +1,4 @@
-"""Names what there is to choose from: experiments, losses, families of models, formats of data, chat templates."""
+"""Names what there is to choose from: experiments, losses, families and shapes of models, formats, chat templates."""
 
 from __future__ import annotations
 
@@ -45,12 +45,20 @@ def template_lines() -> Mapping[str, str]:
     return dict.fromkeys(CHAT_TEMPLATES, "")
 
 
+def shape_lines() -> Mapping[str, str]:
+    """Published model -> nothing to add."""
+    from prefalign_jax.cost.shapes import SHAPES
+
+    return dict.fromkeys(SHAPES, "")
+
+
 # What there is -> (how it is chosen, its names and what they mean).
 LISTS: dict[str, tuple[str, Callable[[], Mapping[str, str]]]] = {
     "experiments": ("--config=NAME", experiment_lines),
     "losses": ("--config.loss.name=NAME", loss_lines),
     "families": ("model_type of a model's config.json", family_lines),
     "formats": ("--config.data.format=NAME, told from the rows by default", format_lines),
+    "shapes": ("prefalign plan --model=NAME", shape_lines),
     "templates": ("--config.data.chat_template=NAME", template_lines),
 }
 

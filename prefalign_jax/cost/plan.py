@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -214,6 +215,32 @@ def seconds(step: Plan, chip: Chip) -> tuple[float, float]:
     return computing, sending
 
 
+class Duration(NamedTuple):
+    """How long something takes: if computing and sending overlap, and if they do not."""
+
+    overlapped: float
+    apart: float
+
+
+def step_time(step: Plan, chip: Chip) -> Duration:
+    """Seconds of a step."""
+    computing, sending = seconds(step, chip)
+    return Duration(max(computing, sending), computing + sending)
+
+
+def days(step: Plan, config: ConfigDict, chip: Chip, pairs: int) -> tuple[int, Duration]:
+    """(steps, days of training without evaluation) of a run on a data set.
+
+    Args:
+      step: the plan.
+      config: says how many epochs, pairs or steps the run has; one epoch if it says none.
+      chip: the device.
+      pairs: in the data set.
+    """
+    steps = read(config, complete=False).total_steps(pairs)
+    return steps, Duration(*(steps * one / 86400 for one in step_time(step, chip)))
+
+
 def _in_host(one: Collective, chip: Chip) -> bool:
     return len({device // chip.host for device in one.group}) == 1
 
@@ -255,12 +282,48 @@ def advice(step: Plan, config: ConfigDict, chip: Chip) -> list[str]:
     return out
 
 
-def report(step: Plan, config: ConfigDict, chip_name: str) -> str:
-    """The plan as text."""
+_RATES = ("if both", "s a step", "pairs/s", "tokens/s")
+
+
+def _axes(step: Plan) -> str:
+    return " x ".join(f"{name} {size}" for name, size in step.mesh.items() if size > 1) or "one device"
+
+
+def _both(took: Duration) -> list[tuple[str, float]]:
+    return [("overlap", took.overlapped), ("do not", took.apart)]
+
+
+def _rates(name: str, step: Plan, config: ConfigDict, took: float) -> tuple[str, ...]:
+    return name, f"{took:.2f}", f"{config.batch_size / took:.1f}", f"{step.tokens / took:,.0f}"
+
+
+def table(steps: Sequence[Plan], config: ConfigDict, chip_name: str, pairs: int | None = None) -> str:
+    """Plans of several meshes side by side, each with its rates if computing and sending do not overlap.
+
+    Args:
+      steps: the plans.
+      config: of all of them.
+      chip_name: a key of CHIPS.
+      pairs: in a data set, whose days are told too.
+    """
+    chip, rows = CHIPS[chip_name], []
+    for step in steps:
+        computing, sending = seconds(step, chip)
+        fits = "yes" if step.total <= ROOM * chip.memory else "no"
+        sizes = (f"{step.total / GB:.1f}", fits, f"{computing:.2f}", f"{sending:.2f}")
+        row = (_axes(step), *sizes, *_rates("", step, config, computing + sending)[1:])
+        rows.append((*row, f"{days(step, config, chip, pairs)[1].apart:.2f}") if pairs else row)
+    head = ("mesh", "GB a device", "fits", "computing, s", "sending, s", *_RATES[1:], *(["days"] if pairs else []))
+    devices = math.prod(steps[0].mesh.values())
+    title = f"{devices} {chip_name}; {config.batch_size} pairs a step, {steps[0].tokens} tokens"
+    return f"{title}\n\n{aligned(head, rows)}"
+
+
+def report(step: Plan, config: ConfigDict, chip_name: str, pairs: int | None = None) -> str:
+    """The plan as text; with the number of `pairs` in a data set the days of a run too."""
     chip = CHIPS[chip_name]
     devices = math.prod(step.mesh.values())
-    axes = " x ".join(f"{name} {size}" for name, size in step.mesh.items() if size > 1) or "one device"
-    lines = [f"{devices} {chip_name}, {axes}; {config.batch_size} pairs a step, {step.tokens} tokens", ""]
+    lines = [f"{devices} {chip_name}, {_axes(step)}; {config.batch_size} pairs a step, {step.tokens} tokens", ""]
     room = f"of {chip.memory / GB:.0f} GB, {ROOM:.0%} of which a program gets"
     rows = [(name, f"{size / GB:.2f}", "") for name, size in step.memory.items()]
     lines += [aligned(("memory of a device", "GB", ""), [*rows, ("total", f"{step.total / GB:.2f}", room)]), ""]
@@ -277,7 +340,10 @@ def report(step: Plan, config: ConfigDict, chip_name: str) -> str:
     computing, sending = seconds(step, chip)
     lines += ["", f"{step.flops / devices / 1e12:.1f} TFLOP a device, {computing:.2f} s at {ATTAINED:.0%} of the peak"]
     lines += [f"{sending:.2f} s in collectives at {REACHED:.0%} of the links' bandwidth"]
-    lines += [f"a step: {max(computing, sending):.2f} s if both overlap, {computing + sending:.2f} s if they do not"]
+    lines += [aligned(_RATES, [_rates(name, step, config, one) for name, one in _both(step_time(step, chip))])]
+    if pairs:
+        steps, took = days(step, config, chip, pairs)
+        lines += [f"{pairs:,} pairs, {steps:,} steps: {took.overlapped:.2f} to {took.apart:.2f} days, and evaluation"]
     changes = advice(step, config, chip)
     over = step.total - ROOM * chip.memory
     if over > 0:
