@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 # What `tokenize` takes of a config's `data`, and where the user finds some of the rest.
-OPTIONS = ("split", "limit", "format", "columns", "map_fn", "ignore", "clean", "cleaning", "pairs")
+OPTIONS: tuple[str, ...] = ("split", "limit", "format", "columns", "map_fn", "ignore", "clean", "cleaning", "pairs")
 OPTIONS += ("flip_labels", "ascii_quotes", "train_on", "keep_end", "mask_format", "cache_dir")
 OPTIONS += CHAT_FIELDS
 ELSEWHERE = {

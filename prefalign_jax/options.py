@@ -91,7 +91,7 @@ def flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
       >>> flatten({"seed": 0, "loss": {"name": "dpo", "beta": 0.1}})
       {'seed': 0, 'loss.name': 'dpo', 'loss.beta': 0.1}
     """
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in fields.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return flat

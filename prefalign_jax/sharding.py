@@ -66,8 +66,8 @@ def axis_sizes(sizes: Mapping[str, int | None], devices: int) -> tuple[int, ...]
     for name in sizes:
         if name not in AXES:
             raise UserError(f"mesh.{name} is unknown; the axes are {', '.join(AXES)}")
-    shape = [sizes.get(name, 1) for name in AXES]
-    shape = [(1 if -1 in shape else -1) if size is None else size for size in shape]
+    asked = [sizes.get(name, 1) for name in AXES]
+    shape = [(1 if -1 in asked else -1) if size is None else size for size in asked]
     known = math.prod(size for size in shape if size != -1)
     if shape.count(-1) == 1 and known > 0 and devices % known == 0:
         shape[shape.index(-1)] = devices // known

@@ -214,7 +214,7 @@ class Pairs(Sequence[Pair]):
         return dataclasses.replace(changed, digest=_digests(changed))
 
 
-COLUMNS = ("buffer", "start", "length", "scores", "weight", "margin", "label", "place", "row")
+COLUMNS: tuple[str, ...] = ("buffer", "start", "length", "scores", "weight", "margin", "label", "place", "row")
 COLUMNS += ("source", "held_out", "prompt_key", "digest")
 
 

@@ -245,7 +245,9 @@ def hyper_of(name: str) -> dict[str, Any]:
 
 
 def _make_mixture(name: str, text: str, given: Mapping[str, Any]) -> BoundLoss:
-    weights, parts, used, known = [], [], set(), set()
+    weights, parts = [], []
+    used: set[str] = set()
+    known: set[str] = set()
     for term in _expanded(text):
         defaults = hyper_of(term.name)
         known |= defaults.keys()
