@@ -78,9 +78,11 @@ def latest_stage(directory: Path) -> Path:
 def read_mark(point: Path) -> dict[str, Any]:
     """What a sweep keeps of a point: its overrides, its config with dotted names, in 'done' the 'run' or None.
 
-    In 'together' are the names of the points that it is run with in one program, [] if it is run by itself.
+    In 'together' are the names of the points that it is run with in one program, [] if it is run by itself. Of a trial
+    that a search stopped early 'done' has the step of its last evaluation, as 'pruned'.
     """
-    shape = {"overrides?": "an object", "config?": "an object", "done": ("null", {"run": "a string"})}
+    done = ("null", {"run": "a string", "pruned?": "an integer"})
+    shape = {"overrides?": "an object", "config?": "an object", "done": done}
     mark = read_json(point / MARK, {**shape, "together?": ["a string"]})
     return {"overrides": {}, "config": {}, "together": [], **mark}
 

@@ -46,6 +46,7 @@ MEMORY = {
     "GLIBC_TUNABLES": f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold={_KEEP}:glibc.malloc.trim_threshold={_KEEP}"
 }
 WAITING, RUNNING, DONE, FAILED, STOPPED = "waiting", "running", "done", "failed", "stopped"
+PRUNED = "pruned"  # a trial of a search that was stopped early
 
 
 # From an experiment file to points
@@ -109,17 +110,32 @@ def read_points(
     Raises:
       UserError: no sweep(), two equal points, or a point that no run would take.
     """
-    experiment, _, argument = config.partition(":")
+    experiment = config.partition(":")[0]
     config_of(config, common)  # a mistake in the file or in `common` is no point's
     listed = sweep_of(experiment, needed=not grid)
     if not listed:
         raise UserError(f"{experiment}: sweep() gives no point; write at least one dict, which may be empty")
     for number, overrides in enumerate(listed, 1):
-        _check(overrides, f"{experiment}: sweep(), point {number}", common)
+        check_overrides(overrides, f"{experiment}: sweep(), point {number}", common)
         if both := sorted(set(overrides) & set(grid)):
             raise UserError(f"--grid {both[0]}= varies what sweep() of {experiment} varies; leave it out")
-    _check({field: values[0] for field, values in grid.items()}, "--grid", common)
+    check_overrides({field: values[0] for field, values in grid.items()}, "--grid", common)
     listed = [{**one, **dict(zip(grid, each, strict=True))} for one in listed for each in product(*grid.values())]
+    return make_points(config, common, listed)
+
+
+def make_points(config: str, common: Sequence[str], listed: Sequence[Mapping[str, Any]]) -> list[Point]:
+    """A point for each dict of overrides, checked as its run would check it.
+
+    Args:
+      config: NAME or NAME:ARG of an experiment.
+      common: words --config.x=y for all points.
+      listed: overrides of each.
+
+    Raises:
+      UserError: two equal points, or a point that no run would take.
+    """
+    experiment, _, argument = config.partition(":")
     points = []
     for number, (name, overrides) in enumerate(zip(names_of(listed), listed, strict=True), 1):
         joined = ",".join(filter(None, (argument, overrides.get("config"))))
@@ -134,7 +150,8 @@ def read_points(
     return points
 
 
-def _check(overrides: Any, where: str, common: Sequence[str]) -> None:
+def check_overrides(overrides: Any, where: str, common: Sequence[str]) -> None:
+    """Raises UserError unless these are fields with plain values that no option sets too."""
     if not isinstance(overrides, Mapping):
         raise UserError(f"{where}: expected a dict of overrides, found {type(overrides).__name__}")
     for key, value in overrides.items():
@@ -187,7 +204,7 @@ def names_of(listed: Sequence[Mapping[str, Any]]) -> list[str]:
 # Running them
 
 
-class _State:
+class State:
     """A point's state while the sweep lives."""
 
     def __init__(self, point: Point, directory: Path):
@@ -195,7 +212,7 @@ class _State:
         self.state, self.error = WAITING, ""
 
 
-class _Job:
+class Job:
     """What one process runs: a point, or several that are members of one program.
 
     Args:
@@ -203,7 +220,7 @@ class _Job:
       command: what runs them.
     """
 
-    def __init__(self, members: Sequence[_State], command: Sequence[str]):
+    def __init__(self, members: Sequence[State], command: Sequence[str]):
         self.members, self.command = members, command
         self.log = members[0].directory / LOG
         self.process: subprocess.Popen | None = None
@@ -290,8 +307,8 @@ class _Job:
         else:
             self.settle(FAILED, self.last_error(status))
 
-    def end(self, one: _State) -> None:
-        """Takes down what became of a point whose process has ended well; a member may have diverged."""
+    def end(self, one: State, **more: Any) -> None:
+        """Takes down what became of a point whose process has ended well, and `more`; a member may have diverged."""
         if self.together and (one.directory / MEMBER_FAILED).exists():
             one.state = FAILED
             one.error = read_json(one.directory / MEMBER_FAILED, {"step": "an integer", "error": "a string"})["error"]
@@ -299,7 +316,7 @@ class _Job:
             (one.directory / MEMBER_FAILED).unlink()
             return
         run = latest_stage(one.directory).relative_to(one.directory)
-        write_json(one.directory / MARK, _mark(one.point, {"run": str(run)}, self.together))
+        write_json(one.directory / MARK, _mark(one.point, {"run": str(run), **more}, self.together))
         one.state = DONE
 
     def last_error(self, status: int) -> str:
@@ -365,24 +382,21 @@ def run_sweep(
     Raises:
       UserError: another sweep is at work there, or a point of the same name was another.
     """
-    if jobs < 1:
-        raise UserError(f"--jobs={jobs} must be at least 1")
-    if len({*devices}) < len(devices) or "" in devices:
-        raise UserError(f"--devices={','.join(devices)} must name each device once, as in --devices=0,1,2,3")
+    check_jobs(jobs, devices)
     jobs = len(devices) or jobs
     with locked(workdir), stop_signal() as stop:
-        states = {point.name: _State(point, workdir / point.name) for point in points}
+        states = {point.name: State(point, workdir / point.name) for point in points}
         for one in states.values():
             one.state = DONE if _done(one.point, workdir) is not None else WAITING
         waiting = [one.point for one in states.values() if one.state == WAITING]
         queue = [
-            _Job([states[point.name] for point in some], program if len(some) > 1 else command)
+            Job([states[point.name] for point in some], program if len(some) > 1 else command)
             for some in programs_of(waiting, workdir, together, jobs, len(devices))
         ]
         others = len({mark.parent.name for mark in workdir.glob(f"*/{MARK}")} - {point.name for point in points})
         if others:
             note(f"{others} other point(s) in {workdir} are not in this sweep and are left as they are")
-        table = _Table(stream or sys.stderr)
+        table = Table(stream or sys.stderr)
         told = False
         try:
             while any(job.state == RUNNING for job in queue) or (
@@ -424,6 +438,14 @@ def run_sweep(
     return 1 if failed else 0
 
 
+def check_jobs(jobs: int, devices: Sequence[str]) -> None:
+    """Raises UserError unless there is at least one job, and no device is named twice."""
+    if jobs < 1:
+        raise UserError(f"--jobs={jobs} must be at least 1")
+    if len({*devices}) < len(devices) or "" in devices:
+        raise UserError(f"--devices={','.join(devices)} must name each device once, as in --devices=0,1,2,3")
+
+
 def _done(point: Point, workdir: Path) -> dict[str, Any] | None:
     """What the mark of a point says when it is done, None if it is not.
 
@@ -443,7 +465,7 @@ def _done(point: Point, workdir: Path) -> dict[str, Any] | None:
     return mark["done"]
 
 
-class _Table:
+class Table:
     """The states of all points, rewritten in place on a terminal, else a line for each change."""
 
     def __init__(self, stream: TextIO):
@@ -451,7 +473,7 @@ class _Table:
         self.height = 0
         self.shown: dict[str, str] = {}
 
-    def show(self, queue: Sequence[_State], last: bool = False) -> None:
+    def show(self, queue: Sequence[State], last: bool = False) -> None:
         """Shows what has changed; `last` leaves the whole table standing."""
         if not self.terminal:
             for job in queue:
@@ -511,13 +533,14 @@ def results(points: Sequence[Point], workdir: Path) -> list[dict[str, Any]]:
       workdir: of the sweep.
 
     Returns:
-      Rows of name, state ('done' or 'unfinished'), the overrides, and where it is done: steps, seconds of training,
-      pairs, tokens and trained tokens, the last evaluation, and the first with 'first/' before its names.
+      Rows of name, state ('done', 'pruned' or 'unfinished'), the overrides, and where it is over: steps, seconds of
+      training, pairs, tokens and trained tokens, the last evaluation, and the first with 'first/' before its names.
     """
     rows = []
     for point in points:
         done = _done(point, workdir)
-        row = {"name": point.name, "state": "unfinished" if done is None else DONE, **point.overrides}
+        state = "unfinished" if done is None else PRUNED if "pruned" in done else DONE
+        row = {"name": point.name, "state": state, **point.overrides}
         if done is not None:
             run = read_run(workdir / point.name / done["run"], point.name, workdir / point.name)
             spent = {name: float(values[-1]) for name, values in run.spent().items()}
