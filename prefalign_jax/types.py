@@ -135,7 +135,7 @@ class Sequences(NamedTuple):
         the K responses that its prompt has at most; -1 for none.
     """
 
-    index: Array  # type: ignore[assignment]  # hides tuple's
+    index: Array
     place: Array
 
 
@@ -159,7 +159,7 @@ class PreferenceBatch(NamedTuple):
     weight: Array  # [B] float32; 0 marks a filler pair
     margin: Array  # [B] float32, by how much the chosen response is better; 0 where the data do not say
     label: Array  # [B] float32, 1 for a desirable completion, 0 for an undesirable one
-    index: Array  # type: ignore[assignment]  # [B] int32, the pair's number in its data set; -1 marks filler
+    index: Array  # [B] int32, the pair's number in its data set; -1 marks filler
     mean_tokens: Array  # [2] float32, weighted mean number of trained (prompt, chosen) tokens a pair, global batch
     reference: PairLogps | None = None  # cached reference log-probabilities
     sequences: Sequences | None = None  # where the model attends by them

@@ -13,7 +13,7 @@ from prefalign_jax.analysis.search import Range, read_ranges, read_search, run_s
 from prefalign_jax.config import defaults
 from prefalign_jax.processes import STOPPED
 
-# Stands for the training script: four evaluations, best where beta is 0.1; each lasts until the file `go` allows it.
+# Stands for the training script: four evaluations, best where beta is 0.1; 0.01 s apart.
 FAKE = """
 import json, math, os, pathlib, signal, sys, time
 options = dict(word.lstrip("-").split("=", 1) for word in sys.argv[1:])
@@ -25,14 +25,12 @@ if options.get("config.seed") == "13":
 (workdir / "config.json").write_text(json.dumps({"steps": 4, "loss": {"beta": beta}}))
 done = len((workdir / "eval.jsonl").read_text().splitlines()) if (workdir / "eval.jsonl").exists() else 0
 for step in range(done, 5):
-    time.sleep(0.02)
+    time.sleep(0.01)
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": step + 1, "loss": 1.0, "step_time": 0.1}) + "\\n")
     with (workdir / "eval.jsonl").open("a") as file:
         value = -abs(math.log10(beta / 0.1)) + 0.01 * step
         file.write(json.dumps({"step": step, "eval/accuracy": value if step else 0.0}) + "\\n")
-    if step == 4 or (workdir.parent / "stop").exists():
-        time.sleep(0.2 if step < 4 else 0)
 """
 ARGUMENTS = "dpo:model=m,data=d", []
 
@@ -119,9 +117,9 @@ def test_without_optuna_the_line_says_what_to_install(monkeypatch, capsys, tmp_p
 
 def test_a_search_finds_what_is_best_and_says_what_it_stopped_early(optuna, tmp_path, fake, capsys):
     workdir = tmp_path / "search"
-    assert go(beta_search(), workdir, fake, 16) == 0
+    assert go(beta_search(), workdir, fake, 12) == 0
     trials = trials_of(optuna, workdir)
-    assert len(trials) == 16
+    assert len(trials) == 12
     rows = json.loads((workdir / "results.json").read_text())
     best = max((row for row in rows if row["state"] == "done"), key=lambda row: row["eval/accuracy"])
     assert 0.03 < best["loss.beta"] < 0.3
@@ -133,13 +131,13 @@ def test_a_search_finds_what_is_best_and_says_what_it_stopped_early(optuna, tmp_
     assert {run.name for run in find_runs([workdir])} == {row["name"] for row in rows}
     # The same command has nothing left to do, and one with more trials goes on.
     starts = (workdir / "starts.txt").read_text()
-    assert go(beta_search(), workdir, fake, 16) == 0 and (workdir / "starts.txt").read_text() == starts
-    assert go(beta_search(), workdir, fake, 17) == 0 and trials_of(optuna, workdir)[:16] == trials
+    assert go(beta_search(), workdir, fake, 12) == 0 and (workdir / "starts.txt").read_text() == starts
+    assert go(beta_search(), workdir, fake, 13) == 0 and trials_of(optuna, workdir)[:12] == trials
 
 
 def test_a_killed_search_makes_the_trials_of_one_that_nothing_stopped(optuna, tmp_path, fake, monkeypatch):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert go(beta_search(), whole, fake, 12) == 0
+    assert go(beta_search(), whole, fake, 8) == 0
     looks = [0]
     look = module._Trial.look
 
@@ -154,7 +152,7 @@ def test_a_killed_search_makes_the_trials_of_one_that_nothing_stopped(optuna, tm
     while True:
         calls += 1
         try:
-            assert go(beta_search(), killed, fake, 12) == 0
+            assert go(beta_search(), killed, fake, 8) == 0
             break
         except KeyboardInterrupt:
             pass

@@ -96,7 +96,8 @@ def read_ranges(words: Sequence[str], config: ConfigDict) -> dict[str, Range]:
         low, dots, high = ends.partition("..")
         whole = _type(config, field) is int
         try:
-            one = Range(*((int if whole else float)(end) for end in (low, high)), log == "log", whole)
+            read = int if whole else float
+            one = Range(read(low), read(high), log == "log", whole)
             if not (dots and (not comma or one.log) and one.low < one.high < math.inf and one.low > -math.inf):
                 raise ValueError(word)
         except ValueError:
@@ -219,11 +220,15 @@ def _open(search: Search, workdir: Path) -> Any:
     )
 
 
-def _ask(study: Any, search: Search) -> Any:
-    """The next trial. Its draw depends on its number and on what the study knows, not on when the search was begun."""
-    number = len(study.get_trials(deepcopy=False))
-    study.sampler = _optuna().samplers.TPESampler(seed=(1_000_003 * search.seed + number) % 2**32)
-    return study.ask()
+def _next(study: Any, search: Search, known: Any = None) -> Any:
+    """The next trial, or one that is known already.
+
+    What it draws depends on its number and on what the study knows, not on when the search was begun.
+    """
+    optuna = _optuna()
+    number = len(study.get_trials(deepcopy=False)) if known is None else known.number
+    study.sampler = optuna.samplers.TPESampler(seed=(1_000_003 * search.seed + number) % 2**32)
+    return study.ask() if known is None else optuna.trial.Trial(study, known._trial_id)
 
 
 def run_search(
@@ -263,8 +268,7 @@ def run_search(
     jobs = len(devices) or jobs
     with locked(workdir), stop_signal() as stop:
         study = _open(search, workdir)
-        make = lambda trial: _Trial(trial, search, workdir, command)  # noqa: E731
-        left = [make(optuna.trial.Trial(study, t._trial_id)) for t in study.get_trials(states=(states.RUNNING,))]
+        left = study.get_trials(deepcopy=False, states=(states.RUNNING,))
         over = [t for t in study.get_trials(deepcopy=False) if t.state != states.RUNNING and t.params]
         points = {point.name: point for point in (_point(optuna.trial.FixedTrial(t.params), search) for t in over)}
         shown: list[State] = []
@@ -276,7 +280,7 @@ def run_search(
                 while not stop.is_set() and len(running) < jobs:
                     if not left and len(study.get_trials(deepcopy=False)) >= trials:
                         break
-                    one = left.pop(0) if left else make(_ask(study, search))
+                    one = _Trial(_next(study, search, left.pop(0) if left else None), search, workdir, command)
                     points[one.point.name] = one.point
                     shown.append(one.state)
                     used = [other.job.device for other in running]
@@ -292,13 +296,13 @@ def run_search(
                     if one.state.state != RUNNING:
                         one.look()
                         failed |= _end(study, one) == FAILED
+                        write_results([*points.values()], workdir)
                 running = [one for one in running if one.state.state == RUNNING]
                 if stop.is_set() and not told:
                     told = True
                     for one in running:
                         one.stop()
                 table.show(shown)
-                write_results([*points.values()], workdir)
                 time.sleep(poll) if told else stop.wait(poll)
         finally:
             for one in running:  # only after a second Ctrl-C or a fault of ours is any still running

@@ -291,7 +291,8 @@ def concatenate(parts: Sequence[Pairs]) -> Pairs:
         columns["place"][i] = np.array([number[name] for name in part.places], np.int32)[columns["place"][i]]
     joined = {name: np.concatenate(column) for name, column in columns.items()}
     flat = {name: tuple(x for part in parts for x in getattr(part, name)) for name in ("buffers", "token_weights")}
-    return Pairs(places=tuple(names), **flat, **joined)
+    fields: dict[str, Any] = flat | joined
+    return Pairs(places=tuple(names), **fields)
 
 
 def _widened(column: np.ndarray, width: int, filler: float) -> np.ndarray:

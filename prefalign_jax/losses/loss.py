@@ -245,6 +245,7 @@ def bind(name: str, entry: Loss, given: Mapping[str, Any], checks: Checks, condi
         return loss, metrics
 
     def advance(policy: PairLogps, reference: PairLogps | None) -> Mapping[str, Array]:
+        assert entry.advance is not None  # only a loss that carries something is asked to
         return jax.lax.stop_gradient(entry.advance(*change(policy, reference), **own))
 
     def shown(key: str) -> bool:
