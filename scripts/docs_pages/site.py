@@ -2,12 +2,14 @@
 
 - the start page is the README; CONTRIBUTING and CHANGELOG are pages too
 - reference/ has every module of the package, grouped as GROUPS says, its text from the docstrings
-- a file of the repository that a page links to becomes a page of its own, so that no link leaves the site
+- a file of the repository that a page links to becomes a page of its own, so that no link leaves the site; of a
+  notebook it shows cells and outputs
 
 Links stay as they work on a hub, and are turned here. After a build every public name must be on a page.
 """
 
 import ast
+import json
 import os
 import posixpath
 import re
@@ -150,7 +152,30 @@ def source(path: str) -> str:
     text = file.read_text(encoding="utf-8")
     if file.suffix == ".md":
         return turned(path, text)
+    if file.suffix == ".ipynb":
+        return notebook(text)
     return f"---\nsearch: {{exclude: true}}\n---\n\n# {path}\n\n````{LANGUAGES[file.suffix]}\n{text}\n````\n"
+
+
+def notebook(text: str) -> str:
+    """A notebook as a page: its prose, its code and what the code printed and drew."""
+    out = ["---\nsearch: {exclude: true}\n---"]
+    for cell in json.loads(text)["cells"]:
+        words = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            words = re.sub(r"\$\$(.+?)\$\$", lambda formula: math(formula[1]), words, flags=re.DOTALL)
+            out.append(re.sub(r"\$([^$\n]+)\$", lambda formula: convert(formula[1]), words))
+            continue
+        out.append(f"````python\n{words}\n````")
+        for output in cell["outputs"]:
+            data = output.get("data", {"text/plain": output.get("text", [])})
+            if "image/png" in data:
+                out.append(f'<img alt="" src="data:image/png;base64,{"".join(data["image/png"]).strip()}">')
+            elif "text/html" in data:
+                out.append("".join(data["text/html"]))
+            else:
+                out.append("````\n" + "".join(data["text/plain"]).rstrip() + "\n````")
+    return "\n\n".join(out) + "\n"
 
 
 def math(text: str, *_, **__) -> str:
@@ -196,8 +221,8 @@ def on_page_markdown(markdown, page, **_):
 
 
 def on_page_context(context, page, config, **_):
-    """The theme's own words, and the language that a page says it is in: Japanese below ja/."""
-    config.theme["language"] = "ja" if page.file.src_uri.startswith("ja/") else "en"
+    """The theme's own words, and the language that a page says it is in."""
+    config.theme["language"] = "ja" if re.match(r"ja/|.*\.ja\.", page.file.src_uri) else "en"
     return context
 
 
