@@ -232,8 +232,8 @@ def test_rates_and_days_follow_from_the_time_of_a_step(found, config, monkeypatc
     both = table([found, found._replace(mesh={"fsdp": 8}, traffic=[])], config, "slow", 3200)
     first, second = (line.split() for line in both.splitlines()[-2:])
     assert first[:3] == ["fsdp", "4", "x"] and second[:2] == ["fsdp", "8"]
-    assert float(first[-1]) == pytest.approx(100 * (computing + sending) / 86400, abs=0.01)
-    assert float(second[-1]) == pytest.approx(100 * computing / 86400, abs=0.01)
+    assert float(first[-1]) == pytest.approx(100 * (computing + sending) / 86400, rel=0.01)
+    assert float(second[-1]) == pytest.approx(100 * computing / 86400, rel=0.01)
 
 
 def test_adapters_are_planned_with_their_base_as_the_reference(config):

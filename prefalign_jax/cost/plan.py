@@ -312,7 +312,7 @@ def table(steps: Sequence[Plan], config: ConfigDict, chip_name: str, pairs: int 
         fits = "yes" if step.total <= ROOM * chip.memory else "no"
         sizes = (f"{step.total / GB:.1f}", fits, f"{computing:.2f}", f"{sending:.2f}")
         row = (_axes(step), *sizes, *_rates("", step, config, computing + sending)[1:])
-        rows.append((*row, f"{days(step, config, chip, pairs)[1].apart:.2f}") if pairs else row)
+        rows.append((*row, f"{days(step, config, chip, pairs)[1].apart:.3g}") if pairs else row)
     head = ("mesh", "GB a device", "fits", "computing, s", "sending, s", *_RATES[1:], *(["days"] if pairs else []))
     devices = math.prod(steps[0].mesh.values())
     title = f"{devices} {chip_name}; {config.batch_size} pairs a step, {steps[0].tokens} tokens"
@@ -343,7 +343,8 @@ def report(step: Plan, config: ConfigDict, chip_name: str, pairs: int | None = N
     lines += [aligned(_RATES, [_rates(name, step, config, one) for name, one in _both(step_time(step, chip))])]
     if pairs:
         steps, took = days(step, config, chip, pairs)
-        lines += [f"{pairs:,} pairs, {steps:,} steps: {took.overlapped:.2f} to {took.apart:.2f} days, and evaluation"]
+        in_days, in_hours = (" to ".join(f"{unit * one:.3g}" for one in took) for unit in (1, 24))
+        lines += [f"{pairs:,} pairs, {steps:,} steps: {in_days} days ({in_hours} hours), and evaluation"]
     changes = advice(step, config, chip)
     over = step.total - ROOM * chip.memory
     if over > 0:
