@@ -105,6 +105,7 @@ EMA = {"ema.decay": 0.5}
 SCHEDULE_FREE = {"optimizer.name": "schedule_free_adamw", "warmup_steps": 1}
 
 
+@pytest.mark.everything
 def test_an_average_that_hardly_moves_is_evaluated_and_exported_as_the_model_was(tmp_path):
     result = train(config_of(**{**AVERAGED, "ema.decay": 1 - 1e-6, "save_steps": None}), tmp_path)
     assert column(tmp_path)[2] < column(tmp_path)[0] - 0.1  # what is trained moves

@@ -165,6 +165,7 @@ def test_cudnns_attention_gives_the_log_probabilities_of_tiles(monkeypatch):
         np.testing.assert_allclose(*(getattr(one, name) for one in found), rtol=2e-2)
 
 
+@pytest.mark.everything
 def test_splash_gives_the_log_probabilities_and_gradients_of_tiles():
     """In Pallas's interpreter, which it runs in wherever there is no TPU; of Gemma 2's attention, on four devices."""
     config = dataclasses.replace(CONFIG, windows=(0, 9), attention_softcap=3.0, query_scale=0.4)

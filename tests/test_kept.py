@@ -87,6 +87,7 @@ def test_a_finished_run_is_left_as_it_is_where_what_is_asked_for_cannot_be(field
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.everything
 def test_what_changes_when_a_run_goes_on_is_said_and_kept(finished, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)

@@ -185,7 +185,10 @@ def live(loss, policy: PairLogps) -> dict:
     return {name: jax.tree.map(jnp.asarray, getattr(policy, name)) for name in names}
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "beta_dpo" not in case])  # see test_dpo.py
+@pytest.mark.parametrize(
+    "case",
+    [longer(case) if " " in case else case for case in CASES if "beta_dpo" not in case],  # see test_dpo.py
+)
 def test_gradients_are_those_of_the_function(case):
     loss = BOUND[case]
     with jax.enable_x64(True):
@@ -249,7 +252,9 @@ def test_raising_the_chosen_never_raises_the_loss_and_lowering_the_rejected_neit
         assert (slope("rejected") >= -1e-7).all() and (slope("rejected") > 0).any()
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "reference" in BOUND[case].needs])
+@pytest.mark.parametrize(
+    "case", [longer(case) if " " in case else case for case in CASES if "reference" in BOUND[case].needs]
+)
 def test_no_gradient_reaches_the_reference(case):
     loss = BOUND[case]
     policy, reference = draw(12, dtype=np.float32)

@@ -155,6 +155,7 @@ def test_a_member_is_the_run_that_it_is_alone(name):
     assert not np.allclose(rows[-1]["loss"][0], rows[-1]["loss"][1], rtol=1e-3)
 
 
+@pytest.mark.everything
 def test_a_member_that_diverges_changes_no_other():
     experiments = experiments_of("dpo")
     data = set_of(experiments[0], MODEL)

@@ -89,6 +89,7 @@ def test_a_file_of_another_kind_keeps_its_last_line(run, tmp_path, capsys, text)
     assert "name another file" in capsys.readouterr().err and (tmp_path / "out.jsonl").read_text() == text
 
 
+@pytest.mark.everything
 def test_a_last_sample_that_lacks_its_line_end_alone_is_kept(run, tmp_path):
     out = tmp_path / "out.jsonl"
     assert run() == 0

@@ -357,7 +357,7 @@ MESHES = {
     "fsdp 4 x context 2": {"fsdp": 4, "context": 2},
 }
 # TRL's runs are on the other meshes, DPO's on data 8 and ORPO's on fsdp 4 x tensor 2 (tests/test_train.py).
-PROGRAMS = [("dpo", "data 2 x fsdp 2 x tensor 2"), ("dpo", "fsdp 4 x context 2")]
+PROGRAMS = [("dpo", "data 2 x fsdp 2 x tensor 2")]
 PROGRAMS += [
     longer(loss, mesh) for loss in ("dpo", "orpo", "kto") for mesh in list(MESHES)[1:] if (loss, mesh) not in PROGRAMS
 ] + [longer("dpo of experts", "fsdp 4 x tensor 2")]

@@ -349,6 +349,7 @@ def test_a_run_that_ended_early_goes_on_bit_for_bit_with_its_evaluations(how, un
     jax.tree.map(np.testing.assert_array_equal, result.params, undisturbed[1].params)
 
 
+@pytest.mark.everything
 def test_early_stopping_and_callbacks_end_a_run_that_can_go_on_bit_for_bit(undisturbed, tmp_path):
     calls = []
 
@@ -441,6 +442,7 @@ def test_random_weights_have_a_row_for_every_token_and_another_reference_is_read
     assert abs(column(tmp_path / "run")[0] - np.log(2)) > 1e-3  # policy and reference differ from the start
 
 
+@pytest.mark.everything
 def test_a_longer_run_goes_on_where_the_shorter_ended(runs, tmp_path):
     fields = {"export.enabled": False, "mesh.data": 8}
     train(config_of(**fields, steps=3), tmp_path)
@@ -451,7 +453,7 @@ def test_a_longer_run_goes_on_where_the_shorter_ended(runs, tmp_path):
 @pytest.mark.parametrize(
     ("loss", "fields"),
     [
-        ("bco", {}),
+        longer("bco", {}),
         longer("dpo", {"reference.kind": "moving", "reference.mixup": 0.5, "reference.every": 2}),
         longer("mpo", {"micro_steps": 2}),
     ],
@@ -688,6 +690,7 @@ def test_the_own_loss_of_the_docs_trains_from_a_config_of_its_own(tmp_path):
     assert "`cauchy`: log(1 + (1 - beta h)^2)" in card and "| beta | 0.2 |" in card
 
 
+@pytest.mark.everything
 def test_the_best_checkpoint_by_a_held_out_metric_stays(tmp_path):
     fields = {
         "data.eval_fraction": 0.3,
