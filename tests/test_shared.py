@@ -236,7 +236,7 @@ def test_a_batch_always_fits_whatever_it_holds():
             batch_of(data, rng.choice(len(pairs), 9, replace=rng.random() < 0.5))
 
 
-@pytest.mark.parametrize("grouped", [False, True], ids=["pairs", "groups"])
+@pytest.mark.parametrize("grouped", [longer(False), True], ids=["pairs", "groups"])
 def test_eight_devices_give_what_one_gives_in_value_and_gradient(grouped):
     params, pairs, options, needs = make_params(), all_pairs([4, 3, 4, 2, 3, 4], (0, 0.5, 1)), dict(group=True), ()
     if grouped:

@@ -63,6 +63,7 @@ def undisturbed(tmp_path_factory):
     return directory
 
 
+@pytest.mark.everything
 def test_each_directory_is_as_of_the_run_alone(undisturbed, tmp_path):
     for number, point in enumerate(POINTS):
         ours, theirs = undisturbed / f"p{number}", tmp_path / f"p{number}"

@@ -128,7 +128,7 @@ def test_a_run_leaves_its_curves_checkpoint_and_model_card(runs):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"micro_steps": 2},
+        longer({"micro_steps": 2}),
         longer({"data.layout": "ordinary"}),
         {"reference.kind": "cached"},
         longer({"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}),
@@ -478,7 +478,7 @@ def test_a_moving_reference_makes_the_margin_small_again(runs, tmp_path):
     assert frozen[2] < np.log(2) - 0.01
 
 
-@pytest.mark.parametrize("loss", ["kto", longer("bco_unpaired"), longer("apo_zero_unpaired")])
+@pytest.mark.parametrize("loss", [longer("kto"), longer("bco_unpaired"), longer("apo_zero_unpaired")])
 def test_preference_rows_train_a_loss_of_single_completions(loss, tmp_path, capfd):
     fields = {"export.enabled": False, "data.eval_fraction": 0.2, "micro_steps": 2, "learning_rate": 1e-2}
     train(config_of(loss, **fields, **{"data.shuffle": True}), tmp_path)
@@ -503,7 +503,7 @@ def test_a_reward_model_starts_at_log_2_learns_and_is_exported_as_a_classifier(t
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, longer({"model.quantize": "nf4", "lora.dora": True})], ids=["LoRA", "DoRA over nf4"]
+    "fields", [longer({}), longer({"model.quantize": "nf4", "lora.dora": True})], ids=["LoRA", "DoRA over nf4"]
 )
 def test_adapters_are_trained_resumed_and_exported_and_the_base_stays_as_it_is(fields, tmp_path):
     fields = {**fields, "lora.rank": 4, "learning_rate": 5e-3, "data.eval_fraction": 0.2}
@@ -556,6 +556,7 @@ def new_tokens(tmp_path_factory):
     return workdir, train(config_of(**fields), workdir / "run")
 
 
+@pytest.mark.everything
 def test_tokens_that_a_template_adds_are_trained_beside_adapters(new_tokens):
     workdir, result = new_tokens
     old = load_file(TRL / "model.safetensors")["model.embed_tokens.weight"]
