@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 SECONDS = 5.0  # for what takes milliseconds
+_TICK = 1e-3
 _CHOICES = 8  # 'this or that' in a regular expression that is matched outside the main thread
 
 
@@ -23,7 +24,7 @@ def time_limit(seconds: float = SECONDS) -> Iterator[Callable[[], None]]:
     of the outer one, in the main thread.
 
     Args:
-      seconds: of wall clock.
+      seconds: of the thread's processor time: a process that was stopped, or starved by others, is not at fault.
 
     Raises:
       TimeoutError: the time is over.
@@ -41,13 +42,22 @@ def time_limit(seconds: float = SECONDS) -> Iterator[Callable[[], None]]:
             yield start_anew
         return
 
+    until = [0.0]  # of processor time; the alarm, of wall clock, comes no later than this may be reached
+
+    def start_anew() -> float:
+        until[0] = time.thread_time() + seconds
+        return signal.setitimer(signal.ITIMER_REAL, seconds)[0]
+
     def over(number: int, frame: Any) -> None:
-        raise TimeoutError(message)
+        if (more := until[0] - time.thread_time()) > 0:
+            signal.setitimer(signal.ITIMER_REAL, max(more, _TICK))
+        else:
+            raise TimeoutError(message)
 
     before = signal.signal(signal.SIGALRM, over)
-    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    left = start_anew()
     try:
-        yield lambda: signal.setitimer(signal.ITIMER_REAL, seconds)
+        yield start_anew
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -60,20 +70,24 @@ def _other_threads_limit(seconds: float, message: str) -> Iterator[Callable[[], 
     thread, lock, state = ctypes.c_ulong(threading.get_ident()), threading.Lock(), {"ended": False, "over": False}
     raise_in, ended, until = ctypes.pythonapi.PyThreadState_SetAsyncExc, threading.Event(), [0.0]
 
+    clock = _clock_of(thread.value)
+
     def start_anew() -> None:
-        until[0] = time.monotonic() + seconds
+        until[0] = clock() + seconds
 
     def watch() -> None:
-        while (left := until[0] - time.monotonic()) > 0:
-            if ended.wait(left):
-                return
+        while not ended.is_set() and (left := until[0] - clock()) > 0:
+            ended.wait(max(left, _TICK))
+        if ended.is_set():
+            return
         with lock:
             if not state["ended"]:
                 state["over"] = True
                 raise_in(thread, ctypes.py_object(TimeoutError))
 
     start_anew()
-    threading.Thread(target=watch, daemon=True).start()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         yield start_anew
     except TimeoutError:
@@ -85,8 +99,17 @@ def _other_threads_limit(seconds: float, message: str) -> Iterator[Callable[[], 
             state["ended"] = True
             if state["over"]:
                 raise_in(thread, None)  # which may not have been raised yet
+        watcher.join()  # it asks for the time of this thread, which must not have ended
     if state["over"]:
         raise TimeoutError(message)
+
+
+def _clock_of(thread: int) -> Callable[[], float]:
+    """The processor time of a thread that runs; of wall clock, where the system does not tell."""
+    if not hasattr(time, "pthread_getcpuclockid"):
+        return time.monotonic
+    clock = time.pthread_getcpuclockid(thread)
+    return lambda: time.clock_gettime(clock)
 
 
 def check_pattern(pattern: str) -> None:

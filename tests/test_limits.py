@@ -20,6 +20,24 @@ def here(function, *arguments):
     return function(*arguments)
 
 
+def busy(seconds):
+    until = time.thread_time() + seconds
+    while time.thread_time() < until:
+        pass
+
+
+def stopped():
+    """As a process that was stopped, or got no processor, for longer than the limit."""
+    with time_limit(0.05):
+        time.sleep(0.2)
+        return "done"
+
+
+@pytest.mark.parametrize("where", [here, elsewhere])
+def test_time_in_which_nothing_ran_does_not_count(where):
+    assert where(stopped) == "done"
+
+
 def endless():
     with time_limit(0.1):
         while True:
@@ -44,7 +62,7 @@ def several():
     for _ in range(50):  # that end at about their limit: the exception comes within or not at all
         try:
             with time_limit(0.002):
-                time.sleep(0.002)
+                busy(0.002)
         except TimeoutError:
             pass
         time.sleep(0.0005)
@@ -63,7 +81,7 @@ def many():
     with time_limit(0.2) as start_anew:
         for _ in range(6):
             start_anew()
-            time.sleep(0.1)
+            busy(0.1)
         start_anew()
         with time_limit(30):  # the clock of the outer one stands still, or at least goes on afterwards
             pass
