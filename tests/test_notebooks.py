@@ -133,7 +133,7 @@ def test_the_file_to_open_has_these_cells(source, lang):
             cell |= {"outputs": [], "execution_count": None}
     assert stored == made, "run python scripts/notebooks.py"
     text = content.decode()
-    assert text.count('"image/png"') >= 4 and text.count('"text/html"') >= 8  # it was executed
+    assert text.count('"image/png"') >= 3 and text.count('"text/html"') >= 8  # it was executed
     assert len(content) < 400_000
     assert not re.search(r"(?<![\w./~-])/(home|tmp|root|work|usr)\b", text)
 
