@@ -154,7 +154,8 @@ def source(path: str) -> str:
         return turned(path, text)
     if file.suffix == ".ipynb":
         return notebook(text)
-    return f"---\nsearch: {{exclude: true}}\n---\n\n# {path}\n\n````{LANGUAGES[file.suffix]}\n{text}\n````\n"
+    language = LANGUAGES.get(file.suffix, "text")  # a Dockerfile has no suffix
+    return f"---\nsearch: {{exclude: true}}\n---\n\n# {path}\n\n````{language}\n{text}\n````\n"
 
 
 def notebook(text: str) -> str:
