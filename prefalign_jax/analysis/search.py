@@ -168,11 +168,6 @@ class _Trial:
                     self.pruned = step
                     break
 
-    def stop(self) -> None:
-        """Tells its process to stop."""
-        if self.job.process and self.job.process.poll() is None:
-            self.job.process.terminate()
-
 
 def _optuna() -> ModuleType:
     try:
@@ -291,7 +286,7 @@ def run_search(
                 for one in running:
                     one.look()
                     if one.pruned is not None:
-                        one.stop()
+                        one.job.stop()
                     one.job.poll(stop.is_set() or one.pruned is not None)
                     if one.state.state != RUNNING:
                         one.look()
@@ -301,14 +296,12 @@ def run_search(
                 if stop.is_set() and not told:
                     told = True
                     for one in running:
-                        one.stop()
+                        one.job.stop()
                 table.show(shown)
                 time.sleep(poll) if told else stop.wait(poll)
         finally:
-            for one in running:  # only after a second Ctrl-C or a fault of ours is any still running
-                if one.job.process and one.job.process.poll() is None:
-                    one.job.process.kill()
-                    one.job.process.wait()
+            for one in running:
+                one.job.kill()
         table.show(shown, last=True)
         write_results([*points.values()], workdir)
         return _conclude(study, search, workdir, failed, stop.is_set())

@@ -307,6 +307,17 @@ class Job:
         else:
             self.settle(FAILED, self.last_error(status))
 
+    def stop(self) -> None:
+        """Tells its process to stop, if it runs."""
+        if self.process and self.process.poll() is None:
+            self.process.terminate()
+
+    def kill(self) -> None:
+        """Ends its process, if it still runs: only after a second Ctrl-C or a fault of ours."""
+        if self.process and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
     def end(self, one: State, **more: Any) -> None:
         """Takes down what became of a point whose process has ended well, and `more`; a member may have diverged."""
         if self.together and (one.directory / MEMBER_FAILED).exists():
@@ -413,18 +424,15 @@ def run_sweep(
                 if stop.is_set() and not told:
                     told = True
                     for job in queue:
-                        if job.state == RUNNING and job.process:
-                            job.process.terminate()
+                        job.stop()
                 table.show([*states.values()])
                 if not (stop.is_set() and told):
                     stop.wait(poll)
                 else:
                     time.sleep(poll)
         finally:
-            for job in queue:  # only after a second Ctrl-C or a fault of ours is any still running
-                if job.process and job.process.poll() is None:
-                    job.process.kill()
-                    job.process.wait()
+            for job in queue:
+                job.kill()
         table.show([*states.values()], last=True)
         write_results(points, workdir)
     count = Counter(one.state for one in states.values())

@@ -73,10 +73,9 @@ class Format(NamedTuple):
     verdict: tuple[str, ...] = ()
     pairs: bool = False
 
-    def lacks(self, row: Row) -> bool:
-        """Whether a field that a row of this format has is not there; a verdict may be null."""
-        needed = (*self.fields, *self.signs)
-        return any(row.get(field) is None and not (field in self.verdict and field in row) for field in needed)
+    def fits(self, fields: frozenset[str], null: frozenset[str]) -> bool:
+        """Whether a row with these fields, and these that are null, has what this format has. A verdict may be null."""
+        return (fields | null.intersection(self.verdict)).issuperset((*self.fields, *self.signs))
 
 
 def detect(row: Row, pairs: bool = True) -> str:
@@ -93,15 +92,19 @@ def detect(row: Row, pairs: bool = True) -> str:
       >>> detect({"history": "Q", "human_ref_A": "a", "human_ref_B": "b", "labels": 1})
       'shp'
     """
+    return _detect(*fields_of(row), pairs)
+
+
+def fields_of(row: Row) -> tuple[frozenset[str], frozenset[str]]:
+    """(fields of a row that are not null, those that are)"""
     null = frozenset(field for field, value in row.items() if value is None)
-    return _detect(frozenset(row) - null, null, pairs)
+    return frozenset(row) - null, null
 
 
 @functools.lru_cache(maxsize=1024)
 def _detect(fields: frozenset[str], null: frozenset[str], pairs: bool) -> str:
     for name, one in FORMATS.items():
-        known = fields | null.intersection(one.verdict)
-        if known.issuperset((*one.fields, *one.signs)) and fields.isdisjoint(one.without) and (pairs or not one.pairs):
+        if one.fits(fields, null) and fields.isdisjoint(one.without) and (pairs or not one.pairs):
             return name
     return "common"
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from prefalign_jax.data.fields import PAIRS, SUPERVISED, UNPAIRED
-from prefalign_jax.data.formats import FORMATS, Format, detect, in_common
+from prefalign_jax.data.formats import FORMATS, Format, detect, fields_of, in_common
 from prefalign_jax.data.groups import BEST_WORST, gathered, is_group, pairs_of
 from prefalign_jax.data.values import Dropped, Malformed, empty, expected, missing, names
 from prefalign_jax.types import Place, UserError
@@ -106,7 +106,7 @@ def common_rows(
         (where, row), form, out = given[0], FORMATS[name], []
         try:
             with _counted(tally):
-                if form.lacks(row):
+                if not form.fits(*fields_of(row)):
                     fields = ", ".join((*form.fields, *form.signs))
                     raise Malformed(f"format {name!r} has the fields {fields}, found {names(row)}")
                 one_by_one = form.group or not joins(form)
