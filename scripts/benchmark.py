@@ -2,7 +2,7 @@
 
 import sys
 
-from benchmarks import checkpoints, decoding, gpu, peers, pipeline, prefix_sharing, step_cost, tokenizing
+from benchmarks import checkpoints, decoding, gpu, members, peers, pipeline, prefix_sharing, step_cost, tokenizing
 from benchmarks.measuring import run
 from prefalign_jax.exits import status_of
 
@@ -12,6 +12,7 @@ BENCHMARKS = {
     "decode": decoding.decode,
     "train": peers.train,
     "gpu": gpu.gpu,
+    "members": members.members,
     "pack": pipeline.pack,
     "data": pipeline.data,
     "cost": step_cost.cost,

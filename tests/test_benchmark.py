@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmark import BENCHMARKS
-from benchmarks import decoding, inputs, measuring, peers, pipeline, prefix_sharing, step_cost
+from benchmarks import decoding, inputs, measuring, members, peers, pipeline, prefix_sharing, step_cost
 from benchmarks.measuring import run
 from prefalign_jax.exits import status_of
 from prefalign_jax.models import families, hf_io
@@ -116,6 +116,18 @@ def test_decoding_beside_transformers(tmp_path):
         assert found[f"same tokens, {count} rows"] == 1.0
     with pytest.raises(UserError, match="must be positive"):
         decoding.decode(rows="0")
+
+
+@pytest.mark.everything
+@pytest.mark.parametrize("lora", [0, 2])
+def test_members_beside_one_run(lora):
+    found = members.members(shape="tiny", members=2, lora=lora, lengths="8+4")
+    assert found["members"] == 2 and found["together, s a step"] > 0
+    assert found["times as fast as one after the other"] == pytest.approx(
+        2 * found["alone, s a step"] / found["together, s a step"]
+    )
+    with pytest.raises(UserError, match="must be positive"):
+        members.members(shape="tiny", members=0)
 
 
 # Steps beside a peer's

@@ -50,6 +50,8 @@ class Machine:
             "device": "NVIDIA H200",
             "seconds": [9.0, pace, pace],
             "alone": [9.0, 1.0, 1.0],
+            "cpu": [9.0, 3.0, 3.0],
+            "alone, cpu": [9.0, 2.0, 2.0],
             "cpu_seconds": [1.0] * 3,
             "losses": [0.7] * 3,
             "chosen_logps": -50.0,
@@ -98,6 +100,7 @@ def test_all_rows_most_valuable_first(machine, tmp_path, capsys):
     assert figures["MFU, prompts once"] == pytest.approx(3e14 / 989e12)
     assert figures["share of this machine's matmul rate"] == pytest.approx(0.5)
     assert records_in(tmp_path)["2 members of tiny"]["figures"]["times as fast as one after the other"] == 2.0
+    assert records_in(tmp_path)["2 members of tiny"]["figures"]["processor seconds a member, alone = 1"] == 0.75
     page = (tmp_path / "rows.md").read_text()
     assert (
         "# On NVIDIA H200" in page and "| DPO, tiles, beside TRL | 2.00, 2.00, 2.00 | 2.00 | 1.00 | 0.0e+00 |" in page

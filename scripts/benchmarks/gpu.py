@@ -20,7 +20,8 @@ import jax
 import numpy as np
 
 from benchmarks.inputs import EOS, SHAPES
-from benchmarks.measuring import GIB, PLATFORMS, answer_of
+from benchmarks.measuring import PLATFORMS, answer_of
+from benchmarks.members import of_members
 from benchmarks.peers import counts_of, ratio_of, refuse_others, side, times_of, warm, write_inputs
 from prefalign_jax.cost.chips import CHIPS
 from prefalign_jax.files import locked, read_json_lines, remove_parts, write_text
@@ -244,7 +245,9 @@ def rows_of(setting: Setting, python: str, keep: Path) -> list[Row]:
         return rows
 
     tiles, *first = beside(1)
-    many = dict(shape=sizes.little, members=sizes.members, size=sizes.pairs // 2, steps=sizes.steps, learning_rate=1e-6)
+    many = dict(
+        shape=sizes.little, members=sizes.members, lora=0, size=sizes.pairs // 2, steps=sizes.steps, learning_rate=1e-6
+    )
     rows = [
         Row("products of 8192 x 8192, eight in a row", "rate", 20, other("jax_device.py")),
         tiles,
@@ -327,20 +330,6 @@ def of_training(measured: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
     return figures | {"MFU, prompts once": share("useful_flops"), "MFU, as open-instruct": share("text_flops")}
 
 
-def of_members(measured: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
-    """Seconds a step of the program and of one run, by the medians of all but the first."""
-    together, alone = (float(np.median(measured[name][1:])) for name in ("seconds", "alone"))
-    return {
-        "device": measured["device"],
-        "members": sizes.members,
-        "together, s a step": together,
-        "alone, s a step": alone,
-        "times as fast as one after the other": sizes.members * alone / together,
-        "together, peak memory, GiB": measured["peak_bytes"] / GIB,
-        "alone, peak memory, GiB": measured["alone, peak_bytes"] / GIB,
-    }
-
-
 def of_decoding(measured: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
     """New tokens a second, by the median of three runs."""
     rates = {rows: int(rows) * sizes.new_tokens / float(np.median(one["seconds"])) for rows, one in measured.items()}
@@ -355,7 +344,7 @@ def of_products(measured: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
 FIGURES: dict[str, Callable[[Mapping[str, Any], Sizes], dict[str, Any]]] = {
     "train": of_training,
     "peer": of_training,
-    "members": of_members,
+    "members": lambda measured, sizes: of_members(measured, sizes.members),
     "decode": of_decoding,
     "rate": of_products,
 }
