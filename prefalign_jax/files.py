@@ -214,6 +214,7 @@ JSON_KINDS: dict[str, Callable[[Any], bool]] = {
     "false": lambda x: x is False,
     "an integer": lambda x: type(x) is int and -(2**63) <= x < 2**63,
     "a count": lambda x: type(x) is int and 0 < x < 2**31,
+    "zero": lambda x: type(x) is int and x == 0,
     "a number": lambda x: type(x) is float or JSON_KINDS["an integer"](x),
     "a positive number": lambda x: JSON_KINDS["a number"](x) and 0 < x < math.inf,
     "a string": lambda x: isinstance(x, str),

@@ -43,9 +43,14 @@ MINIMAL = {
 }
 
 
+# What a family's default config.json must say otherwise, or it is of a model with experts and Mamba.
+DENSE = {"granitemoehybrid": {"num_local_experts": 0, "layer_types": ["full_attention"] * 32}}
+
+
 def its_own(model_type: str) -> dict:
     """transformers' default config.json of a family."""
-    return pytest.importorskip("transformers").AutoConfig.for_model(model_type).to_dict()
+    fields = DENSE.get(model_type, {})
+    return pytest.importorskip("transformers").AutoConfig.for_model(model_type, **fields).to_dict()
 
 
 def round_trip(config: DecoderConfig) -> DecoderConfig:
@@ -74,6 +79,10 @@ def test_every_field_of_a_familys_own_config_survives(model_type, reward):
         other["rope_theta"] = 5000.0
     known = {*families.FAMILIES[model_type].fields, "reward", "rope_theta"}
     config = dataclasses.replace(config, **{name: value for name, value in other.items() if name in known})
+    if reward and families.FAMILIES[model_type].reward_architecture is None:
+        with pytest.raises(UserError, match=f"transformers has no reward model of model_type='{model_type}'; take"):
+            families.to_hf(config)
+        return
     assert round_trip(config) == config
 
 
@@ -83,6 +92,11 @@ def test_windows_and_layers_without_rotation_survive_the_round_trip():
         dict(family="qwen2", qkv_bias=True, windows=(0, 5)),
         dict(family="qwen3", qk_norm="head", windows=(5, 0)),
         dict(family="smollm3", rope_layers=(False, True), windows=(0, 5)),
+        dict(family="olmo3", residual="post", qk_norm="width", windows=(0, 5), local_rope_theta=700.0),
+        dict(family="llama", qkv_bias=True, output_bias=True),
+        dict(family="llama", mlp_bias=True),
+        dict(family="granite", query_scale=0.3, embedding_scale=3.0, residual_scale=0.2, logit_divisor=7.0),
+        dict(family="glm4", residual="sandwich", rope_interleaved=True, rope_fraction=1.0),
     ):
         config = dataclasses.replace(CONFIG, **changes)
         assert round_trip(config) == config
@@ -94,7 +108,8 @@ def test_without_token_ids_of_its_own_a_model_has_none(model_type):
     transformers = pytest.importorskip("transformers")
     fields = {**families.from_hf(its_own(model_type)), "vocab_size": 61}
     read = transformers.AutoConfig.for_model(**families.to_hf(DecoderConfig(**fields)))
-    assert [getattr(read, f"{name}_token_id") for name in ("bos", "eos", "pad")] == [None] * 3
+    ends = [151329, 151336, 151338] if model_type in ("glm", "glm4") else None  # as transformers reads null
+    assert [getattr(read, f"{name}_token_id") for name in ("bos", "eos", "pad")] == [None, ends, None]
 
 
 @pytest.mark.parametrize("dropped", [("rope_parameters",), ("rope_theta", "rope_scaling")], ids=["v4", "v5"])
@@ -176,6 +191,38 @@ def test_rope_original_context_defaults_to_the_models():
     assert families.from_hf(hf)["rope_scaling"].original_max_position == 32
 
 
+def test_yarns_two_scales_are_one_factor_of_attention():
+    yarn = {"rope_type": "yarn", "factor": 8.0, "mscale": 1.0}
+
+    def factor(**more):
+        return families.from_hf({**MINIMAL, "rope_scaling": {**yarn, **more}})["rope_scaling"].attention_factor
+
+    assert factor() is factor(mscale_all_dim=0) is None  # which is 0.1 ln 8 + 1
+    assert factor(mscale_all_dim=1.0) == 1.0
+    assert factor(mscale_all_dim=0.5) == pytest.approx((0.1 * math.log(8) + 1) / (0.05 * math.log(8) + 1))
+    assert factor(mscale_all_dim=0.5, attention_factor=1.5) == 1.5
+
+
+def test_olmo_3_turns_its_layers_with_a_window_unscaled():
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}
+    hf = {**MINIMAL, "model_type": "olmo3", "num_hidden_layers": 5, "sliding_window": 8}
+    older = DecoderConfig(**families.from_hf({**hf, "rope_theta": 700.0, "rope_scaling": yarn}))
+    assert older.windows == (8, 8, 8, 0, 8)  # every fourth has none
+    assert (older.rope_theta, older.local_rope_theta, older.rope_scaling.kind) == (700.0, 700.0, "yarn")
+    assert round_trip(older) == older
+    nested = {"full_attention": {**yarn, "rope_theta": 700.0}, "sliding_attention": {"rope_theta": 600.0}}
+    newer = DecoderConfig(**families.from_hf({**hf, "rope_parameters": nested}))
+    assert newer == dataclasses.replace(older, local_rope_theta=600.0)
+
+
+def test_granite_4_may_have_no_rotation():
+    hf = {**MINIMAL, "model_type": "granitemoehybrid", "num_local_experts": 0, "layer_types": ["attention"] * 2}
+    config = DecoderConfig(**families.from_hf({**hf, "position_embedding_type": "nope"}))
+    assert config.rope_layers == (False, False) and round_trip(config) == config
+    config = DecoderConfig(**families.from_hf({**hf, "position_embedding_type": "rope"}))
+    assert config.rope_layers == () and round_trip(config) == config
+
+
 @pytest.mark.parametrize("kind", ["longrope", "su", "yarn"])
 def test_phi3_calls_longrope_by_three_names_and_derives_its_factor_from_two_lengths(kind):
     factors = {"short_factor": [1.0, 2.0], "long_factor": [3, 4]}
@@ -234,8 +281,15 @@ def test_which_layers_rotate():
     [
         ({"model_type": "mamba"}, ("model_type='mamba'", "llama, mistral")),
         ({"model_type": None}, ("model_type=None", "llama, mistral")),
-        ({"attention_bias": True}, ("attention_bias=True", "False")),
-        ({"mlp_bias": True}, ("mlp_bias=True", "False")),
+        ({"attention_bias": True, "model_type": "qwen3"}, ("attention_bias=True", "False")),
+        ({"mlp_bias": True, "model_type": "smollm3"}, ("mlp_bias=True", "False")),
+        ({"model_type": "granitemoehybrid"}, ("num_local_experts=8", "0, a dense model")),
+        (
+            {"model_type": "granitemoehybrid", "num_local_experts": 0, "layer_types": ["attention", "mamba"]},
+            ("layer_types='mamba'", "attention in every layer, no Mamba"),
+        ),
+        ({"model_type": "granitemoehybrid", "num_local_experts": 0}, ("layer_types='mamba'",)),
+        ({"model_type": "olmo3", "sliding_window": None}, ("sliding_window=None", "a number")),
         ({"hidden_act": "gelu"}, ("hidden_act='gelu'", "'silu'")),
         ({"quantization_config": {"bits": 4}}, ("quantization_config", "None")),
         ({"num_key_value_heads": 3}, ("num_key_value_heads=3", "divisor")),
@@ -255,7 +309,6 @@ def test_which_layers_rotate():
         ({"rope_scaling": {"rope_type": "linear"}}, ("rope_scaling has no factor",)),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ("low_freq_factor",)),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "truncate": False}}, ("truncate=False",)),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "mscale": 1.0, "mscale_all_dim": 1.0}}, ("mscale=1.0",)),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ("one for all layers",)),
         ({"vocab_size": None}, ("no vocab_size",)),
     ],

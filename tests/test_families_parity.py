@@ -46,12 +46,15 @@ LLAMA3 = dict(
 LONGROPE = dict(
     rope_type="longrope", short_factor=[1.0, 1.1, 1.3, 2.0], long_factor=[1.5, 4.0, 9.0, 20.0], rope_theta=500.0
 )
+YARN = dict(rope_type="yarn", factor=8.0, beta_fast=4.0, beta_slow=1.0, original_max_position_embeddings=16)
 GEMMA = dict(head_dim=12, query_pre_attn_scalar=16, sliding_window=5)
+GRANITE = dict(embedding_multiplier=3.0, residual_multiplier=0.7, attention_multiplier=0.4, logits_scaling=0.6)
 # 'model_type' or 'model_type variant' -> arguments of its config.
 CASES = {
     "llama": {},
     "llama llama3": {"rope_parameters": {**LLAMA3, "rope_theta": 500.0}, "head_dim": 12},
     "llama dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 500.0}},
+    "llama biases": {"attention_bias": True, "mlp_bias": True},
     "mistral": {"sliding_window": 5},
     "qwen2": {},
     "qwen2 window": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
@@ -73,10 +76,35 @@ CASES = {
     "gemma2": GEMMA | {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 3.0},
     "gemma3_text": GEMMA | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "olmo2": {},
+    "olmo3": {
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            "full_attention": {**YARN, "rope_theta": 500.0},
+        },
+    },
+}
+CASES |= {
+    "granite": GRANITE,
+    "granitemoehybrid": GRANITE
+    | {
+        "num_local_experts": 0,
+        "shared_intermediate_size": 40,
+        "layer_types": ["full_attention"] * 3,
+        "position_embedding_type": "rope",
+        "attention_bias": True,
+        "mamba_n_heads": 4,
+    },
+    "glm": {"head_dim": 12, "attention_bias": False, "partial_rotary_factor": 1.0},
+    "glm4": {"head_dim": 12, "partial_rotary_factor": 0.5},
 }
 # One of each way to store, turn, normalise and route; the others are compared with torch where --everything is.
 CORE = ("llama llama3", "gemma2", "gpt_neox", "mixtral")
+# What each of these has, another case has too.
+REPEATED = ("llama biases", "glm", "granitemoehybrid")
 WITH_TORCH = [case if case in CORE else longer(case) for case in CASES]
+REWARDS = [case for case in CASES if families.FAMILIES[case.split()[0]].reward_architecture]
 BETA = 0.5
 LENGTHS = (24, 13, 6)
 TOKENS = (np.arange(72, dtype=np.int32).reshape(3, 24) ** 2 * 7 + 5) % 58 + 3  # no special ids
@@ -181,7 +209,7 @@ def close(ours, theirs, relative=1e-4) -> float:
 # Without torch.
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=[longer(case) if case in REPEATED else case for case in CASES])
 def golden(request, tmp_path_factory):
     """(config, parameters, transformers' logits)"""
     file = golden_file(request.param)
@@ -333,7 +361,7 @@ def test_the_export_is_the_same_model(pair, tmp_path, record_property):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("case", WITH_TORCH)
+@pytest.mark.parametrize("case", [case if case in CORE else longer(case) for case in REWARDS])
 def test_a_reward_model_gives_the_same_rewards_and_comes_back(case, tmp_path, record_property):
     pytest.importorskip("torch")
     kind = "SequenceClassification"

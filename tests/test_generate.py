@@ -89,7 +89,15 @@ VARIANTS = {
     "neox": dict(residual="parallel", norm="layer", gated=False, activation="gelu", rope_fraction=0.25),
     "opt": dict(positions="learned", position_offset=2, norm="layer", gated=False, activation="relu", max_position=20),
     "experts": dict(num_experts=4, experts_per_token=2, qk_norm="head", rope_layers=(True, False)),
-    "olmo 2": dict(residual="post", qk_norm="width", vocab_padding=3),
+    "olmo 2, granite, glm": dict(
+        residual="post",
+        qk_norm="width",
+        vocab_padding=3,
+        residual_scale=0.5,
+        logit_divisor=0.7,
+        rope_interleaved=True,
+        rope_fraction=0.5,
+    ),
 }
 
 

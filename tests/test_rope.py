@@ -1,6 +1,7 @@
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -77,3 +78,11 @@ def test_longrope_turns_a_segment_by_how_far_it_reaches_and_no_other():
 def test_unknown_scaling_is_named():
     with pytest.raises(ValueError, match="linear, llama3, yarn"):
         frequencies(8, 1e4, RopeScaling("ntk", 2.0))
+
+
+def test_interleaved_pairs_turn_as_halves_do_once_they_are_put_apart():
+    x = jax.random.normal(jax.random.key(0), (1, 3, 2, 10))
+    cos, sin = rotation(jnp.arange(3)[None], jnp.ones((1, 3), jnp.int32), 6, 100.0, None)
+    apart = jnp.array([0, 2, 4, 1, 3, 5, 6, 7, 8, 9])  # the first 6 of each head turn
+    halves = rotate(x[..., apart], cos, sin)
+    np.testing.assert_array_equal(rotate(x, cos, sin, interleaved=True)[..., apart], halves)

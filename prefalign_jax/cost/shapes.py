@@ -40,6 +40,13 @@ _GEMMA_2 = _GEMMA | {"model_type": "gemma2", "query_pre_attn_scalar": 256}
 _GEMMA_3 = _GEMMA | {"model_type": "gemma3_text", "vocab_size": 262208, "max_position_embeddings": 131072}
 _GEMMA_3 |= {"query_pre_attn_scalar": 256, "sliding_window": 1024}
 _OLMO_2 = {"model_type": "olmo2", "vocab_size": 100352, "rope_theta": 500000.0, "max_position_embeddings": 4096}
+_OLMO_3 = {"model_type": "olmo3", "vocab_size": 100278, "max_position_embeddings": 65536, "sliding_window": 4096}
+_GRANITE = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "tie_word_embeddings": True}
+_GRANITE_3 = _GRANITE | {"model_type": "granite", "vocab_size": 49159, "rope_theta": 1e7}
+_GRANITE_3 |= {"max_position_embeddings": 131072, "rms_norm_eps": 1e-5}
+_GRANITE_4 = _GRANITE | {"model_type": "granitemoehybrid", "vocab_size": 100352, "rope_theta": 1e7}
+_GRANITE_4 |= {"num_local_experts": 0, "position_embedding_type": "rope", "max_position_embeddings": 131072}
+_GLM_4 = {"vocab_size": 151552, "head_dim": 128, "max_position_embeddings": 32768}
 _PHI_3 = {"model_type": "phi3", "vocab_size": 32064, "max_position_embeddings": 4096}
 _STARCODER = {"model_type": "starcoder2", "vocab_size": 49152, "max_position_embeddings": 16384}
 _PYTHIA = {"model_type": "gpt_neox", "vocab_size": 50304}
@@ -175,6 +182,28 @@ SHAPES: dict[str, Fields] = {
             "olmo-2-13b": (5120, 13824, 40, 40, 40),
             "olmo-2-32b": (5120, 27648, 64, 40, 8),
         },
+    ),
+    **_shapes(_OLMO_3, {"olmo-3-7b": (4096, 11008, 32, 32, 32), "olmo-3-32b": (5120, 27648, 64, 40, 8)}),
+    **_shapes(
+        _GRANITE_3,
+        {"granite-3.3-2b": (2048, 8192, 40, 32, 8), "granite-3.3-8b": (4096, 12800, 40, 32, 8)},
+        granite_3_3_2b={"attention_multiplier": 0.015625, "logits_scaling": 8.0},
+        granite_3_3_8b={"attention_multiplier": 0.0078125, "logits_scaling": 16.0},
+    ),
+    **{
+        name: _GRANITE_4
+        | {"hidden_size": w, "shared_intermediate_size": mlp, "num_hidden_layers": n, **heads}
+        | {"layer_types": ["attention"] * n}
+        for name, (w, mlp, n, heads) in {
+            "granite-4.0-350m": (1024, 2048, 28, {"num_attention_heads": 16, "num_key_value_heads": 4}),
+            "granite-4.0-1b": (2048, 4096, 40, {"num_attention_heads": 16, "num_key_value_heads": 4}),
+            "granite-4.0-micro": (2560, 8192, 40, {"num_attention_heads": 40, "num_key_value_heads": 8}),
+        }.items()
+    },
+    **_shapes(_GLM_4 | {"model_type": "glm"}, {"glm-4-9b": (4096, 13696, 40, 32, 2)}),
+    **_shapes(
+        _GLM_4 | {"model_type": "glm4"},
+        {"glm-4-9b-0414": (4096, 13696, 40, 32, 2), "glm-4-32b-0414": (6144, 23040, 61, 48, 2)},
     ),
     **_shapes(
         {"model_type": "phi", "vocab_size": 51200, "partial_rotary_factor": 0.4},

@@ -208,7 +208,7 @@ class Attention(nnx.Module):
         if c.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if c.positions == "rope":
-            q, k = rope.rotate(q, layer.cos, layer.sin), rope.rotate(k, layer.cos, layer.sin)
+            q, k = (rope.rotate(y, layer.cos, layer.sin, interleaved=c.rope_interleaved) for y in (q, k))
         if layer.cache is not None:
             k, v = (
                 jax.lax.dynamic_update_slice(old, new, (0, layer.at, 0, 0))
@@ -316,7 +316,7 @@ class Block(nnx.Module):
             self.experts = Experts(config, rngs, param_dtype)
         else:
             self.mlp = MLP(config, rngs, param_dtype)
-        self.residual = config.residual
+        self.residual, self.scale = config.residual, config.residual_scale
 
     def __call__(self, x: jax.Array, layer: Layer) -> tuple[jax.Array, moe.Routing | None, tuple[jax.Array, jax.Array]]:
         """[R, L, D] -> [R, L, D], how a mixture's tokens were spread over its experts, the keys and values seen."""
@@ -326,10 +326,14 @@ class Block(nnx.Module):
         rate = layer.dropout.residual
         of_attention, of_mlp, *of_outputs = fork(layer.key, 4)
         attended, seen = self.attention(into[0](x), layer, of_attention)
-        attended = drop(out_of[0](attended), rate, of_outputs[0])
+        attended = self.scaled(drop(out_of[0](attended), rate, of_outputs[0]))
         y = into[1](x if parallel else x + attended)
         y, routing = self.experts(y, layer) if hasattr(self, "experts") else (self.mlp(y, of_mlp), None)
-        return x + attended + drop(out_of[1](y), rate, of_outputs[1]), routing, seen
+        return x + attended + self.scaled(drop(out_of[1](y), rate, of_outputs[1])), routing, seen
+
+    def scaled(self, x: jax.Array) -> jax.Array:
+        """What is added to the hidden states, by the family's multiplier."""
+        return x if self.scale is None else x * jnp.asarray(self.scale, x.dtype)
 
 
 class Table(nnx.Module):
@@ -418,7 +422,7 @@ class Decoder(nnx.Module):
         windows = jnp.asarray(c.windows or (0,) * c.num_layers, jnp.int32)
         kinds = jnp.asarray(kinds, jnp.int32)
         x, routing = jax.lax.scan(layer, x, (self.layers, kinds, windows, keys))
-        return self.final_norm(x), routing
+        return self.finished(x), routing
 
     def embedded(self, tokens, positions, dtype) -> jax.Array:
         """Tokens and positions, each [R, L] -> what the first layer reads [R, L, D]."""
@@ -429,6 +433,11 @@ class Decoder(nnx.Module):
         if c.positions == "learned":
             x = x + self.position.embedding[...][positions + c.position_offset].astype(dtype)
         return x
+
+    def finished(self, x: jax.Array) -> jax.Array:
+        """What the last layer gives -> what the head or the score reads, [R, L, D] each."""
+        c, x = self.config, self.final_norm(x)
+        return x if c.logit_divisor is None or c.reward else x / jnp.asarray(c.logit_divisor, x.dtype)
 
     def unstacked(self) -> Decoder:
         """With the layers one by one, as `extend` reads them.
@@ -457,7 +466,7 @@ class Decoder(nnx.Module):
             layer = Layer(mask, positions, cos[kind], sin[kind], window, active)
             x, _, new = block(x, layer._replace(cache=old, at=at, seen=places - start[:, None]))
             seen.append(new)
-        return self.final_norm(x), tuple(seen)
+        return self.finished(x), tuple(seen)
 
 
 def _rotations(

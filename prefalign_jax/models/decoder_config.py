@@ -23,10 +23,13 @@ class DecoderConfig:
       windows: for each layer how many positions a token sees, itself included, 0 for all; () is 0 everywhere.
       positions: 'rope', or 'learned' absolute ones, of which the first `position_offset` rows are not used (OPT).
       rope_fraction: part of each head that is rotated.
+      rope_interleaved: whether neighbours in a head turn together (GLM), rather than its two halves.
       rope_layers: for each layer whether it rotates; () is everywhere (SmolLM 3 skips some).
-      local_rope_theta: base in the layers with a window, where it differs (Gemma 3); they are not scaled.
+      local_rope_theta: base in the layers with a window, where these rotate apart (Gemma 3, OLMo 3); not scaled.
       activation, gated: act(gate(x)) * up(x), or act(up(x)).
       embedding_scale: multiplier of the token embedding (Gemma: hidden_size^1/2).
+      residual_scale: multiplier of what attention and MLP add to the hidden states (Granite); None for none.
+      logit_divisor: what the logits are divided by (Granite); None for none.
       num_experts, experts_per_token: a mixture of experts in place of the MLP, 0 for none; `intermediate_size` is then
         an expert's.
       renormalise_router: let the weights of a token's experts sum to 1.
@@ -60,11 +63,14 @@ class DecoderConfig:
     rope_theta: float = 10000.0
     rope_scaling: rope.RopeScaling | None = None
     rope_fraction: float = 1.0
+    rope_interleaved: bool = False
     rope_layers: tuple[bool, ...] = ()
     local_rope_theta: float | None = None
     activation: str = "silu"
     gated: bool = True
     embedding_scale: float | None = None
+    residual_scale: float | None = None
+    logit_divisor: float | None = None
     num_experts: int = 0
     experts_per_token: int = 2
     renormalise_router: bool = True

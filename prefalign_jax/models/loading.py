@@ -11,6 +11,7 @@ import jax
 
 from prefalign_jax.files import read_json
 from prefalign_jax.models.decoder import DecoderConfig, make_decoder
+from prefalign_jax.models.families import reward_architecture
 from prefalign_jax.models.hf_io import load_config, load_params, pad_vocabulary, resize_embeddings, resolve
 from prefalign_jax.models.quantize import quantize_params
 from prefalign_jax.processes import note
@@ -78,6 +79,8 @@ def load_decoder(
     shape = load_config(directory)
     if reward is not None:
         shape = dataclasses.replace(shape, reward=reward)
+    if shape.reward:
+        reward_architecture(shape)  # or its export could not be loaded
     size = max(shape.vocab_size, tokens)
     grown = dataclasses.replace(shape, vocab_size=size, vocab_padding=-size % multiple)
 

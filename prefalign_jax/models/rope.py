@@ -116,18 +116,22 @@ def rotation(
     return jnp.cos(angles) * multiplier, jnp.sin(angles) * multiplier
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = False) -> jax.Array:
     """Turns the pairs (x_i, x_{i + d/2}) by their angles, Hugging Face's order of the halves.
 
     Args:
       x: [R, L, heads, head_dim].
       cos, sin: [R, L, d / 2], d at most head_dim; what lies beyond the first d of a head stays as it is.
+      interleaved: turn the pairs (x_2i, x_2i+1) in their place.
 
     Returns:
       The rotated x, same shape and type; the arithmetic is float32.
     """
     width = cos.shape[-1]
-    a, b = (x[..., at : at + width].astype(jnp.float32) for at in (0, width))
+    pairs = (slice(0, 2 * width, 2), slice(1, 2 * width, 2)) if interleaved else (slice(width), slice(width, 2 * width))
+    a, b = (x[..., one].astype(jnp.float32) for one in pairs)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-    return jnp.concatenate([turned, x[..., 2 * width :]], axis=-1)
+    turned = [a * cos - b * sin, b * cos + a * sin]
+    if interleaved:
+        turned = [jnp.stack(turned, axis=-1).reshape(*x.shape[:-1], 2 * width)]
+    return jnp.concatenate([jnp.concatenate(turned, axis=-1).astype(x.dtype), x[..., 2 * width :]], axis=-1)

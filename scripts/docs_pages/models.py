@@ -1,6 +1,7 @@
-"""The table of docs/models.md, measured against transformers: python scripts/models_page.py
+"""The table of docs/models.md, measured against transformers: python scripts/models_page.py [WORD ...]
 
-Runs tests/test_families_parity.py, which needs the parity extra, and puts the deviations that it saw into the page.
+Runs tests/test_families_parity.py, which needs the parity extra, and puts the deviations that it saw into the page:
+of all cases, or of those whose names have one of the words.
 """
 
 import re
@@ -19,7 +20,7 @@ PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- families: scripts/models_page.py -->", "<!-- end of families -->"
 # model_type -> (whose models these are, what sets them apart and is compared).
 NAMES = {
-    "llama": ("Llama 2 and 3, SmolLM 1 and 2", "rotations: plain, linear, llama3, yarn, dynamic"),
+    "llama": ("Llama 2 and 3, SmolLM 1 and 2", "rotations: plain, linear, llama3, yarn, dynamic; biases"),
     "mistral": ("Mistral 7B", "sliding window"),
     "mixtral": ("Mixtral", "mixture of experts, sliding window"),
     "qwen2": ("Qwen 2 and 2.5", "biases of q, k, v; windows in some layers"),
@@ -30,6 +31,11 @@ NAMES = {
     "gemma2": ("Gemma 2", "soft-caps of scores and logits, norms before and after, windows in every other layer"),
     "gemma3_text": ("Gemma 3, text", "local and global layers with rotations of their own, norms of q and k"),
     "olmo2": ("OLMo 2", "norms after, norms over the width of q and k"),
+    "olmo3": ("OLMo 3", "norms after, windows in most layers, whose rotation is not scaled"),
+    "granite": ("Granite 3", "multipliers of embedding, residuals, scores and logits"),
+    "granitemoehybrid": ("Granite 4, dense", "the same, fused projections"),
+    "glm": ("GLM-4", "neighbours rotated together, fused projections, biases of q, k, v"),
+    "glm4": ("GLM-4 0414", "the same, norms before and after, part of each head rotated"),
     "phi": ("Phi 1, 1.5 and 2", "parallel attention and MLP, biases, a biased head, part of each head rotated"),
     "phi3": ("Phi 3 and 4", "fused projections, longrope, part of each head rotated"),
     "starcoder2": ("StarCoder 2", "layer norms, biases, sliding window"),
@@ -40,12 +46,13 @@ NAMES = {
 COLUMNS = ("logits", "logps", "gradient", "export", "rewards")
 
 
-def measure() -> dict[str, dict[str, float]]:
-    """{case: {column: largest deviation}} of a run of the parity tests."""
+def measure(words: tuple[str, ...] = ()) -> dict[str, dict[str, float]]:
+    """{case: {column: largest deviation}} of a run of the parity tests, of the cases with one of the words."""
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "tests/test_families_parity.py", f"--junitxml={report}"]
         command += ["--everything", "-o", "junit_family=xunit1"]  # which keeps properties
+        command += ["-k", " or ".join(words)]
         if subprocess.run(command, cwd=ROOT).returncode:
             raise UserError("the parity tests failed: the page is left as it is")
         cases = defaultdict(dict)
@@ -70,8 +77,20 @@ def table(cases: dict[str, dict[str, float]]) -> str:
     return markdown(("model_type", "models", "besides what Llama has", *COLUMNS), rows)
 
 
-def write() -> None:
-    """Rewrites what stands between the marks."""
-    rows = table(measure())
+def read(rows: str) -> dict[str, dict[str, float]]:
+    """The inverse of `table`."""
+    cases = {}
+    for row in rows.splitlines():
+        if name := re.match(r"\| `(\w+)`(?:, ([\w ]+))? \|", row):
+            values = zip(COLUMNS, row.split(" | ")[-len(COLUMNS) :], strict=True)
+            numbers = {column: float(value.strip(" |")) for column, value in values if value.strip(" |") != "-"}
+            cases[" ".join(filter(None, name.groups()))] = numbers
+    return cases
+
+
+def write(*words: str) -> None:
+    """Rewrites what stands between the marks; with words only the rows of the cases that have one in their names."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{rows}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    old, _, after = rest.partition(END)
+    cases = (read(old) if words else {}) | measure(words)
+    PAGE.write_text(f"{before}{BEGIN}\n{table(cases)}\n{END}{after}", encoding="utf-8")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from prefalign_jax.models.decoder_config import DecoderConfig
-from prefalign_jax.models.families import gemma, gpt, llama, mixtral, olmo2, phi, starcoder2
+from prefalign_jax.models.families import gemma, glm, gpt, granite, llama, mixtral, olmo, phi, starcoder2
 from prefalign_jax.models.families.family import SCORE, Family, Weight, check_shapes, unsupported
 from prefalign_jax.types import UserError
 
@@ -24,7 +24,9 @@ FAMILIES: dict[str, Family] = {
     **starcoder2.FAMILIES,
     **gpt.FAMILIES,
     **gemma.FAMILIES,
-    **olmo2.FAMILIES,
+    **olmo.FAMILIES,
+    **granite.FAMILIES,
+    **glm.FAMILIES,
 }
 
 
@@ -49,6 +51,17 @@ def is_reward(hf: Mapping[str, Any]) -> bool:
     known = family(hf.get("model_type"))
     check_shapes(hf, known.fields)
     return known.reward_architecture in (hf.get("architectures") or ())
+
+
+def reward_architecture(config: DecoderConfig) -> str:
+    """The class by which transformers loads a reward model of this family.
+
+    Raises:
+      UserError: it has none.
+    """
+    if (name := family(config.family).reward_architecture) is None:
+        raise UserError(f"transformers has no reward model of model_type={config.family!r}; take another family")
+    return name
 
 
 def from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,7 +124,7 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
     # The length of id2label is how transformers counts the labels; without it there are 2.
     labels = {"id2label": {"0": "reward"}, "label2id": {"reward": 0}} if config.reward else {}
     return {
-        "architectures": [known.reward_architecture if config.reward else known.architecture],
+        "architectures": [reward_architecture(config) if config.reward else known.architecture],
         "model_type": config.family,
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
         **labels,

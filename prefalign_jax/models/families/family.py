@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ class Family(NamedTuple):
 
     Attributes:
       architecture: the class that transformers instantiates.
-      reward_architecture: the same for a reward model.
+      reward_architecture: the same for a reward model; None where transformers has none.
       weights: the name table.
       fields: DecoderConfig field -> config.json field.
       constant: DecoderConfig fields that are the same in every model of the family.
@@ -46,7 +47,7 @@ class Family(NamedTuple):
     """
 
     architecture: str
-    reward_architecture: str
+    reward_architecture: str | None
     weights: tuple[Weight, ...]
     fields: Mapping[str, str]
     constant: Mapping[str, Any] = {}
@@ -120,13 +121,14 @@ def activation_to_hf(config: DecoderConfig, tanh: str) -> str:
 _ROPE = {
     **dict.fromkeys(("rope_theta?", "partial_rotary_factor?", "factor?"), "a positive number or null"),
     **dict.fromkeys(("low_freq_factor?", "high_freq_factor?", "beta_fast?", "beta_slow?"), "a positive number or null"),
+    **dict.fromkeys(("mscale?", "mscale_all_dim?"), "a number or null"),
     "attention_factor?": "a positive number or null",
     **dict.fromkeys(("short_factor?", "long_factor?"), ("null", ["a positive number"])),
     "original_max_position_embeddings?": "a count or null",
     **dict.fromkeys(("rope_type?", "type?"), "a string or null"),
 }
 _COUNTS = "sliding_window sliding_window_pattern no_rope_layer_interval n_inner word_embed_proj_dim num_labels"
-_COUNTS += " num_local_experts num_experts original_max_position_embeddings"
+_COUNTS += " num_experts original_max_position_embeddings"
 _POSITIVE = "rope_theta rope_local_base_freq rotary_emb_base rotary_pct partial_rotary_factor query_pre_attn_scalar"
 _FLAGS = "use_sliding_window use_parallel_residual attention_bias enable_bias norm_topk_prob"
 CONFIG_JSON: Shape = {
@@ -136,6 +138,7 @@ CONFIG_JSON: Shape = {
     **{f"{name}?": "a string or null" for name in ("hidden_act", "hidden_activation", "activation_function")},
     **{f"{name}?": ("null", ["a string"]) for name in ("architectures", "layer_types")},
     "no_rope_layers?": ("null", ["an integer"]),
+    "num_local_experts?": "a count or zero or null",
     "max_window_layers?": "an integer or null",
     "id2label?": "an object or null",
     # One for all layers, or one for each kind of layer.
@@ -202,6 +205,11 @@ def layer_types(config: DecoderConfig) -> list[str]:
     return ["sliding_attention" if window else "full_attention" for window in windows]
 
 
+def windows_to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The fields that tell transformers of windows in some layers; it asks for a number, used or not."""
+    return {"sliding_window": window_of(config) or config.max_position, "layer_types": layer_types(config)}
+
+
 # Rope type -> (RopeScaling fields it needs, fields it may have).
 _ROPE_KINDS = {
     "linear": (("factor",), ()),
@@ -244,8 +252,9 @@ def rope_from_hf(hf: Mapping[str, Any], *, partial: bool = False) -> dict[str, A
     rope["original_max_position"] = original or hf["max_position_embeddings"]
     if kind in ("yarn", "longrope"):
         rope.setdefault("factor", hf["max_position_embeddings"] / rope["original_max_position"])
-        if rope.get("mscale") and rope.get("mscale_all_dim") and "attention_factor" not in rope:
-            raise unsupported(f"{section}.mscale", rope["mscale"], "attention_factor in its place")
+        if kind == "yarn" and rope.get("mscale") and rope.get("mscale_all_dim") and rope["factor"] > 1:
+            up, down = (0.1 * rope[name] * math.log(rope["factor"]) + 1 for name in ("mscale", "mscale_all_dim"))
+            rope.setdefault("attention_factor", up / down)
     needed, optional = _ROPE_KINDS[kind]
     for name in needed:
         if name not in rope:
@@ -261,20 +270,25 @@ def rope_from_hf(hf: Mapping[str, Any], *, partial: bool = False) -> dict[str, A
     return {**plain, "rope_scaling": scaling}
 
 
-def rope_to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The fields that tell transformers 4 and 5 of the rotation; either generation ignores the other's."""
+def rope_to_hf(config: DecoderConfig, *, partial: bool = False) -> dict[str, Any]:
+    """The fields that tell transformers 4 and 5 of the rotation; either generation ignores the other's.
+
+    Args:
+      config: the decoder's shape.
+      partial: whether to name the part that is rotated even if that is all, where silence would mean another.
+    """
     rope = {"rope_type": "default"}
     if config.rope_scaling is not None:
         fields = dataclasses.asdict(config.rope_scaling)
         rope = {"rope_type": fields.pop("kind")}
         fields = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
         rope |= {_ROPE_NAMES.get(name, name): value for name, value in fields.items() if value is not None}
-    partial = {"partial_rotary_factor": config.rope_fraction} if config.rope_fraction != 1.0 else {}
+    part = {"partial_rotary_factor": config.rope_fraction} if partial or config.rope_fraction != 1.0 else {}
     return {
-        "rope_parameters": {**rope, "rope_theta": config.rope_theta, **partial},
+        "rope_parameters": {**rope, "rope_theta": config.rope_theta, **part},
         "rope_theta": config.rope_theta,
         "rope_scaling": rope if config.rope_scaling else None,
-        **partial,
+        **part,
     }
 
 
@@ -286,3 +300,39 @@ def windowed(hf: Mapping[str, Any], *, partial: bool = False) -> dict[str, Any]:
 def windowed_to_hf(config: DecoderConfig) -> dict[str, Any]:
     """The other way round."""
     return {**rope_to_hf(config), "sliding_window": window_of(config)}
+
+
+def local_and_full(hf: Mapping[str, Any], *, every: int, local_theta: float) -> dict[str, Any]:
+    """Windows and rotations of a family whose layers with a window rotate apart from the others, and are not scaled.
+
+    Args:
+      hf: config.json. transformers 5 has a rotation for each kind of layer; before it, rope_scaling was the full
+        layers' alone.
+      every: which layers have no window, where `layer_types` does not tell.
+      local_theta: base of the layers with a window, where `rope_parameters` does not tell.
+
+    Raises:
+      UserError: layers with a window have a scaled rotation, or there is no window.
+    """
+    nested = hf.get("rope_parameters") or {}
+    if not nested.keys() <= set(LAYER_TYPES):
+        raise unsupported("rope_parameters", nested, "one for each of " + ", ".join(LAYER_TYPES))
+    local, full = ({**(nested.get(name) or {})} for name in LAYER_TYPES)
+    full |= hf.get("rope_scaling") or {}
+    flat = {**hf, "rope_scaling": None, "rope_parameters": full}
+    near = rope_from_hf({**flat, "rope_parameters": local, "rope_theta": local_theta})
+    if near["rope_scaling"] is not None:
+        raise unsupported("rope_parameters.sliding_attention.rope_type", near["rope_scaling"].kind, "default")
+    if hf["sliding_window"] is None:
+        raise unsupported("sliding_window", None, "a number")
+    # A window that hides nothing still decides by which rotation its layer turns.
+    sized = windows({**hf, "max_position_embeddings": math.inf}, lambda layer: (layer + 1) % every != 0)
+    return {**rope_from_hf(flat), "windows": sized, "local_rope_theta": near["rope_theta"] if sized else None}
+
+
+def local_and_full_to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The other way round."""
+    rope = rope_to_hf(config)
+    local = {"rope_type": "default", "rope_theta": config.local_rope_theta or config.rope_theta}
+    nested = {"full_attention": rope["rope_parameters"], "sliding_attention": local}
+    return {**rope, "rope_parameters": nested, **windows_to_hf(config)}

@@ -10,14 +10,14 @@ from prefalign_jax.models.decoder_config import DecoderConfig
 from prefalign_jax.models.families.family import (
     DEFAULTS,
     FIELDS,
-    LAYER_TYPES,
     Family,
-    layer_types,
+    local_and_full,
+    local_and_full_to_hf,
     rope_from_hf,
     rope_to_hf,
     unsupported,
-    window_of,
     windows,
+    windows_to_hf,
 )
 from prefalign_jax.models.families.llama import QK_NORMS, weights
 
@@ -47,59 +47,34 @@ def _gemma_to_hf(config: DecoderConfig) -> dict[str, Any]:
     return {**rope_to_hf(config), "hidden_act": _TANH}
 
 
-def _scale_and_windows(hf: Mapping[str, Any], every: int) -> dict[str, Any]:
-    """query_scale and windows, where each `every`-th layer has none unless `layer_types` tells otherwise."""
+def _query_scale(hf: Mapping[str, Any]) -> dict[str, Any]:
     scalar = hf["query_pre_attn_scalar"]
     if not isinstance(scalar, (int, float)) or scalar <= 0 or scalar != int(scalar):
         raise unsupported("query_pre_attn_scalar", scalar, "a positive whole number")
-    return {"query_scale": int(scalar) ** -0.5, "windows": windows(hf, lambda layer: (layer + 1) % every != 0)}
+    return {"query_scale": int(scalar) ** -0.5}
 
 
-def _scale_and_windows_to_hf(config: DecoderConfig) -> dict[str, Any]:
-    scale = config.query_scale or config.head_dim**-0.5
-    return {
-        "query_pre_attn_scalar": round(scale**-2),
-        "sliding_window": window_of(config) or config.max_position,  # transformers asks for one, used or not
-        "layer_types": layer_types(config),
-    }
+def _query_scale_to_hf(config: DecoderConfig) -> dict[str, Any]:
+    return {"query_pre_attn_scalar": round((config.query_scale or config.head_dim**-0.5) ** -2)}
 
 
 def _gemma2(hf: Mapping[str, Any]) -> dict[str, Any]:
-    return {**_embedding(hf), **rope_from_hf(hf), **_scale_and_windows(hf, 2)}
+    fields = {**_embedding(hf), **rope_from_hf(hf), **_query_scale(hf)}
+    return {**fields, "windows": windows(hf, lambda layer: (layer + 1) % 2 != 0)}
 
 
 def _gemma2_to_hf(config: DecoderConfig) -> dict[str, Any]:
-    return {**rope_to_hf(config), **_scale_and_windows_to_hf(config)}
+    return {**rope_to_hf(config), **_query_scale_to_hf(config), **windows_to_hf(config)}
 
 
 def _gemma3(hf: Mapping[str, Any]) -> dict[str, Any]:
-    # One rotation per layer type: nested in transformers 5; before it, rope_scaling was the full layers' alone.
-    nested = hf.get("rope_parameters") or {}
-    if not nested.keys() <= set(LAYER_TYPES):
-        raise unsupported("rope_parameters", nested, "one for each of " + ", ".join(LAYER_TYPES))
-    local, full = ({**(nested.get(name) or {})} for name in LAYER_TYPES)
-    full |= hf.get("rope_scaling") or {}
-    flat = {**hf, "rope_scaling": None, "rope_parameters": full}
-    near = rope_from_hf({**flat, "rope_parameters": local, "rope_theta": hf["rope_local_base_freq"]})
-    if near["rope_scaling"] is not None:
-        raise unsupported("rope_parameters.sliding_attention.rope_type", near["rope_scaling"].kind, "default")
-
-    if hf["sliding_window"] is None:
-        raise unsupported("sliding_window", None, "a number")
-    # A window that hides nothing still decides by which rotation its layer turns.
-    fields = _scale_and_windows({**hf, "max_position_embeddings": math.inf}, hf["sliding_window_pattern"])
-    theta = near["rope_theta"] if fields["windows"] else None
-    return {**_embedding(hf), **rope_from_hf(flat), **fields, "local_rope_theta": theta}
+    every, local = hf["sliding_window_pattern"], hf["rope_local_base_freq"]
+    return {**_embedding(hf), **_query_scale(hf), **local_and_full(hf, every=every, local_theta=local)}
 
 
 def _gemma3_to_hf(config: DecoderConfig) -> dict[str, Any]:
-    rope = rope_to_hf(config)
     local = config.local_rope_theta or config.rope_theta
-    nested = {
-        "full_attention": rope["rope_parameters"],
-        "sliding_attention": {"rope_type": "default", "rope_theta": local},
-    }
-    return {**rope, "rope_parameters": nested, "rope_local_base_freq": local, **_scale_and_windows_to_hf(config)}
+    return {**local_and_full_to_hf(config), "rope_local_base_freq": local, **_query_scale_to_hf(config)}
 
 
 FAMILIES = {

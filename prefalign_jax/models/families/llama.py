@@ -30,17 +30,30 @@ _MLP = tuple(
     Weight(f"{_LAYER}mlp.{x}_proj.weight", f"layers/mlp/{x}/kernel", transpose=True) for x in ("gate", "up", "down")
 )
 QKV_BIASES = tuple(Weight(f"{_LAYER}self_attn.{x}_proj.bias", f"layers/attention/{x}/bias") for x in "qkv")
+BIASES = (
+    *QKV_BIASES,
+    Weight(f"{_LAYER}self_attn.o_proj.bias", "layers/attention/o/bias"),
+    *(Weight(f"{_LAYER}mlp.{x}_proj.bias", f"layers/mlp/{x}/bias") for x in ("gate", "up", "down")),
+)
 QK_NORMS = tuple(Weight(f"{_LAYER}self_attn.{x}_norm.weight", f"layers/attention/{x}_norm/scale") for x in "qk")
 
 
-def weights(*attention: Weight, norms: Mapping[str, str] | None = None) -> tuple[Weight, ...]:
-    """Llama's table, with more rows for the attention, or other norms around it (Hugging Face's name -> ours)."""
+def fused_mlp(name: str, gate_and_up: str, down: str) -> tuple[Weight, ...]:
+    """The rows of a layer's MLP whose gate and up share a tensor."""
+    both = (Weight(f"{_LAYER}{name}.{gate_and_up}.weight", f"layers/mlp/{x}/kernel", True) for x in ("gate", "up"))
+    return (*both, Weight(f"{_LAYER}{name}.{down}.weight", "layers/mlp/down/kernel", transpose=True))
+
+
+def weights(
+    *attention: Weight, norms: Mapping[str, str] | None = None, mlp: tuple[Weight, ...] = _MLP
+) -> tuple[Weight, ...]:
+    """Llama's table, with more rows for the attention, other norms around it (Hugging Face's name -> ours) or MLP."""
     norms = norms or {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
     return (
         Weight(EMBEDDING, "embed/embedding"),
         *_ATTENTION,
         *attention,
-        *_MLP,
+        *mlp,
         *(Weight(f"{_LAYER}{theirs}.weight", f"layers/{ours}/scale") for theirs, ours in norms.items()),
         Weight("model.norm.weight", "final_norm/scale"),
         Weight(HEAD, "head/kernel"),
@@ -75,17 +88,23 @@ def _smollm3_to_hf(config: DecoderConfig) -> dict[str, Any]:
     return {**_qwen_to_hf(config), "no_rope_layers": [int(one) for one in turns]}
 
 
+def biased(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_from_hf`, of a family whose four products of attention have biases or none has."""
+    return {**rope_from_hf(hf), "output_bias": bool(hf.get("attention_bias"))}
+
+
 _GATED_SILU = {"hidden_act": "silu"}
+WITH_BIASES = {**FIELDS, "qkv_bias": "attention_bias", "mlp_bias": "mlp_bias"}
 
 FAMILIES = {
     "llama": Family(
         "LlamaForCausalLM",
         "LlamaForSequenceClassification",
-        weights(),
-        FIELDS,
-        fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+        weights(*BIASES),
+        WITH_BIASES,
+        fixed=_GATED_SILU,
         defaults={**DEFAULTS, "max_position_embeddings": 2048},
-        read=rope_from_hf,
+        read=biased,
         write=rope_to_hf,
     ),
     "mistral": Family(

@@ -61,14 +61,7 @@ def _phi(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _phi_to_hf(config: DecoderConfig) -> dict[str, Any]:
-    fields = rope_to_hf(config)
-    partial = {"partial_rotary_factor": config.rope_fraction}  # silence would mean a half
-    return {
-        **fields,
-        **partial,
-        "rope_parameters": {**fields["rope_parameters"], **partial},
-        "hidden_act": activation_to_hf(config, "gelu_new"),
-    }
+    return {**rope_to_hf(config, partial=True), "hidden_act": activation_to_hf(config, "gelu_new")}
 
 
 def _phi3(hf: Mapping[str, Any]) -> dict[str, Any]:
