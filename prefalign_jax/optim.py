@@ -303,7 +303,7 @@ VALID: Checks = {
     "decay_shape": (lambda x: x in DECAYS, f"one of {', '.join(DECAYS)}"),
 }
 
-VECTORS = ("scale", "bias", "lora_magnitude")  # names of parameters that are vectors in each layer
+VECTORS = ("scale", "bias", "sinks", "lora_magnitude")  # names of parameters that are vectors in each layer
 
 
 def stacked(path: Sequence[Any], leaf: Any) -> int:

@@ -37,7 +37,10 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"layers/mlp/(gate|up)/kernel", P(None, "fsdp", "tensor")),
     (r"layers/mlp/(gate|up)/bias", P(None, "tensor")),
     (r"layers/mlp/down/kernel", P(None, "tensor", "fsdp")),
+    (r"layers/attention/sinks", P(None, "tensor")),
     (r"layers/experts/router/kernel", P(None, "fsdp")),
+    (r"layers/experts/router/bias", P()),
+    (r"layers/experts/(gate|up|down)/bias", P(None, "tensor")),
     (r"layers/experts/(gate|up)/kernel", P(None, "tensor", "fsdp")),
     (r"layers/experts/down/kernel", P(None, "tensor", None, "fsdp")),
     (r"layers/(attention/o|mlp/down)/bias", P()),
@@ -294,13 +297,13 @@ def spread(mesh: Mesh) -> Callable[..., jax.Array]:
 
 
 def deal_experts(mesh: Mesh) -> Callable[..., jax.Array]:
-    """How a mixture's experts are computed: (experts, x, gate, up, down, weights, chosen) -> experts(...).
+    """How a mixture's experts are computed: (experts, x, gate, up, down, weights, chosen, biases) -> experts(...).
 
     Whole experts are dealt over tensor. Each device computes what its own add to the tokens, which all of these devices
     have, and the sum is taken as that of a split MLP is.
     """
 
-    def apply(experts: Callable[..., jax.Array], x: jax.Array, gate: jax.Array, *args: jax.Array) -> jax.Array:
+    def apply(experts: Callable[..., jax.Array], x: jax.Array, gate: jax.Array, *args: Any) -> jax.Array:
         devices = mesh.shape["tensor"]
         if devices == 1 or gate.shape[0] % devices:
             return experts(x, gate, *args)
@@ -308,10 +311,10 @@ def deal_experts(mesh: Mesh) -> Callable[..., jax.Array]:
         rows, kernel = P(axes), P("tensor")
 
         # With its check of what varies over tensor, jax 0.10 gives wrong gradients of x and the weights.
-        options = dict(in_specs=(rows, kernel, kernel, kernel, rows, rows), out_specs=rows, check_vma=False)
+        options = dict(in_specs=(rows, kernel, kernel, kernel, rows, rows, kernel), out_specs=rows, check_vma=False)
 
         @functools.partial(jax.shard_map, mesh=mesh, **options)
-        def part(x: jax.Array, gate: jax.Array, *args: jax.Array) -> jax.Array:
+        def part(x: jax.Array, gate: jax.Array, *args: Any) -> jax.Array:
             first = jax.lax.axis_index("tensor") * gate.shape[0]
             return jax.lax.psum(experts(x, gate, *args, first), "tensor")
 
@@ -323,7 +326,7 @@ def deal_experts(mesh: Mesh) -> Callable[..., jax.Array]:
 def deal_texts(mesh: Mesh) -> Callable[..., jax.Array]:
     """How a kernel attends that XLA cannot divide: (kernel, q, k, v) -> kernel(q, k, v), [N, S, heads, d] each.
 
-    Each device takes the texts of its rows, and its share of the heads.
+    What follows is of the heads, [heads]. Each device takes the texts of its rows, and its share of the heads.
     """
 
     def apply(kernel: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
@@ -331,8 +334,9 @@ def deal_texts(mesh: Mesh) -> Callable[..., jax.Array]:
             return kernel(*args)
         rows = ROWS if args[0].shape[0] % groups_of(mesh) == 0 else None
         spec = P(rows, None, "tensor")
+        specs = (*(spec,) * 3, *(P("tensor"),) * (len(args) - 3))
         # No rule says along which axes what a kernel gives varies.
-        return jax.shard_map(kernel, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(*args)
+        return jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(*args)
 
     return apply
 

@@ -20,8 +20,11 @@ from prefalign_jax.models.attention import (
 from prefalign_jax.types import Pair
 from small import first, make_pairs, packed
 
+SINKS = jnp.array([-1.0, 0.5, 2.0, 0.0, 3.0, -4.0])
 
-def test_attend_equals_a_loop_over_heads_and_rows():
+
+@pytest.mark.parametrize("sinks", [None, SINKS], ids=["plain", "sinks"])
+def test_attend_equals_a_loop_over_heads_and_rows(sinks):
     rng = np.random.default_rng(0)
     rows, length, heads, kv_heads, dim = 2, 5, 6, 2, 4
     q = rng.normal(size=(rows, length, heads, dim))
@@ -33,9 +36,9 @@ def test_attend_equals_a_loop_over_heads_and_rows():
             for i in range(length):
                 seen = np.flatnonzero(mask[r, i])
                 scores = k[r, seen, h // 3] @ q[r, i, h] / np.sqrt(dim)
-                weights = np.exp(scores) / np.exp(scores).sum()
+                weights = np.exp(scores) / (np.exp(scores).sum() + (0 if sinks is None else np.exp(sinks[h])))
                 wanted[r, i, h] = weights @ v[r, seen, h // 3]
-    got = attend(*(jnp.float32(x) for x in (q, k, v)), jnp.asarray(mask))
+    got = attend(*(jnp.float32(x) for x in (q, k, v)), jnp.asarray(mask), sinks=sinks)
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -50,13 +53,14 @@ def test_a_rejected_token_sees_the_prompt_and_its_own_branch_only():
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def slopes_and_values(function, q, k, v):
+def slopes_and_values(function, q, k, v, sinks=None):
     """(gradients, output) of a function that returns (a sum of its output, the output)."""
-    return jax.grad(function, (0, 1, 2), has_aux=True)(q, k, v)
+    slopes, values = jax.grad(function, (0, 1, 2, 3), has_aux=True)(q, k, v, sinks)
+    return jax.tree.leaves(slopes), values
 
 
 @pytest.mark.parametrize("row_length", [None, 192])
-@pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "scale": 0.3}, {"window": 20}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "scale": 0.3}, {"window": 20, "sinks": SINKS}], ids=" ".join)
 def test_tile_by_tile_is_the_dense_product_with_its_gradients(row_length, options):
     """Two groups, several rows, scores so large that a tile of another row would overflow."""
     batch = first(packed(make_pairs(9, longest=60), groups=2, row_length=row_length))
@@ -67,6 +71,8 @@ def test_tile_by_tile_is_the_dense_product_with_its_gradients(row_length, option
     k = k.at[0].mul(60.0)
     real = batch.segments > 0
     mask = np.asarray(tree_mask(batch.segments, batch.branches))
+    sinks = options.get("sinks")
+    options = {name: value for name, value in options.items() if name != "sinks"}
     window = options.get("window")
     if window:
         mask = mask & (batch.positions[:, :, None] - batch.positions[:, None, :] < window)
@@ -75,14 +81,15 @@ def test_tile_by_tile_is_the_dense_product_with_its_gradients(row_length, option
     def weighted(out):
         return (out * weight)[real].sum(), out
 
-    def dense(q, k, v):
+    def dense(q, k, v, sinks):
         plain = {name: value for name, value in options.items() if name != "window"}
-        return weighted(attend(q, k, v, jnp.asarray(mask), **plain))
+        return weighted(attend(q, k, v, jnp.asarray(mask), sinks=sinks, **plain))
 
-    def tiled(q, k, v):
-        return weighted(tiled_attend(q, k, v, tiles, **options))
+    def tiled(q, k, v, sinks):
+        return weighted(tiled_attend(q, k, v, tiles, sinks=sinks, **options))
 
-    (wanted, plain), (got, out) = slopes_and_values(dense, q, k, v), slopes_and_values(tiled, q, k, v)
+    (wanted, plain), (got, out) = (slopes_and_values(f, q, k, v, sinks) for f in (dense, tiled))
+    assert len(got) == (3 if sinks is None else 4)
     np.testing.assert_allclose(plain[real], out[real], rtol=1e-5, atol=1e-5)
     assert (np.asarray(out)[~real] == 0).all()
     for one, other in zip(wanted, got, strict=True):
@@ -133,7 +140,9 @@ XLA = functools.partial(cudnn, implementation="xla")  # that cuDNN computes the 
         longer(XLA, Layout(rejected=False), 2, {}, id="as cuDNN, chosen alone"),
         pytest.param(splash, Layout(), 2, {}, id="splash"),
         pytest.param(splash, Layout(tree=False), 1, {"softcap": 5.0}, id="splash, soft-capped"),
-        pytest.param(splash, Layout(), 1, {"window": 20, "windows": (0, 20, 1000)}, id="splash, window"),
+        pytest.param(
+            splash, Layout(), 1, {"window": 20, "windows": (0, 20, 1000), "sinks": SINKS}, id="splash, window"
+        ),
         longer(splash, Layout(), 1, {"window": 1000, "windows": (0, 20, 1000)}, id="splash, wide window"),
     ],
 )
@@ -147,18 +156,19 @@ def test_text_by_text_is_the_dense_product_with_its_gradients(kernel, layout, gr
     real, mask = batch.segments > 0, np.asarray(tree_mask(batch.segments, batch.branches))
     if "window" in options:
         mask = mask & (batch.positions[:, :, None] - batch.positions[:, None, :] < options["window"])
-    sequences = jax.tree.map(jnp.asarray, batch.sequences)
+    sequences, sinks = jax.tree.map(jnp.asarray, batch.sequences), options.get("sinks")
+    options = {name: value for name, value in options.items() if name != "sinks"}
 
     def weighted(out):
         return (out * weight)[real].sum(), out
 
-    def dense(q, k, v):
-        return weighted(attend(q, k, v, jnp.asarray(mask), scale=0.3, softcap=options.get("softcap")))
+    def dense(q, k, v, sinks):
+        return weighted(attend(q, k, v, jnp.asarray(mask), scale=0.3, softcap=options.get("softcap"), sinks=sinks))
 
-    def text_by_text(q, k, v):
-        return weighted(sequence_attend(q, k, v, sequences, kernel=kernel, scale=0.3, **options))
+    def text_by_text(q, k, v, sinks):
+        return weighted(sequence_attend(q, k, v, sequences, kernel=kernel, scale=0.3, sinks=sinks, **options))
 
-    (wanted, plain), (got, found) = slopes_and_values(dense, q, k, v), slopes_and_values(text_by_text, q, k, v)
+    (wanted, plain), (got, found) = (slopes_and_values(f, q, k, v, sinks) for f in (dense, text_by_text))
     np.testing.assert_allclose(found[real], plain[real], rtol=1e-5, atol=1e-5)
     assert (np.asarray(found)[~real] == 0).all()
     for one, other in zip(wanted, got, strict=True):

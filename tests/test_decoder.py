@@ -167,10 +167,10 @@ def test_cudnns_attention_gives_the_log_probabilities_of_tiles(monkeypatch):
 
 @pytest.mark.everything
 def test_splash_gives_the_log_probabilities_and_gradients_of_tiles():
-    """In Pallas's interpreter, which it runs in wherever there is no TPU; of Gemma 2's attention, on four devices."""
-    config = dataclasses.replace(CONFIG, windows=(0, 9), attention_softcap=3.0, query_scale=0.4)
+    """In Pallas's interpreter, which it runs in wherever there is no TPU; with all that it can do, on four devices."""
+    config = dataclasses.replace(CONFIG, windows=(0, 9), attention_softcap=3.0, query_scale=0.4, sinks=True)
     mesh = make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4])
-    params, pairs, results = make_params(), make_pairs(8, longest=60), []
+    params, pairs, results = make_params(0, make_decoder(config)), make_pairs(8, longest=60), []
     for attention, field in (("tiles", "tiles"), ("splash", "sequences")):
         model = make_decoder(config, attention=attention, placement=Placement(texts=deal_texts(mesh)))
         assert model.attends == field
@@ -198,6 +198,7 @@ def test_splash_drops_no_weights_and_says_so():
         ({}, {"dtype": "float32"}, "dtype=float32"),
         ({"attention_softcap": 50.0}, {}, "soft-capped"),
         ({"windows": (0, 5)}, {}, "sliding windows"),
+        ({"sinks": True}, {}, "attention sinks"),
         ({}, {"dropout": Dropout(attention=0.1)}, "dropout"),
         ({"head_dim": 12}, {}, "heads of 12"),
     ],

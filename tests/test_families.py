@@ -30,6 +30,7 @@ SCALINGS = (
     RopeScaling("llama3", 8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=16),
     RopeScaling("yarn", 4.0, original_max_position=16),
     RopeScaling("yarn", 4.0, original_max_position=16, beta_fast=16.0, beta_slow=2.0, attention_factor=1.5),
+    RopeScaling("yarn", 4.0, original_max_position=16, truncate=False),
     RopeScaling("dynamic", 2.0),
     RopeScaling("longrope", 4.0, original_max_position=16, short_factor=(1.0, 1.5, 2.0), long_factor=(3.0, 4.0, 5.0)),
 )
@@ -276,6 +277,23 @@ def test_which_layers_rotate():
     assert families.from_hf({**hf, "no_rope_layers": [1] * 5})["rope_layers"] == ()
 
 
+def test_gpt_oss_reads_its_published_config_and_what_silence_means():
+    hf = {**MINIMAL, "model_type": "gpt_oss", "num_local_experts": 8, "quantization_config": {"quant_method": "mxfp4"}}
+    config = DecoderConfig(**families.from_hf(hf))
+    yarn = RopeScaling("yarn", 32.0, original_max_position=4096, beta_fast=32.0, beta_slow=1.0, truncate=False)
+    assert (config.rope_scaling, config.rope_theta, config.windows) == (yarn, 150000.0, (128, 0))
+    assert (config.num_kv_heads, config.head_dim, config.experts_per_token) == (8, 64, 4)
+    assert config.sinks and config.mlp_bias and config.qkv_bias and config.output_bias
+    assert (config.swiglu_limit, config.swiglu_alpha) == (7.0, 1.702)
+    read = pytest.importorskip("transformers").GptOssConfig(**{k: v for k, v in hf.items() if k != "model_type"})
+    assert DecoderConfig(**families.from_hf(read.to_dict() | {"num_key_value_heads": 8})) == config
+    unbiased = dataclasses.replace(config, qkv_bias=False, output_bias=False, windows=())
+    for one in (config, unbiased):
+        assert round_trip(one) == one
+    with pytest.raises(UserError, match="quant_method='gptq' is not supported; supported: mxfp4, None"):
+        families.from_hf({**hf, "quantization_config": {"quant_method": "gptq"}})
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -292,6 +310,8 @@ def test_which_layers_rotate():
         ({"model_type": "olmo3", "sliding_window": None}, ("sliding_window=None", "a number")),
         ({"hidden_act": "gelu"}, ("hidden_act='gelu'", "'silu'")),
         ({"quantization_config": {"bits": 4}}, ("quantization_config", "None")),
+        ({"quantization_config": {"quant_method": "gptq"}}, ("quant_method='gptq'", "supported: None")),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, ("quant_method='mxfp4'", "supported: None")),
         ({"num_key_value_heads": 3}, ("num_key_value_heads=3", "divisor")),
         ({"head_dim": 5}, ("head_dim=5", "even")),
         ({"partial_rotary_factor": 0.5}, ("partial_rotary_factor=0.5", "1.0")),
@@ -308,7 +328,6 @@ def test_which_layers_rotate():
         ),
         ({"rope_scaling": {"rope_type": "linear"}}, ("rope_scaling has no factor",)),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ("low_freq_factor",)),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "truncate": False}}, ("truncate=False",)),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ("one for all layers",)),
         ({"vocab_size": None}, ("no vocab_size",)),
     ],

@@ -62,6 +62,9 @@ CASES = {
     "smollm3": {"num_hidden_layers": 4, "no_rope_layer_interval": 2},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True},
+    # A limit that is often reached.
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5, "head_dim": 12}
+    | {"rope_parameters": {**YARN, "truncate": False, "rope_theta": 500.0}, "swiglu_limit": 0.8},
     "phi": {"partial_rotary_factor": 0.5},
     "phi3": {"partial_rotary_factor": 0.5, "sliding_window": 5},
     # Every text of these tests is within the original context, or every one is beyond it.

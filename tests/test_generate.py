@@ -98,6 +98,7 @@ VARIANTS = {
         rope_interleaved=True,
         rope_fraction=0.5,
     ),
+    "gpt-oss": dict(num_experts=4, mlp_bias=True, qkv_bias=True, sinks=True, windows=(3, 0), swiglu_limit=0.5),
 }
 
 
@@ -119,7 +120,7 @@ def check_against_full_passes(model, params, prompts=PROMPTS, **options):
     return found
 
 
-@pytest.mark.parametrize("name", [longer(name) if name.startswith("phi") else name for name in VARIANTS])
+@pytest.mark.parametrize("name", [longer(name) if name in ("phi", "experts") else name for name in VARIANTS])
 def test_cached_steps_are_full_passes_over_ragged_prompts(name):
     model, params = variant(name)
     assert model.cached is not None
@@ -440,7 +441,8 @@ def test_no_prompts_no_samples():
 @pytest.mark.parity
 @pytest.mark.parametrize(
     "case",
-    ["llama llama3", "gemma2"] + [longer(case) for case in ("gpt_neox", "opt", "qwen3_moe", "phi", "gemma3_text")],
+    ["llama llama3", "gemma2"]
+    + [longer(case) for case in ("gpt_neox", "opt", "qwen3_moe", "gpt_oss", "phi", "gemma3_text")],
 )
 def test_greedy_is_transformers_generate_token_for_token(case, tmp_path):
     torch = pytest.importorskip("torch")

@@ -105,7 +105,7 @@ def test_the_gradient_is_that_of_the_merged_weights_through_the_chain_rule():
 
 
 def test_the_kernels_of_experts_take_no_adapters():
-    config = dataclasses.replace(CONFIG, num_experts=3)
+    config = dataclasses.replace(CONFIG, num_experts=3, mlp_bias=True, sinks=True)
     shapes = jax.eval_shape(make_decoder(config).init, jax.random.key(0))
     adapters = jax.eval_shape(lambda: init_adapters(jax.random.key(0), shapes, Lora(targets=r"layers/.*")))
     assert adapters["layers"].keys() == {"attention", "experts"} and adapters["layers"]["experts"].keys() == {"router"}

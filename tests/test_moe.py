@@ -11,7 +11,7 @@ from jax.test_util import check_grads
 from conftest import longer
 from prefalign_jax.cost.collectives import collectives
 from prefalign_jax.cost.flops import count_flops
-from prefalign_jax.models.moe import Routing, balance, experts, route, routing
+from prefalign_jax.models.moe import Routing, balance, clamped_swiglu, experts, route, routing, swiglu
 from prefalign_jax.sharding import deal_experts, make_mesh
 
 RNG = np.random.default_rng(0)
@@ -22,28 +22,42 @@ DOWN = RNG.normal(size=(E, F, D)).astype(np.float32)
 LOGITS = RNG.normal(size=(N, E)).astype(np.float32)
 
 
-def one_by_one(x, gate, up, down, weights, chosen):
+BIASES = (*RNG.normal(size=(2, E, F)).astype(np.float32), RNG.normal(size=(E, D)).astype(np.float32))
+CLAMPED = functools.partial(clamped_swiglu, limit=1.5, alpha=1.702)
+
+
+def one_by_one(x, gate, up, down, weights, biases, chosen, act):
     """Every token through each of its experts."""
-    rows = []
+    rows, (of_gate, of_up, of_down) = [], biases or jnp.zeros((3, E, 1))
     for token, ws, es in zip(x, weights, chosen, strict=True):
-        parts = [w * ((jax.nn.silu(token @ gate[e]) * (token @ up[e])) @ down[e]) for w, e in zip(ws, es, strict=True)]
-        rows.append(sum(parts))
+        read = [act(token @ gate[e] + of_gate[e], token @ up[e] + of_up[e]) for e in es]
+        rows.append(sum(w * (one @ down[e] + of_down[e]) for w, e, one in zip(ws, es, read, strict=True)))
     return jnp.stack(rows)
 
 
-@pytest.mark.parametrize("k", [longer(1), 2, longer(4)])
-def test_sorted_groups_are_every_token_through_its_experts_in_value_and_gradient(k):
+def test_the_clamped_gate_by_hand():
+    gate, up = np.array([-9.0, -1.0, 0.5, 3.0]), np.array([-9.0, -1.0, 0.5, 3.0])
+    low, high = np.minimum(gate, 2.0), np.clip(up, -2.0, 2.0)
+    np.testing.assert_allclose(
+        clamped_swiglu(gate, up, limit=2.0, alpha=1.702), low / (1 + np.exp(-1.702 * low)) * (high + 1), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(("k", "act", "biases"), [longer(1, swiglu, None), (2, swiglu, None), (2, CLAMPED, BIASES)])
+def test_sorted_groups_are_every_token_through_its_experts_in_value_and_gradient(k, act, biases):
     weights, chosen, _ = route(LOGITS, k, renormalise=True)
     cotangent = RNG.normal(size=X.shape).astype(np.float32)
 
     @functools.partial(jax.jit, static_argnums=0)
     def value_and_pulled(function, *args):
-        value, pull = jax.vjp(lambda *a: function(*a, chosen), *args)
-        return value, pull(cotangent)
+        value, pull = jax.vjp(lambda *a: function(*a, chosen=chosen, act=act), *args)
+        return value, jax.tree.leaves(pull(cotangent))
 
-    value, pulled = value_and_pulled(experts, X, GATE, UP, DOWN, weights)
-    wanted, wanted_pulled = value_and_pulled(one_by_one, X, GATE, UP, DOWN, weights)
+    args = (X, GATE, UP, DOWN, weights, biases)
+    value, pulled = value_and_pulled(lambda *a, **more: experts(*a[:-1], biases=a[-1], **more), *args)
+    wanted, wanted_pulled = value_and_pulled(one_by_one, *args)
     np.testing.assert_allclose(value, wanted, rtol=1e-4, atol=1e-4)
+    assert len(pulled) == (5 if biases is None else 8)
     for got, right in zip(pulled, wanted_pulled, strict=True):
         np.testing.assert_allclose(got, right, rtol=1e-3, atol=1e-3)
 
@@ -118,7 +132,8 @@ def test_the_balance_of_a_model_is_transformers_auxiliary_loss(tmp_path):
     np.testing.assert_allclose(found, theirs(torch.tensor(tokens)).aux_loss.item(), rtol=1e-5)
 
 
-def test_experts_dealt_whole_over_devices_are_those_on_one():
+@pytest.mark.parametrize("biases", [longer(None), BIASES], ids=["plain", "biases"])
+def test_experts_dealt_whole_over_devices_are_those_on_one(biases):
     """In value and gradient; what is exchanged is the sum over the experts, and never a kernel over tensor."""
     mesh = make_mesh({"fsdp": 2, "tensor": 4})
     x = RNG.normal(size=(12, D)).astype(np.float32)
@@ -128,14 +143,14 @@ def test_experts_dealt_whole_over_devices_are_those_on_one():
 
     def pulled(deal):
         def function(*args):
-            value, pull = jax.vjp(lambda *a: deal(experts, *a, chosen), *args)
+            value, pull = jax.vjp(lambda *a: deal(experts, *a[:-1], chosen, a[-1]), *args)
             return value, pull(cotangent)
 
         return jax.jit(function)
 
-    args = (x, GATE, UP, DOWN, weights)
+    args = (x, GATE, UP, DOWN, weights, biases)
     dealt = pulled(deal_experts(mesh))
-    where = [P("fsdp"), *[P("tensor")] * 3, P("fsdp")]
+    where = [P("fsdp"), *[P("tensor")] * 3, P("fsdp"), P("tensor")]
     placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(args, where, strict=True)]
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
@@ -144,5 +159,5 @@ def test_experts_dealt_whole_over_devices_are_those_on_one():
     )
     sent = collectives(dealt.lower(*placed).compile().as_text(), 8)
     assert {one.kind for one in sent if len(one.group) > 2 or one.group[1] == 1} == {"all-reduce"}
-    count = count_flops(lambda *a: experts(*a, chosen), *args)
-    assert count_flops(lambda *a: deal_experts(mesh)(experts, *a, chosen), *args) == count
+    count = count_flops(lambda *a: experts(*a[:-1], chosen, a[-1]), *args)
+    assert count_flops(lambda *a: deal_experts(mesh)(experts, *a[:-1], chosen, a[-1]), *args) == count

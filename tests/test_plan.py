@@ -152,6 +152,8 @@ COUNTED = {
     "qwen3-14b": 14_768_307_200,
     "qwen3-32b": 32_762_123_264,
     "qwen3-30b-a3b": 30_532_122_624,
+    "gpt-oss-20b": 20_914_757_184,
+    "gpt-oss-120b": 116_829_156_672,
     "gemma-2b": 2_506_172_416,
     "gemma-7b": 8_537_680_896,
     "gemma-2-2b": 2_614_341_888,
@@ -186,7 +188,7 @@ COUNTED = {
     "gpt2-xl": 1_557_611_200,
 }
 # One for each place of a field: ties, widths of heads, experts, norms, biases, padding, learned positions.
-CORE = {"smollm2-360m", "qwen2.5-7b", "qwen3-30b-a3b", "gemma-2-27b", "olmo-2-32b", "phi-2", "opt-125m", "gpt2"}
+CORE = {"smollm2-360m", "qwen2.5-7b", "gpt-oss-20b", "gemma-2-27b", "olmo-2-32b", "phi-2", "opt-125m", "gpt2"}
 
 
 @pytest.mark.parametrize("name", [n if n in CORE else pytest.param(n, marks=pytest.mark.everything) for n in COUNTED])

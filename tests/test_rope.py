@@ -49,6 +49,17 @@ LONGROPE = RopeScaling(
 )
 
 
+def test_yarns_band_begins_and_ends_between_dimensions_where_it_is_not_truncated():
+    """By the paper's formula: divided by the factor below 1 turn over the original context, kept above 32."""
+    plain, _ = frequencies(64, 10000.0, None)
+    edges = [64 * math.log(64 / (turns * 2 * math.pi)) / (2 * math.log(10000.0)) for turns in (32.0, 1.0)]
+    edges[0] = max(edges[0], 0.0)
+    share = np.clip((np.arange(32) - edges[0]) / (edges[1] - edges[0]), 0, 1)
+    scaled, _ = frequencies(64, 10000.0, dataclasses.replace(YARN, truncate=False))
+    np.testing.assert_allclose(scaled, plain * (1 - share) + plain / 4 * share, rtol=1e-6)
+    assert np.abs(scaled / frequencies(64, 10000.0, YARN)[0] - 1).max() > 0.01
+
+
 def test_dynamic_is_the_plain_embedding_within_the_context():
     np.testing.assert_array_equal(frequencies(16, 1e4, RopeScaling("dynamic", 4.0))[0], frequencies(16, 1e4, None)[0])
     assert frequencies(16, 1e4, RopeScaling("dynamic", 4.0))[1] == 1.0

@@ -36,7 +36,7 @@ from small import CONFIG, make_pairs, make_params, packed
 
 MESH = make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
 BIASES = dict(qkv_bias=True, output_bias=True, mlp_bias=True, head_bias=True)
-EXPERTS = dict(num_experts=4)
+EXPERTS = dict(num_experts=4, mlp_bias=True, sinks=True)
 BIASED = make_decoder(dataclasses.replace(CONFIG, vocab_size=62, norm="layer", positions="learned", **BIASES))
 
 
@@ -150,7 +150,10 @@ def test_every_rule_is_of_use():
 def test_experts_are_dealt_whole():
     params = jax.eval_shape(make_decoder(dataclasses.replace(CONFIG, **EXPERTS)).init, jax.random.key(0))
     found = specs(param_shardings(MESH, params), params)
+    assert found["layers/attention/sinks"] == (None, "tensor")
     assert {path: spec for path, spec in found.items() if "experts" in path} == {
+        "layers/experts/router/bias": (None, None),
+        **{f"layers/experts/{name}/bias": (None, "tensor", None) for name in ("gate", "up", "down")},
         "layers/experts/router/kernel": (None, "fsdp", None),
         **{f"layers/experts/{name}/kernel": (None, "tensor", "fsdp", None) for name in ("gate", "up")},
         "layers/experts/down/kernel": (None, "tensor", None, "fsdp"),

@@ -35,6 +35,7 @@ _QWEN = {"vocab_size": 151936, "rope_theta": 1e6, "max_position_embeddings": 327
 _QWEN_25 = _QWEN | {"model_type": "qwen2", "tie_word_embeddings": True}
 _QWEN_25_UNTIED = _QWEN_25 | {"vocab_size": 152064, "tie_word_embeddings": False}
 _QWEN_3 = _QWEN | {"model_type": "qwen3", "max_position_embeddings": 40960, "head_dim": 128}
+_GPT_OSS = {"model_type": "gpt_oss", "vocab_size": 201088, "tie_word_embeddings": False}
 _GEMMA = {"max_position_embeddings": 8192, "head_dim": 256, "vocab_size": 256000}
 _GEMMA_2 = _GEMMA | {"model_type": "gemma2", "query_pre_attn_scalar": 256}
 _GEMMA_3 = _GEMMA | {"model_type": "gemma3_text", "vocab_size": 262208, "max_position_embeddings": 131072}
@@ -149,6 +150,12 @@ SHAPES: dict[str, Fields] = {
         _QWEN_3 | {"model_type": "qwen3_moe", "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True},
         {"qwen3-30b-a3b": (2048, 6144, 48, 32, 4)},
         qwen3_30b_a3b={"moe_intermediate_size": 768, "tie_word_embeddings": False},
+    ),
+    **_shapes(
+        _GPT_OSS,
+        {"gpt-oss-20b": (2880, 2880, 24, 64, 8), "gpt-oss-120b": (2880, 2880, 36, 64, 8)},
+        gpt_oss_20b={"num_local_experts": 32},
+        gpt_oss_120b={"num_local_experts": 128},
     ),
     **_shapes(
         _GEMMA | {"model_type": "gemma", "hidden_act": "gelu"},

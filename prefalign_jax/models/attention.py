@@ -50,6 +50,7 @@ def attend(
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: jax.Array | None = None,
     dropout: float = 0.0,
     key: jax.Array | None = None,
 ) -> jax.Array:
@@ -61,10 +62,13 @@ def attend(
       mask: [R, L, L] bool.
       scale: None is d^-1/2.
       softcap: c; scores x become c tanh(x / c), None leaves them.
+      sinks: [heads]; one more score of every token, whose weight reads no value, so that the others sum to less than 1.
       dropout, key: of the weights; see `drop`.
 
     Returns:
       [R, L, heads, d] in q's type.
+
+    Source: sinks: gpt-oss model card, arXiv 2508.10925, section 2.2.
     """
     rows, length, heads, dim = q.shape
     kv_heads = k.shape[2]
@@ -73,7 +77,11 @@ def attend(
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = drop(jax.nn.softmax(scores, axis=-1).astype(v.dtype), dropout, key)
+    if sinks is not None:
+        sink = sinks.astype(jnp.float32).reshape(kv_heads, -1, 1, 1)
+        scores = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:-1], 1))], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]]
+    weights = drop(weights.astype(v.dtype), dropout, key)
     return jnp.einsum("rkgij,rjkd->rikgd", weights, v).reshape(rows, length, heads, dim)
 
 
@@ -134,6 +142,7 @@ def tiled_attend(
     window: jax.Array | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: jax.Array | None = None,
     dropout: float = 0.0,
     key: jax.Array | None = None,
 ) -> jax.Array:
@@ -146,7 +155,7 @@ def tiled_attend(
       k, v: [R, L, kv_heads, d].
       tiles: who sees whom.
       window: [] int32, positions that a token sees, itself included; 0 or None for all.
-      scale, softcap, dropout, key: as in `attend`.
+      scale, softcap, sinks, dropout, key: as in `attend`.
 
     Returns:
       [R, L, heads, d] in q's type; 0 where a token sees nothing.
@@ -166,7 +175,7 @@ def tiled_attend(
         return jax.vmap(total)(values, tiles.query)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def attended(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attended(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None) -> jax.Array:
         q, k, v = _blocks(q, tiles.query), _blocks(k, tiles.key), _blocks(v, tiles.key)
         scores = jnp.einsum("gnkad,gnkcd->gnkac", q, k, preferred_element_type=jnp.float32)
         if softcap is not None:
@@ -175,15 +184,21 @@ def tiled_attend(
         mask = jnp.broadcast_to(mask[:, :, None, None], (*scores.shape[:3], share, TILE, TILE)).reshape(scores.shape)
         top = jnp.where(mask, scores, jnp.finfo(jnp.float32).min).max(-1)
         most = functools.partial(jax.ops.segment_max, num_segments=blocks, indices_are_sorted=True)
-        top = _blocks(jax.vmap(most)(jax.lax.stop_gradient(top), tiles.query), tiles.query)
+        top = jax.vmap(most)(jax.lax.stop_gradient(top), tiles.query)
+        if sinks is not None:
+            sink = jnp.repeat(sinks.astype(jnp.float32).reshape(1, 1, kv_heads, share), TILE, axis=-1)
+            top = jnp.maximum(top, jax.lax.stop_gradient(sink))
+            of_sink = jnp.exp(sink - top)
+        top = _blocks(top, tiles.query)
         weights = jnp.where(mask, jnp.exp(jnp.where(mask, scores - top[..., None], 0.0)), 0.0)
         total = by_query(weights.sum(-1))
+        total = total if sinks is None else total + of_sink
         weights = drop(weights, dropout, key).astype(v.dtype)
         out = by_query(jnp.einsum("gnkac,gnkcd->gnkad", weights, v, preferred_element_type=jnp.float32))
         return (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(q.dtype)
 
     q = by_block(q * (dim**-0.5 if scale is None else scale))
-    out = attended(q, by_block(k), by_block(v)).reshape(groups, blocks, kv_heads, share, TILE, dim)
+    out = attended(q, by_block(k), by_block(v), sinks).reshape(groups, blocks, kv_heads, share, TILE, dim)
     return out.transpose(0, 1, 4, 2, 3, 5).reshape(rows, length, heads, dim)
 
 
@@ -244,6 +259,7 @@ def splash(
     softcap: float | None = None,
     window: jax.Array | None = None,
     windows: tuple[int, ...] = (),
+    sinks: jax.Array | None = None,
     deal: Callable[..., jax.Array] = lambda kernel, *args: kernel(*args),
 ) -> jax.Array:
     """JAX's kernel for TPUs. On another device Pallas interprets it: the same numbers, for tests, very slowly.
@@ -255,7 +271,9 @@ def splash(
       softcap: as in `attend`.
       window: [] int32, as in `tiled_attend`: one of `windows`, or 0.
       windows: all that the model has, since a kernel is compiled for each.
-      deal: (kernel, q, k, v) -> kernel(q, k, v), by which devices do their share: XLA cannot divide a kernel.
+      sinks: as in `attend`.
+      deal: (kernel, q, k, v, *sinks) -> kernel(q, k, v, *sinks), by which devices do their share: XLA cannot divide a
+        kernel.
 
     Returns:
       [N, S, heads, d] in q's type; anything for padding.
@@ -268,7 +286,7 @@ def splash(
     padded = span + -span % 128
     block = math.gcd(padded, 512)
 
-    def kernel(window: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def kernel(window: int, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None = None) -> jax.Array:
         shape = (padded, padded)
         mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
         run = kernels.make_splash_mha_single_device(
@@ -277,14 +295,15 @@ def splash(
             attn_logits_soft_cap=softcap,
             interpret=jax.default_backend() != "tpu",
         )
-        return jnp.moveaxis(jax.vmap(run)(*(jnp.moveaxis(x, 1, 2) for x in (q, k, v))), 2, 1)
+        run = jax.vmap(functools.partial(run, sinks=sinks))
+        return jnp.moveaxis(run(*(jnp.moveaxis(x, 1, 2) for x in (q, k, v))), 2, 1)
 
     # A text that fits into a window is seen whole.
     distinct = (0, *sorted({one for one in windows if 0 < one < span}))
     branches = [functools.partial(deal, functools.partial(kernel, one)) for one in distinct]
     q, k, v = (jnp.pad(x, ((0, 0), (0, padded - span), (0, 0), (0, 0))) for x in (q * scale, k, v))
     which = 0 if window is None else jnp.argmax(jnp.array(distinct) == window)
-    return jax.lax.switch(which, branches, q, k, v)[:, :span]
+    return jax.lax.switch(which, branches, q, k, v, *(() if sinks is None else (sinks,)))[:, :span]
 
 
 KERNELS = {"cudnn": cudnn, "splash": splash}
@@ -298,6 +317,7 @@ def sequence_attend(
     *,
     kernel: Callable[..., jax.Array],
     scale: float | None = None,
+    sinks: jax.Array | None = None,
     **options: Any,
 ) -> jax.Array:
     """As `attend`, text by text in a fused kernel for causal, padded sequences, which never writes scores to memory.
@@ -311,6 +331,7 @@ def sequence_attend(
       sequences: the batch's.
       kernel: one of KERNELS.
       scale: None is d^-1/2.
+      sinks: as in `attend`, of a kernel that takes them.
       **options: of the kernel.
 
     Returns:
@@ -331,9 +352,10 @@ def sequence_attend(
         return x.reshape(groups * count, span, *x.shape[2:])
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def attended(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        out = kernel(*map(spread, (q, k, v)), lengths, **options)
+    def attended(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None) -> jax.Array:
+        more = {} if sinks is None else {"sinks": sinks}
+        out = kernel(*map(spread, (q, k, v)), lengths, **options, **more)
         out = out.reshape(groups, count * span, *out.shape[2:])
         return gathered(out, own, jnp.where(read[:, None], index, -1)).reshape(q.shape)
 
-    return attended(q, k, v)
+    return attended(q, k, v, sinks)

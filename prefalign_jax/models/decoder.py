@@ -193,6 +193,8 @@ class Attention(nnx.Module):
             over_heads = c.qk_norm == "width"
             self.q_norm = Norm(width if over_heads else c.head_dim, c, param_dtype)
             self.k_norm = Norm(kv_width if over_heads else c.head_dim, c, param_dtype)
+        if c.sinks:
+            self.sinks = nnx.Param(std * jax.random.normal(rngs.params(), (c.num_heads,), param_dtype))
         self.config = config
 
     def __call__(
@@ -215,11 +217,12 @@ class Attention(nnx.Module):
                 for old, new in zip(layer.cache, (k, v), strict=True)
             )
         window = layer.window if any(c.windows) else None
+        options = dict(scale=c.query_scale, sinks=self.sinks[...] if c.sinks else None)
         if isinstance(layer.mask, Sequences):
             windowed = {} if window is None else {"window": window}  # cuDNN's kernel has none
-            out = sequence_attend(q, k, v, layer.mask, kernel=layer.kernel, scale=c.query_scale, **windowed)
+            out = sequence_attend(q, k, v, layer.mask, kernel=layer.kernel, **options, **windowed)
             return self.o(out.reshape(*x.shape[:2], -1), of_output), (k, v)
-        options = dict(scale=c.query_scale, softcap=c.attention_softcap)
+        options |= dict(softcap=c.attention_softcap)
         options |= dict(dropout=layer.dropout.attention, key=of_weights)
         if isinstance(layer.mask, Tiles):
             out = tiled_attend(q, k, v, layer.mask, window=window, **options)
@@ -265,11 +268,13 @@ class MLP(nnx.Module):
 
 
 class ExpertLinear(nnx.Module):
-    """A kernel for each expert, [E, in, out]."""
+    """A kernel for each expert, [E, in, out], and perhaps a bias, [E, out]."""
 
     def __init__(self, features_in: int, features_out: int, config: DecoderConfig, rngs: nnx.Rngs, param_dtype):
         shape = (config.num_experts, features_in, features_out)
         self.kernel = nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape, param_dtype))
+        if config.mlp_bias:
+            self.bias = nnx.Param(jnp.zeros((config.num_experts, features_out), param_dtype))
 
 
 class Experts(nnx.Module):
@@ -277,7 +282,7 @@ class Experts(nnx.Module):
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, param_dtype):
         c = config
-        self.router = Linear(c.hidden_size, c.num_experts, c.init_std, rngs, param_dtype)
+        self.router = Linear(c.hidden_size, c.num_experts, c.init_std, rngs, param_dtype, c.mlp_bias)
         self.gate = ExpertLinear(c.hidden_size, c.intermediate_size, c, rngs, param_dtype)
         self.up = ExpertLinear(c.hidden_size, c.intermediate_size, c, rngs, param_dtype)
         self.down = ExpertLinear(c.intermediate_size, c.hidden_size, c, rngs, param_dtype)
@@ -289,8 +294,15 @@ class Experts(nnx.Module):
         weights, chosen, probabilities = moe.route(
             self.router(flat), c.experts_per_token, renormalise=c.renormalise_router
         )
-        kernels = (linear.kernel[...] for linear in (self.gate, self.up, self.down))
-        out = layer.experts(moe.experts, flat, *kernels, weights, chosen)
+        linears = (self.gate, self.up, self.down)
+        kernels, biases = (linear.kernel[...] for linear in linears), None
+        if c.mlp_bias:
+            biases = tuple(linear.bias[...] for linear in linears)
+        experts = moe.experts
+        if c.swiglu_limit is not None:
+            act = functools.partial(moe.clamped_swiglu, limit=c.swiglu_limit, alpha=c.swiglu_alpha)
+            experts = functools.partial(experts, act=act)
+        out = layer.experts(experts, flat, *kernels, weights, chosen, biases)
         return out.reshape(x.shape), moe.routing(chosen, probabilities, layer.active.reshape(-1))
 
 
@@ -510,6 +522,7 @@ def _kernel(
         reasons |= {
             f"dtype={dtype}": dtype == "float32",
             "soft-capped scores": config.attention_softcap is not None,
+            "attention sinks": config.sinks,
             "sliding windows": any(config.windows),
             f"heads of {config.head_dim} numbers": config.head_dim % 8 != 0 or config.head_dim > 128,
         }

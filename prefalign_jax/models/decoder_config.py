@@ -17,9 +17,10 @@ class DecoderConfig:
         both (Gemma 2, 3). 'parallel': attention and MLP read the same input, each through a norm of its own (NeoX).
         'parallel_shared': through one norm (Phi 2).
       qk_norm: 'none'; 'head', over each head (Qwen 3, Gemma 3); 'width', over all heads at once (OLMo 2).
-      qkv_bias, output_bias, mlp_bias, head_bias: which products add a bias.
+      qkv_bias, output_bias, mlp_bias, head_bias: which products add a bias; of a mixture the router and the experts.
       query_scale: multiplier of the scores; None is head_dim^-1/2.
       attention_softcap, logit_softcap: c in c tanh(x / c), of scores and of logits (Gemma 2); None for none.
+      sinks: whether each head has one more score, which takes part in every softmax and reads no value (gpt-oss).
       windows: for each layer how many positions a token sees, itself included, 0 for all; () is 0 everywhere.
       positions: 'rope', or 'learned' absolute ones, of which the first `position_offset` rows are not used (OPT).
       rope_fraction: part of each head that is rotated.
@@ -27,6 +28,7 @@ class DecoderConfig:
       rope_layers: for each layer whether it rotates; () is everywhere (SmolLM 3 skips some).
       local_rope_theta: base in the layers with a window, where these rotate apart (Gemma 3, OLMo 3); not scaled.
       activation, gated: act(gate(x)) * up(x), or act(up(x)).
+      swiglu_limit, swiglu_alpha: of experts whose gate and up are clamped, see `moe.clamped_swiglu`; None for SiLU.
       embedding_scale: multiplier of the token embedding (Gemma: hidden_size^1/2).
       residual_scale: multiplier of what attention and MLP add to the hidden states (Granite); None for none.
       logit_divisor: what the logits are divided by (Granite); None for none.
@@ -57,6 +59,7 @@ class DecoderConfig:
     query_scale: float | None = None
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+    sinks: bool = False
     windows: tuple[int, ...] = ()
     positions: str = "rope"
     position_offset: int = 0
@@ -68,6 +71,8 @@ class DecoderConfig:
     local_rope_theta: float | None = None
     activation: str = "silu"
     gated: bool = True
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.702
     embedding_scale: float | None = None
     residual_scale: float | None = None
     logit_divisor: float | None = None

@@ -30,7 +30,7 @@ from safetensors.numpy import save_file
 
 from prefalign_jax.files import marked, read_json, write_json, writing
 from prefalign_jax.gguf.file import gguf_file
-from prefalign_jax.models import families, gguf_io
+from prefalign_jax.models import families, gguf_io, mxfp4
 from prefalign_jax.models.decoder import DecoderConfig, make_decoder
 from prefalign_jax.models.quantize import quantize, quantize_params, quantized_paths
 from prefalign_jax.processes import fetch, is_first
@@ -42,8 +42,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 _DOWNLOAD = ["*.json", "model*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 _IGNORE = ["*/*", "*.bin", "*.py"]
 _STORED = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
-# Fields of a base's config.json that do not describe the exported model: its types, and code that nobody runs.
-_NOT_KEPT = ("dtype", "torch_dtype", "auto_map", "_name_or_path", "transformers_version")
+# Fields of a base's config.json that do not describe the exported model: how it is stored, and code that nobody runs.
+_NOT_KEPT = ("dtype", "torch_dtype", "auto_map", "_name_or_path", "transformers_version", "quantization_config")
 # Recomputed from the config; older files still hold them.
 _BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
 
@@ -158,7 +158,7 @@ def load_params(
         shape = (*shapes[rows[0].path][rows[0].name.count("{}") : -1], sum(sizes))
         _check(directory, name, tensor, shape[::-1] if rows[0].transpose else shape)
         for number, row in enumerate(rows):
-            parts[row].append(tensor if len(rows) == 1 else _Part(tensor, row, number, sizes, config.num_heads))
+            parts[row].append(_part(tensor, rows, number, sizes, config.num_heads))
     unknown = [name for name in stored if not _BUFFERS.search(name)]
     if families.SCORE in unknown:
         raise UserError(
@@ -469,7 +469,8 @@ class _Tensor(NamedTuple):
         return np.dtype(np.float32 if self.stored == "F64" else _STORED[self.stored])
 
     def view(self) -> np.ndarray:
-        return np.memmap(self.file, _STORED[self.stored], "r", self.offset, self.shape)
+        kind = np.uint8 if self.stored == "U8" else _STORED[self.stored]
+        return np.memmap(self.file, kind, "r", self.offset, self.shape)
 
     def __getitem__(self, index: Any) -> np.ndarray:
         return np.array(self.view()[index])
@@ -489,7 +490,7 @@ def _tensors(file: pathlib.Path) -> dict[str, _Tensor]:
     }
 
 
-def _open(directory: pathlib.Path) -> dict[str, _Tensor | gguf_io.Tensor]:
+def _open(directory: pathlib.Path) -> dict[str, _Tensor | gguf_io.Tensor | mxfp4.Tensor]:
     """Name -> lazily read tensor, from one file or from the files that the index names."""
     if gguf_file(directory):
         return gguf_io.open_tensors(directory)
@@ -523,7 +524,7 @@ def _open(directory: pathlib.Path) -> dict[str, _Tensor | gguf_io.Tensor]:
     absent = [name for name in weight_map or () if name not in stored]
     if absent:
         raise UserError(f"{directory / weight_map[absent[0]]} does not hold tensor {absent[0]}; {INDEX} says it does")
-    return stored
+    return mxfp4.whole(stored)
 
 
 def _add_prefix(stored: dict[str, Any], config: DecoderConfig) -> None:
@@ -575,8 +576,25 @@ class _Part(NamedTuple):
         return np.array((part.T if self.row.transpose else part)[index])
 
 
+def _part(
+    tensor: _Tensor | gguf_io.Tensor | mxfp4.Tensor,
+    rows: tuple[families.Weight, ...],
+    number: int,
+    sizes: list[int],
+    heads: int,
+) -> Any:
+    """The share of a tensor that one of its rows has."""
+    if len(rows) == 1:
+        return tensor
+    if isinstance(tensor, mxfp4.Tensor):
+        return tensor.turn(number, len(rows))
+    return _Part(tensor, rows[number], number, sizes, heads)
+
+
 def split(whole: np.ndarray, row: families.Weight, sizes: list[int], heads: int) -> list[np.ndarray]:
     """The parameters that a tensor [..., out] holds, of these sizes along the last axis."""
+    if row.interleaved == "outputs":
+        return [whole[..., number :: len(sizes)] for number in range(len(sizes))]
     if not row.interleaved:
         return np.split(whole, np.cumsum(sizes)[:-1], axis=-1)
     by_head = whole.reshape(*whole.shape[:-1], heads, len(sizes), -1)
@@ -587,6 +605,7 @@ def joined(values: list[np.ndarray], row: families.Weight, heads: int) -> np.nda
     """The tensor that holds several parameters, the inverse of `split`."""
     if not row.interleaved:
         return np.concatenate(values, axis=-1)
+    heads = values[0].shape[-1] if row.interleaved == "outputs" else heads
     by_head = [value.reshape(*value.shape[:-1], heads, -1) for value in values]
     return np.stack(by_head, axis=-2).reshape(*values[0].shape[:-1], -1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -38,6 +39,24 @@ def route(logits: jax.Array, k: int, *, renormalise: bool) -> tuple[jax.Array, j
     return weights, chosen, probabilities
 
 
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up."""
+    return jax.nn.silu(gate) * up
+
+
+def clamped_swiglu(gate: jax.Array, up: jax.Array, *, limit: float, alpha: float) -> jax.Array:
+    """g sigmoid(alpha g) (u + 1), where g is at most the limit and u between it and its negative.
+
+    Source: gpt-oss model card, arXiv 2508.10925, section 2.1, and its published code.
+
+    Example:
+      >>> print(clamped_swiglu(jnp.array(9.0), jnp.array(-9.0), limit=1.0, alpha=1.702))  # of 1 and -1
+      0.0
+    """
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return gate * jax.nn.sigmoid(alpha * gate) * (up + 1)
+
+
 def experts(
     x: jax.Array,
     gate: jax.Array,
@@ -45,9 +64,12 @@ def experts(
     down: jax.Array,
     weights: jax.Array,
     chosen: jax.Array,
+    biases: tuple[jax.Array, jax.Array, jax.Array] | None = None,
     first: jax.Array | int = 0,
+    *,
+    act: Callable[[jax.Array, jax.Array], jax.Array] = swiglu,
 ) -> jax.Array:
-    """sum over a token's experts of weight down(silu(gate(x)) * up(x)), each expert on its own tokens only.
+    """sum over a token's experts of weight down(act(gate(x), up(x))), each expert on its own tokens only.
 
     Tokens are sorted by expert and multiplied group by group (`jax.lax.ragged_dot`), so that the work is k experts a
     token, whatever their spread.
@@ -57,7 +79,9 @@ def experts(
       gate, up: [E, D, F].
       down: [E, F, D].
       weights, chosen: [N, k], from `route`.
+      biases: of gate and up [E, F], and of down [E, D].
       first: number of the first of these experts, where they are some of all; choices of others add nothing.
+      act: (gate, up) -> what `down` reads.
 
     Returns:
       [N, D] in x's type.
@@ -72,11 +96,16 @@ def experts(
     token = order // k
     sizes = jnp.bincount(expert, length=count + 1)[:count].astype(jnp.int32)
 
-    def multiply(rows: jax.Array, kernels: jax.Array) -> jax.Array:
-        return jax.lax.ragged_dot(rows, kernels.astype(rows.dtype), sizes)
+    def multiply(rows: jax.Array, kernels: jax.Array, bias: jax.Array | None) -> jax.Array:
+        out = jax.lax.ragged_dot(rows, kernels.astype(rows.dtype), sizes)
+        if bias is None:
+            return out
+        own = bias.astype(rows.dtype).at[expert[order]].get(mode="clip", indices_are_sorted=True)
+        return out + own
 
     rows = x[token]
-    out = multiply(jax.nn.silu(multiply(rows, gate)) * multiply(rows, up), down)
+    of_gate, of_up, of_down = biases or (None,) * 3
+    out = multiply(act(multiply(rows, gate, of_gate), multiply(rows, up, of_up)), down, of_down)
     out = jnp.where(local[order][:, None], out * weights.reshape(-1)[order][:, None].astype(out.dtype), 0)
     return jnp.zeros_like(x).at[token].add(out)
 

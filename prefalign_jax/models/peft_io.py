@@ -61,7 +61,7 @@ _SETTINGS = {
 
 def _linear(rows: tuple[families.Weight, ...]) -> bool:
     """Whether a tensor is a kernel that may have an adapter; experts' may not."""
-    return bool(re.fullmatch(r"layers/.*/kernel", rows[0].path)) and rows[0].name.count("{}") == 1
+    return bool(re.fullmatch(r"layers/(?!experts/(gate|up|down)/).*/kernel", rows[0].path))
 
 
 def _module(row: families.Weight) -> str:

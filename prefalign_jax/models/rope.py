@@ -25,6 +25,7 @@ class RopeScaling:
       low_freq_factor, high_freq_factor: llama3's band, in turns over the original context.
       original_max_position: the original context, in tokens.
       beta_fast, beta_slow: yarn's band, in turns over the original context.
+      truncate: whether yarn's band begins and ends at whole dimensions (gpt-oss: not).
       attention_factor: multiplier of cos and sin of yarn and longrope; None is 0.1 ln(factor) + 1 for yarn and
         sqrt(1 + ln(factor) / ln(original context)) for longrope.
       short_factor, long_factor: longrope's divisors, one for each frequency, of texts within and beyond the original
@@ -38,6 +39,7 @@ class RopeScaling:
     original_max_position: int | None = None
     beta_fast: float | None = None
     beta_slow: float | None = None
+    truncate: bool = True
     attention_factor: float | None = None
     short_factor: tuple[float, ...] | None = None
     long_factor: tuple[float, ...] | None = None
@@ -72,8 +74,10 @@ def frequencies(
         def dimension_of(turns: float) -> float:  # the dimension that makes `turns` turns over the original context
             return head_dim * math.log(scaling.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-        first = max(math.floor(dimension_of(scaling.beta_fast or 32.0)), 0)
-        last = min(math.ceil(dimension_of(scaling.beta_slow or 1.0)), head_dim - 1)
+        first, last = dimension_of(scaling.beta_fast or 32.0), dimension_of(scaling.beta_slow or 1.0)
+        if scaling.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, head_dim - 1)
         ramp = np.clip((np.arange(head_dim // 2) - first) / max(last - first, 1e-3), 0.0, 1.0)
         multiplier = scaling.attention_factor or (0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0)
         return (plain * (1 - ramp) + plain / scaling.factor * ramp).astype(np.float32), multiplier

@@ -26,6 +26,10 @@ NAMES = {
     "qwen2": ("Qwen 2 and 2.5", "biases of q, k, v; windows in some layers"),
     "qwen3": ("Qwen 3", "norms of q and k"),
     "qwen3_moe": ("Qwen 3 MoE", "mixture of experts, norms of q and k"),
+    "gpt_oss": (
+        "gpt-oss",
+        "mixture of experts with biases and a clamped gate, attention sinks, windows in every other layer",
+    ),
     "smollm3": ("SmolLM 3", "layers without rotation"),
     "gemma": ("Gemma 1", "scaled embedding, norms that count from 1"),
     "gemma2": ("Gemma 2", "soft-caps of scores and logits, norms before and after, windows in every other layer"),

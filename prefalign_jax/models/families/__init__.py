@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from prefalign_jax.models.decoder_config import DecoderConfig
-from prefalign_jax.models.families import gemma, glm, gpt, granite, llama, mixtral, olmo, phi, starcoder2
+from prefalign_jax.models.families import gemma, glm, gpt, gpt_oss, granite, llama, mixtral, olmo, phi, starcoder2
 from prefalign_jax.models.families.family import SCORE, Family, Weight, check_shapes, unsupported
 from prefalign_jax.types import UserError
 
@@ -23,6 +23,7 @@ FAMILIES: dict[str, Family] = {
     **phi.FAMILIES,
     **starcoder2.FAMILIES,
     **gpt.FAMILIES,
+    **gpt_oss.FAMILIES,
     **gemma.FAMILIES,
     **olmo.FAMILIES,
     **granite.FAMILIES,
@@ -89,7 +90,12 @@ def from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(
                 f"config.json has no {known.fields[ours]}; it needs one for model_type={hf['model_type']!r}"
             )
-    for name, value in {**known.fixed, "quantization_config": None}.items():
+    stored = hf.get("quantization_config")
+    method = stored.get("quant_method") if isinstance(stored, dict) else None
+    if stored is not None and method not in known.quantizations:
+        name = "quantization_config" if method is None else "quantization_config.quant_method"
+        raise unsupported(name, method or stored, ", ".join((*known.quantizations, "None")))
+    for name, value in known.fixed.items():
         if hf.get(name) is not None and hf[name] != value:
             raise unsupported(name, hf[name], repr(value))
     fields.setdefault("num_kv_heads", fields["num_heads"])

@@ -20,14 +20,14 @@ class Weight(NamedTuple):
       name: the tensor's Hugging Face name, with {} in the place of the layer's number, and of the expert's.
       path: the parameter's path; layers, and then experts, are stacked there on leading axes.
       transpose: whether Hugging Face stores [out, in] where the parameter is [in, out].
-      interleaved: of rows that share a tensor, whether it holds their outputs head by head (q k v q k v ...) rather
-        than one after the other.
+      interleaved: of rows that share a tensor, how it holds their outputs: '' one row after the other; 'heads' head by
+        head (q k v q k v ...); 'outputs' one by one (gate up gate up ...).
     """
 
     name: str
     path: str
     transpose: bool = False
-    interleaved: bool = False
+    interleaved: str = ""
 
 
 class Family(NamedTuple):
@@ -44,6 +44,7 @@ class Family(NamedTuple):
       defaults: what transformers assumes where the file is silent.
       read: config.json, with the defaults -> DecoderConfig fields that a table does not tell.
       write: the other way round.
+      quantizations: the `quant_method`s of stored weights that are read, as plain ones.
     """
 
     architecture: str
@@ -55,12 +56,13 @@ class Family(NamedTuple):
     defaults: Mapping[str, Any] = {}
     read: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda hf: {}
     write: Callable[[DecoderConfig], dict[str, Any]] = lambda config: {}
+    quantizations: tuple[str, ...] = ()
 
 
 SCORE = "score.weight"
 
 
-def linear(name: str, *paths: str, transpose: bool = True, interleaved: bool = False) -> list[Weight]:
+def linear(name: str, *paths: str, transpose: bool = True, interleaved: str = "") -> list[Weight]:
     """The rows of a linear map with a bias, which may hold several of ours; paths are those within a layer."""
     kernels = [Weight(f"{name}.weight", f"layers/{path}/kernel", transpose, interleaved) for path in paths]
     return kernels + [Weight(f"{name}.bias", f"layers/{path}/bias", False, interleaved) for path in paths]
@@ -125,6 +127,7 @@ _ROPE = {
     "attention_factor?": "a positive number or null",
     **dict.fromkeys(("short_factor?", "long_factor?"), ("null", ["a positive number"])),
     "original_max_position_embeddings?": "a count or null",
+    "truncate?": "true or false or null",
     **dict.fromkeys(("rope_type?", "type?"), "a string or null"),
 }
 _COUNTS = "sliding_window sliding_window_pattern no_rope_layer_interval n_inner word_embed_proj_dim num_labels"
@@ -214,7 +217,7 @@ def windows_to_hf(config: DecoderConfig) -> dict[str, Any]:
 _ROPE_KINDS = {
     "linear": (("factor",), ()),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position"), ()),
-    "yarn": (("factor", "original_max_position"), ("beta_fast", "beta_slow", "attention_factor")),
+    "yarn": (("factor", "original_max_position"), ("beta_fast", "beta_slow", "truncate", "attention_factor")),
     "dynamic": (("factor",), ()),
     "longrope": (("factor", "original_max_position", "short_factor", "long_factor"), ("attention_factor",)),
 }
@@ -245,9 +248,6 @@ def rope_from_hf(hf: Mapping[str, Any], *, partial: bool = False) -> dict[str, A
         return plain
     if kind not in _ROPE_KINDS:
         raise unsupported(f"{section}.rope_type", kind, ", ".join(["default", *_ROPE_KINDS]))
-    if not rope.get("truncate", True):
-        raise unsupported(f"{section}.truncate", rope["truncate"], "True")
-
     original = hf.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
     rope["original_max_position"] = original or hf["max_position_embeddings"]
     if kind in ("yarn", "longrope"):
@@ -282,6 +282,8 @@ def rope_to_hf(config: DecoderConfig, *, partial: bool = False) -> dict[str, Any
         fields = dataclasses.asdict(config.rope_scaling)
         rope = {"rope_type": fields.pop("kind")}
         fields = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+        if fields["truncate"]:  # where silence means it
+            del fields["truncate"]
         rope |= {_ROPE_NAMES.get(name, name): value for name, value in fields.items() if value is not None}
     part = {"partial_rotary_factor": config.rope_fraction} if partial or config.rope_fraction != 1.0 else {}
     return {

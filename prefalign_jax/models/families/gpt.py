@@ -62,7 +62,7 @@ _NEOX_WEIGHTS = (
     Weight("gpt_neox.embed_in.weight", "embed/embedding"),
     *layer_norm(f"{_NEOX_LAYER}input_layernorm", "layers/attention_norm"),
     *layer_norm(f"{_NEOX_LAYER}post_attention_layernorm", "layers/mlp_norm"),
-    *linear(f"{_NEOX_LAYER}attention.query_key_value", *_QKV, interleaved=True),
+    *linear(f"{_NEOX_LAYER}attention.query_key_value", *_QKV, interleaved="heads"),
     *linear(f"{_NEOX_LAYER}attention.dense", "attention/o"),
     *linear(f"{_NEOX_LAYER}mlp.dense_h_to_4h", "mlp/up"),
     *linear(f"{_NEOX_LAYER}mlp.dense_4h_to_h", "mlp/down"),
