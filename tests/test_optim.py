@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -337,6 +338,7 @@ SHAPES = {
     "embed": {"embedding": (7, 6)},
     "final_norm": {"scale": (6,)},
 }
+VECTORS = "scale|bias|sinks"
 
 
 def stack(seed=0):
@@ -403,7 +405,7 @@ def numpy_schedule_free(y, grads, rates, decay, b1=0.9, b2=0.999, eps=1e-8):
 
 def by_tensor(reference, path, p, grads, *args):
     """The reference of every vector or matrix of a stack by itself."""
-    depth = 0 if "layers" not in path else p.ndim - (1 if "scale" in path or "bias" in path else 2)
+    depth = 0 if "layers" not in path else p.ndim - (1 if re.search(VECTORS, path) else 2)
     out = np.empty_like(p)
     for index in np.ndindex(p.shape[:depth]):
         out[index] = reference(p[index], [g[index] for g in grads], *args)
@@ -444,7 +446,7 @@ def test_six_updates_are_those_of_each_layer_by_itself(config, reference):
     got = leaves64(averages.evaluated(functools.reduce(step, grads, state)).params)
     columns = [leaves64(g) for g in grads]
     for name, start in leaves64(params).items():
-        decay = 0.0 if "scale" in name or "bias" in name else 0.1
+        decay = 0.0 if re.search(VECTORS, name) else 0.1
         own = reference
         if config["name"] == "muon" and ("embed" in name or not decay):
             own = torch_adamw
