@@ -95,7 +95,14 @@ def pytest_addoption(parser):
     parser.addoption("--everything", action="store_true", help="also run the tests that only take longer")
 
 
+# Files that take longest, first: so no worker begins one of them when the others are done.
+LONGEST = "train members processes together benchmark notebooks sharding recipes gpu sweep averages quickstart".split()
+LONGEST += "train_step losses generate hf_io group_losses face shared logps kept lora on_policy checkpoint".split()
+
+
 def pytest_collection_modifyitems(config, items):
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
     if config.getoption("everything"):
         return
     longer = [item for item in items if item.get_closest_marker("everything")]

@@ -139,6 +139,8 @@ def test_a_member_is_the_run_that_it_is_alone(name):
     experiments = experiments_of(loss, differing=DROPOUT if dropping else {}, **fields)
     data = set_of(experiments[0], model)
     assert len(data.shapes) > 1
+    if name not in ("dpo", "dpo with adapters"):  # these have batches of several shapes, the others one program
+        data = data._replace(shapes=data.shapes[-1:])
     rows, seen, params = together(experiments, data, model, MESH)
     for k, experiment in enumerate(experiments):
         batches = list(train_batches(data, **order_of(experiment), start=0))
@@ -152,7 +154,8 @@ def test_a_member_is_the_run_that_it_is_alone(name):
             bar = dict(rtol=1e-5) if name in ("loss", "grad_norm", "learning_rate") else dict(rtol=1e-4, atol=1e-4)
             np.testing.assert_allclose(got, [row[name] for row in wanted], **bar, err_msg=name)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4), params[k], last)
-    assert not np.allclose(rows[-1]["loss"][0], rows[-1]["loss"][1], rtol=1e-3)
+    one, other = np.transpose([row["loss"] for row in rows])
+    assert not np.allclose(one, other, rtol=1e-3)
 
 
 @pytest.mark.everything

@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 
-from conftest import FAST_TO_COMPILE
+from conftest import FAST_TO_COMPILE, longer
 from prefalign_jax import processes
 from prefalign_jax.analysis import sweep
 from prefalign_jax.analysis.sweep import Point, names_of, progress_of, read_grid, read_points, results, run_sweep
@@ -414,7 +414,12 @@ def test_a_mistaken_grid_is_one_line(experiment, words, seeds, says):
 SWEEPS = [path for path in sorted((ROOT / "experiments").rglob("*.py")) if "def sweep" in path.read_text()]
 
 
-@pytest.mark.parametrize("file", SWEEPS, ids=lambda path: path.stem)
+LARGE = ("direct_alignment",)  # hundreds of points
+
+
+@pytest.mark.parametrize(
+    "file", [longer(path, id=path.stem) if path.stem in LARGE else pytest.param(path, id=path.stem) for path in SWEEPS]
+)
 def test_the_sweeps_of_the_experiments_are_sound(file, launch_leaves_no_trace):
     text = file.read_text()
     given = [f"{name}=m" for name in ("model", "data") if f"{name}=None" in text]

@@ -239,25 +239,26 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.everything
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
-def test_killed_and_resumed_is_bit_for_bit_the_run_that_was_not(number, whole, tmp_path):
+def test_killed_and_resumed_is_bit_for_bit_the_run_that_was_not(whole, tmp_path):
+    """First by SIGTERM, on which it saves; gone on with, by SIGKILL; then to its end."""
     broken = tmp_path / "broken"
-    at = int(np.random.default_rng().integers(7, 13))  # the save at step 6 waits for that at step 3 to be whole
-    with running(broken) as process:
-        wait_for_step(broken, at, process)
-        process.send_signal(number)
-        assert process.wait() == (-9 if number == signal.SIGKILL else 143), said(broken)
+    at = np.random.default_rng().integers([4, 10], [7, 14])  # a save every 3 steps waits for the one before to be whole
+    for step, number, status in zip(at.tolist(), (signal.SIGTERM, signal.SIGKILL), (143, -9), strict=True):
+        with running(broken) as process:
+            wait_for_step(broken, step, process)
+            process.send_signal(number)
+            assert process.wait() == status, said(broken)
     with running(broken) as process:
         assert process.wait() == 0, said(broken)
     resumed = int(re.search(r"resumed at step (\d+)", said(broken))[1])
-    assert resumed >= (at if number == signal.SIGTERM else 3)
+    assert resumed >= at[0]
     measured = re.compile("step_time|per_second|memory|input_wait")
     for name in ("metrics.jsonl", "eval.jsonl"):
         ours, theirs = (
             [{k: v for k, v in row.items() if not measured.search(k)} for row in rows(workdir / name)]
             for workdir in (broken, whole)
         )
-        assert ours == theirs, f"killed at step {at}, resumed at {resumed}"
+        assert ours == theirs, f"stopped and killed at steps {at}, resumed at {resumed}"
     ours, theirs = (workdir / "export" / "model.safetensors" for workdir in (broken, whole))
     assert ours.read_bytes() == theirs.read_bytes()
 
