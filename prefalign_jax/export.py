@@ -159,6 +159,11 @@ def export_adapters(
     """Writes adapters in PEFT's format to WORKDIR/adapters, or says why that format cannot hold them."""
     model, directory = experiment.config.model, directory or workdir / "adapters"
     try:
+        if hf_io.sees(hf_io.resolve(model.path)):
+            raise UserError(
+                "the adapters are not written in PEFT's format, whose names for a text model are others than those of "
+                f"{model.path}; the export has them merged"
+            )
         save_adapters(adapters, shape, lora, directory, base=model.path, quantized=model.quantize)
         if is_first():
             card = adapter_card(model.path, model.quantize, workdir.resolve().name)

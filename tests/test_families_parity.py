@@ -48,6 +48,7 @@ LONGROPE = dict(
 )
 YARN = dict(rope_type="yarn", factor=8.0, beta_fast=4.0, beta_slow=1.0, original_max_position_embeddings=16)
 GEMMA = dict(head_dim=12, query_pre_attn_scalar=16, sliding_window=5)
+GEMMA3 = GEMMA | dict(layer_types=["sliding_attention", "full_attention", "sliding_attention"])
 GRANITE = dict(embedding_multiplier=3.0, residual_multiplier=0.7, attention_multiplier=0.4, logits_scaling=0.6)
 # 'model_type' or 'model_type variant' -> arguments of its config.
 CASES = {
@@ -77,11 +78,11 @@ CASES = {
     "opt": {"ffn_dim": 40, "word_embed_proj_dim": 32},
     "gemma": {"head_dim": 12},
     "gemma2": GEMMA | {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 3.0},
-    "gemma3_text": GEMMA | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "gemma3_text": GEMMA3,
     "olmo2": {},
     "olmo3": {
         "sliding_window": 5,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "layer_types": GEMMA3["layer_types"],
         "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
             "full_attention": {**YARN, "rope_theta": 500.0},
@@ -99,13 +100,26 @@ CASES |= {
         "attention_bias": True,
         "mamba_n_heads": 4,
     },
+    "ministral": {"head_dim": 12, "sliding_window": 5, "layer_types": GEMMA3["layer_types"]},
+    "ministral3": {
+        "head_dim": 12,
+        "rope_parameters": {
+            **YARN,
+            "rope_theta": 500.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 7,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.5,
+        },
+    },
     "glm": {"head_dim": 12, "attention_bias": False, "partial_rotary_factor": 1.0},
     "glm4": {"head_dim": 12, "partial_rotary_factor": 0.5},
 }
 # One of each way to store, turn, normalise and route; the others are compared with torch where --everything is.
 CORE = ("llama llama3", "gemma2", "gpt_neox", "mixtral")
 # What each of these has, another case has too.
-REPEATED = ("llama biases", "glm", "granitemoehybrid")
+REPEATED = ("llama biases", "glm", "granitemoehybrid", "ministral")
 WITH_TORCH = [case if case in CORE else longer(case) for case in CASES]
 REWARDS = [case for case in CASES if families.FAMILIES[case.split()[0]].reward_architecture]
 BETA = 0.5

@@ -31,6 +31,7 @@ _LLAMA_32 = _LLAMA_3 | {"max_position_embeddings": 131072, "tie_word_embeddings"
 _SMOLLM2 = _LLAMA | {"vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True}
 _MISTRAL = _LLAMA | {"model_type": "mistral", "vocab_size": 32000}
 _MIXTRAL = _LLAMA | {"model_type": "mixtral", "vocab_size": 32000, "rope_theta": 1e6, "num_local_experts": 8}
+_MINISTRAL = {"vocab_size": 131072, "head_dim": 128}
 _QWEN = {"vocab_size": 151936, "rope_theta": 1e6, "max_position_embeddings": 32768}
 _QWEN_25 = _QWEN | {"model_type": "qwen2", "tie_word_embeddings": True}
 _QWEN_25_UNTIED = _QWEN_25 | {"vocab_size": 152064, "tie_word_embeddings": False}
@@ -97,7 +98,11 @@ SHAPES: dict[str, Fields] = {
     },
     **_shapes(
         _MISTRAL,
-        {"mistral-7b": (4096, 14336, 32, 32, 8), "mistral-nemo-12b": (5120, 14336, 40, 32, 8)},
+        {
+            "mistral-7b": (4096, 14336, 32, 32, 8),
+            "mistral-nemo-12b": (5120, 14336, 40, 32, 8),
+            "mistral-small-24b": (5120, 32768, 40, 32, 8),
+        },
         mistral_7b={"rope_theta": 10000.0, "max_position_embeddings": 32768, "sliding_window": 4096},
         mistral_nemo_12b={
             "vocab_size": 131072,
@@ -106,6 +111,21 @@ SHAPES: dict[str, Fields] = {
             "max_position_embeddings": 131072,
             "sliding_window": None,
         },
+        mistral_small_24b=_MINISTRAL | {"rope_theta": 1e9, "max_position_embeddings": 131072, "sliding_window": None},
+    ),
+    **_shapes(
+        _MINISTRAL | {"model_type": "ministral", "max_position_embeddings": 32768, "sliding_window": 32768},
+        {"ministral-8b": (4096, 12288, 36, 32, 8)},
+        ministral_8b={"rope_theta": 1e8, "rms_norm_eps": 1e-5},
+    ),
+    **_shapes(
+        _MINISTRAL | {"model_type": "ministral3"},
+        {
+            "ministral-3-3b": (3072, 9216, 26, 32, 8),
+            "ministral-3-8b": (4096, 14336, 34, 32, 8),
+            "ministral-3-14b": (5120, 16384, 40, 32, 8),
+        },
+        ministral_3_3b={"tie_word_embeddings": True},
     ),
     **_shapes(
         _MIXTRAL | {"num_experts_per_tok": 2, "sliding_window": None},

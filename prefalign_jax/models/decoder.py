@@ -211,6 +211,9 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if c.positions == "rope":
             q, k = (rope.rotate(y, layer.cos, layer.sin, interleaved=c.rope_interleaved) for y in (q, k))
+        if c.query_growth is not None:
+            grown = rope.growth(layer.positions, c.query_growth, c.rope_scaling.original_max_position)
+            q = q * grown[..., None, None].astype(q.dtype)
         if layer.cache is not None:
             k, v = (
                 jax.lax.dynamic_update_slice(old, new, (0, layer.at, 0, 0))

@@ -19,6 +19,8 @@ class DecoderConfig:
       qk_norm: 'none'; 'head', over each head (Qwen 3, Gemma 3); 'width', over all heads at once (OLMo 2).
       qkv_bias, output_bias, mlp_bias, head_bias: which products add a bias; of a mixture the router and the experts.
       query_scale: multiplier of the scores; None is head_dim^-1/2.
+      query_growth: b in 1 + b ln(1 + floor(position / original context)), which multiplies the queries of positions
+        that `rope_scaling` reaches (Ministral 3); None for none.
       attention_softcap, logit_softcap: c in c tanh(x / c), of scores and of logits (Gemma 2); None for none.
       sinks: whether each head has one more score, which takes part in every softmax and reads no value (gpt-oss).
       windows: for each layer how many positions a token sees, itself included, 0 for all; () is 0 everywhere.
@@ -57,6 +59,7 @@ class DecoderConfig:
     mlp_bias: bool = False
     head_bias: bool = False
     query_scale: float | None = None
+    query_growth: float | None = None
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     sinks: bool = False

@@ -32,6 +32,7 @@ from prefalign_jax.files import marked, read_json, write_json, writing
 from prefalign_jax.gguf.file import gguf_file
 from prefalign_jax.models import families, gguf_io, mxfp4
 from prefalign_jax.models.decoder import DecoderConfig, make_decoder
+from prefalign_jax.models.families import multimodal
 from prefalign_jax.models.quantize import quantize, quantize_params, quantized_paths
 from prefalign_jax.processes import fetch, is_first
 from prefalign_jax.types import Params, UserError, one_line
@@ -417,11 +418,34 @@ def read_object(path: pathlib.Path, missing: dict[str, Any] | None = None) -> di
     """Reads a JSON object of a model's; `missing` is what a file that is not there stands for, None for an error."""
     if gguf_file(path.parent):
         return gguf_io.described(path.parent) if path.name == "config.json" else missing or {}
+    if path.name == "config.json" and sees(path.parent):
+        return _text_of(path.parent)
     if missing is None and not path.is_file():
         others = sorted(file.name for file in path.parent.glob("*.gguf"))
         hint = f"; name the file, {path.parent / others[0]}" if others else ""
         raise UserError(f"{path.parent} is not a Hugging Face model directory: it has no {path.name}{hint}")
     return read_json(path, "an object", missing=missing)
+
+
+def sees(directory: str | pathlib.Path) -> bool:
+    """Whether this is a model of images and text, of which the text model is read."""
+    hf = read_json(pathlib.Path(directory) / "config.json", missing={})
+    return isinstance(hf, dict) and hf.get("model_type") in tuple(multimodal.TEXT)
+
+
+def left_out(directory: str | pathlib.Path) -> int:
+    """How many tensors a model of images and text has beside its text model's."""
+    if gguf_file(directory) or not sees(directory):
+        return 0
+    return sum(multimodal.name_of(name) is None for name in _stored(pathlib.Path(directory)))
+
+
+def _text_of(directory: pathlib.Path) -> dict[str, Any]:
+    """The config.json of the text model; whether its head is tied is what the files say, if they are here."""
+    hf = families.text_config(read_json(directory / "config.json", "an object"))
+    if any((directory / file).is_file() for file in (SINGLE, INDEX)):
+        hf["tie_word_embeddings"] = multimodal.HEAD not in _open(directory)
+    return hf
 
 
 def fingerprint(directory: str | pathlib.Path, *, whole: bool = False) -> str:
@@ -491,9 +515,17 @@ def _tensors(file: pathlib.Path) -> dict[str, _Tensor]:
 
 
 def _open(directory: pathlib.Path) -> dict[str, _Tensor | gguf_io.Tensor | mxfp4.Tensor]:
-    """Name -> lazily read tensor, from one file or from the files that the index names."""
+    """Name -> lazily read tensor; of a model of images and text those of the text model."""
     if gguf_file(directory):
         return gguf_io.open_tensors(directory)
+    stored = _stored(directory)
+    if not sees(directory):
+        return stored
+    return {name: tensor for old, tensor in stored.items() if (name := multimodal.name_of(old)) is not None}
+
+
+def _stored(directory: pathlib.Path) -> dict[str, _Tensor | mxfp4.Tensor]:
+    """Name -> lazily read tensor, from one file or from the files that the index names."""
     weight_map = None
     files = [SINGLE]
     if not (directory / SINGLE).is_file():

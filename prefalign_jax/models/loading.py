@@ -12,7 +12,7 @@ import jax
 from prefalign_jax.files import read_json
 from prefalign_jax.models.decoder import DecoderConfig, make_decoder
 from prefalign_jax.models.families import reward_architecture
-from prefalign_jax.models.hf_io import load_config, load_params, pad_vocabulary, resize_embeddings, resolve
+from prefalign_jax.models.hf_io import left_out, load_config, load_params, pad_vocabulary, resize_embeddings, resolve
 from prefalign_jax.models.quantize import quantize_params
 from prefalign_jax.processes import note
 from prefalign_jax.types import LanguageModel, Params
@@ -98,6 +98,8 @@ def load_decoder(
         return model, born(lambda: draw(grown, drawn))
     where = shardings(lambda: draw(shape, jax.random.key(0)))
     params = load_params(directory, shape, dtype=dtype, quantize=quantize, shardings=where)
+    if left := left_out(directory):
+        note(f"{path}: only the text model is read; {left} tensors of its image model are left out")
     if tokens > shape.vocab_size:
         note(f"embeddings grown from {shape.vocab_size} to {tokens} rows for the tokens added to the vocabulary")
     if grown != shape:

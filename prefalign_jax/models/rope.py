@@ -120,6 +120,20 @@ def rotation(
     return jnp.cos(angles) * multiplier, jnp.sin(angles) * multiplier
 
 
+def growth(positions: jax.Array, rate: float, original: int) -> jax.Array:
+    """The multiplier of queries beyond the original context: 1 + rate ln(1 + floor(position / original)).
+
+    Args:
+      positions: [R, L] int32.
+      rate: how fast it grows.
+      original: the original context, in tokens.
+
+    Returns:
+      [R, L] float32; 1 within the original context.
+    """
+    return 1 + rate * jnp.log1p((positions // original).astype(jnp.float32))
+
+
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = False) -> jax.Array:
     """Turns the pairs (x_i, x_{i + d/2}) by their angles, Hugging Face's order of the halves.
 

@@ -22,6 +22,8 @@ BEGIN, END = "<!-- families: scripts/models_page.py -->", "<!-- end of families 
 NAMES = {
     "llama": ("Llama 2 and 3, SmolLM 1 and 2", "rotations: plain, linear, llama3, yarn, dynamic; biases"),
     "mistral": ("Mistral 7B", "sliding window"),
+    "ministral": ("Ministral 8B", "windows in some layers"),
+    "ministral3": ("Ministral 3", "queries that grow beyond the original context"),
     "mixtral": ("Mixtral", "mixture of experts, sliding window"),
     "qwen2": ("Qwen 2 and 2.5", "biases of q, k, v; windows in some layers"),
     "qwen3": ("Qwen 3", "norms of q and k"),

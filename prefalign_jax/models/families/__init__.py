@@ -10,7 +10,20 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from prefalign_jax.models.decoder_config import DecoderConfig
-from prefalign_jax.models.families import gemma, glm, gpt, gpt_oss, granite, llama, mixtral, olmo, phi, starcoder2
+from prefalign_jax.models.families import (
+    gemma,
+    glm,
+    gpt,
+    gpt_oss,
+    granite,
+    llama,
+    ministral,
+    mixtral,
+    multimodal,
+    olmo,
+    phi,
+    starcoder2,
+)
 from prefalign_jax.models.families.family import SCORE, Family, Weight, check_shapes, unsupported
 from prefalign_jax.types import UserError
 
@@ -19,6 +32,7 @@ __all__ = ["FAMILIES", "SCORE", "Family", "Weight", "family", "from_hf", "is_rew
 MOST_LAYERS = 10_000
 FAMILIES: dict[str, Family] = {
     **llama.FAMILIES,
+    **ministral.FAMILIES,
     **mixtral.FAMILIES,
     **phi.FAMILIES,
     **starcoder2.FAMILIES,
@@ -41,6 +55,29 @@ def family(model_type: str | None) -> Family:
         of_a_run = "; of a run name the directory WORKDIR/export" * (model_type is None)
         raise UserError(f"model_type={model_type!r} is not supported{of_a_run}; supported are {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
+
+
+def text_config(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of the text model of one that sees images as well: a key of `multimodal.TEXT`.
+
+    Args:
+      hf: the content of config.json.
+
+    Returns:
+      The text model's, with the token ids and the types of the whole.
+
+    Raises:
+      UserError: the text model is not supported, or this is a reward model.
+    """
+    text = hf.get("text_config")
+    if not isinstance(text, dict):
+        raise unsupported("text_config", text, "an object")
+    text = {**multimodal.TEXT[hf["model_type"]], **text}
+    architectures = hf.get("architectures") or []
+    if any("Sequence" in str(name) for name in architectures):
+        raise unsupported("architectures", architectures, "a language model")
+    whole = {name: hf[name] for name in multimodal.SHARED if hf.get(name) is not None and text.get(name) is None}
+    return {**text, **whole, "architectures": [family(text["model_type"]).architecture]}
 
 
 def is_reward(hf: Mapping[str, Any]) -> bool:

@@ -123,7 +123,7 @@ def activation_to_hf(config: DecoderConfig, tanh: str) -> str:
 _ROPE = {
     **dict.fromkeys(("rope_theta?", "partial_rotary_factor?", "factor?"), "a positive number or null"),
     **dict.fromkeys(("low_freq_factor?", "high_freq_factor?", "beta_fast?", "beta_slow?"), "a positive number or null"),
-    **dict.fromkeys(("mscale?", "mscale_all_dim?"), "a number or null"),
+    **dict.fromkeys(("mscale?", "mscale_all_dim?", "llama_4_scaling_beta?"), "a number or null"),
     "attention_factor?": "a positive number or null",
     **dict.fromkeys(("short_factor?", "long_factor?"), ("null", ["a positive number"])),
     "original_max_position_embeddings?": "a count or null",
