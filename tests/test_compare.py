@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -42,6 +43,25 @@ def test_runs_that_differ_only_in_their_seeds_are_a_group(runs):
         ("beta=0.3", {"loss.beta": 0.3}, 3),
     ]
     assert [mixed(group) for group in groups] == [[], []]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_seeds_that_began_from_a_stage_of_their_own_are_a_group(tmp_path, moved):
+    """SFT, then DPO: each seed's DPO has the path of its own SFT model, which is no other setting."""
+    sweep = tmp_path / "sweep"
+    for method in ("sft_dpo", "dpo"):
+        for seed in range(2):
+            point = sweep / f"method={method}-seed={seed}"
+            (point / "sft" / "export").mkdir(parents=True)
+            path = str(point / "sft" / "export") if method == "sft_dpo" else "base"
+            leave_run(point / "aligned", seed=seed, model={"path": path})
+            mark = {"overrides": {"config": f"method={method}", "seed": seed}, "done": {"run": "aligned"}}
+            (point / "point.json").write_text(json.dumps(mark))
+    if moved:
+        sweep = sweep.rename(tmp_path / "elsewhere")
+    groups = group_runs(find_runs([sweep]))
+    assert [(group.label, len(group.runs), mixed(group)) for group in groups] == [("dpo", 2, []), ("sft_dpo", 2, [])]
+    assert groups[1].fields == {"model.path": "sft/export"}
 
 
 def test_labels_say_no_more_than_tells_groups_apart(tmp_path):

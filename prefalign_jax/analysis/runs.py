@@ -107,7 +107,7 @@ def read_run(path: Path, name: str, point: Path | None = None) -> Run:
     config = flatten(read_config(path))
     overrides, earlier = {}, {}
     if point is not None:
-        overrides = read_mark(point)["overrides"]
+        overrides, config = read_mark(point)["overrides"], from_within(config, point)
         for file in point.rglob("metrics.jsonl"):
             if file.parent != path:
                 for total, values in totals(read_metrics(file)).items():
@@ -115,6 +115,18 @@ def read_run(path: Path, name: str, point: Path | None = None) -> Run:
     rows = read_metrics(path / "metrics.jsonl"), read_metrics(path / "eval.jsonl")
     datasheet = read_json(path / "datasheet.json", {"stages?": "an object", "training?": "an object"}, missing={})
     return Run(name, path, config, *rows, overrides, earlier, datasheet)
+
+
+def from_within(config: Mapping[str, Any], point: Path) -> dict[str, Any]:
+    """Paths into a point's own directory, told from there: an earlier stage's model is not another for each seed."""
+
+    def told(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        _, inside, rest = value.rpartition(f"/{point.name}/")  # wherever the sweep has been moved to
+        return rest if inside and (point / rest).exists() else value
+
+    return {name: told(value) for name, value in config.items()}
 
 
 def find_runs(directories: Sequence[Path]) -> list[Run]:
