@@ -9,9 +9,9 @@ operations of every step, so that the report can compare at equal compute as wel
 (arXiv 2403.07691, section 7.3) counts forward passes alone: with the backward pass as two forwards DPO takes 8 a pair,
 6 where reference log-probabilities are cached, and ORPO 6.
 
-Time: 30 minutes of processor time for the 32 runs. Result (docs/results.md): accuracies of 0.606 for DPO and for SFT then
-DPO, and 0.578 for ORPO, at equal data, steps and compute; eight seeds almost tell ORPO apart. Forward passes are 2.00 to
-1, whole steps 1.30 to 1, and with the cache 1 to 1.
+Time: 30 minutes of processor time for the 32 runs. Result (docs/results.md): accuracies of 0.606 for DPO and for SFT
+then DPO, and 0.578 for ORPO, at equal data, steps and compute; eight seeds almost tell ORPO apart. Forward passes are
+2.00 to 1, whole steps 1.30 to 1, and with the cache 1 to 1.
 """
 
 from prefalign_jax import config
