@@ -113,13 +113,16 @@ CASES |= {
             "llama_4_scaling_beta": 0.5,
         },
     },
+    "seed_oss": {"head_dim": 12, "attention_out_bias": True},
+    "exaone4": {"sliding_window": 5, "layer_types": GEMMA3["layer_types"]},
+    "cohere2": {"sliding_window": 5, "layer_types": GEMMA3["layer_types"], "logit_scale": 0.8},
     "glm": {"head_dim": 12, "attention_bias": False, "partial_rotary_factor": 1.0},
     "glm4": {"head_dim": 12, "partial_rotary_factor": 0.5},
 }
 # One of each way to store, turn, normalise and route; the others are compared with torch where --everything is.
 CORE = ("llama llama3", "gemma2", "gpt_neox", "mixtral")
 # What each of these has, another case has too.
-REPEATED = ("llama biases", "glm", "granitemoehybrid", "ministral")
+REPEATED = ("llama biases", "glm", "granitemoehybrid", "ministral", "seed_oss")
 WITH_TORCH = [case if case in CORE else longer(case) for case in CASES]
 REWARDS = [case for case in CASES if families.FAMILIES[case.split()[0]].reward_architecture]
 BETA = 0.5

@@ -89,7 +89,7 @@ VARIANTS = {
     "neox": dict(residual="parallel", norm="layer", gated=False, activation="gelu", rope_fraction=0.25),
     "opt": dict(positions="learned", position_offset=2, norm="layer", gated=False, activation="relu", max_position=20),
     "experts": dict(num_experts=4, experts_per_token=2, qk_norm="head", rope_layers=(True, False)),
-    "olmo 2, granite, glm": dict(
+    "olmo 2, granite, glm, ministral 3": dict(
         residual="post",
         qk_norm="width",
         vocab_padding=3,
@@ -97,6 +97,8 @@ VARIANTS = {
         logit_divisor=0.7,
         rope_interleaved=True,
         rope_fraction=0.5,
+        rope_scaling=RopeScaling("linear", 1.0, original_max_position=3),
+        query_growth=0.5,
     ),
     "gpt-oss": dict(num_experts=4, mlp_bias=True, qkv_bias=True, sinks=True, windows=(3, 0), swiglu_limit=0.5),
 }

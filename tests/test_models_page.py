@@ -2,6 +2,8 @@
 
 import re
 
+import pytest
+
 from docs_pages import models
 from prefalign_jax.models.families import FAMILIES
 from test_families_parity import CASES
@@ -19,6 +21,14 @@ def test_the_table_has_every_family_and_case():
             assert rewards.pop() == " -"
         logits, logps, gradient, export, rewards = map(float, (logits, logps, gradient, export, *(rewards or [0])))
         assert max(logits, gradient, rewards) <= 1e-4 and logps <= 2e-5 and export <= 1e-6
+
+
+def test_what_the_page_says_is_not_read_is_not():
+    auto = pytest.importorskip("transformers.models.auto.modeling_auto")
+    page = models.PAGE.read_text(encoding="utf-8")
+    sentence = page[page.index("this package does not read:") : page.index("and older or rarer ones")]
+    named = set(re.findall(r"`(\w+)`", sentence))
+    assert len(named) > 10 and named <= auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - FAMILIES.keys()
 
 
 def test_variants_stand_beneath_their_family():

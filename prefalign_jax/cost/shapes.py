@@ -233,6 +233,22 @@ SHAPES: dict[str, Fields] = {
         {"glm-4-9b-0414": (4096, 13696, 40, 32, 2), "glm-4-32b-0414": (6144, 23040, 61, 48, 2)},
     ),
     **_shapes(
+        {"model_type": "seed_oss", "vocab_size": 155136, "head_dim": 128, "rope_theta": 1e7},
+        {"seed-oss-36b": (5120, 27648, 64, 80, 8)},
+    ),
+    **_shapes(
+        {"model_type": "exaone4", "vocab_size": 102400, "rope_theta": 1e6},
+        {"exaone-4.0-1.2b": (2048, 4096, 30, 32, 8), "exaone-4.0-32b": (5120, 27392, 64, 40, 8)},
+        exaone_4_0_1_2b={"tie_word_embeddings": True, "sliding_window": None, "max_position_embeddings": 65536},
+        exaone_4_0_32b={"sliding_window": 4096, "max_position_embeddings": 131072},
+    ),
+    **_shapes(
+        {"model_type": "cohere2", "vocab_size": 256000, "rope_theta": 50000.0, "logit_scale": 0.25},
+        {"command-r7b": (4096, 14336, 32, 32, 8), "command-a": (12288, 36864, 64, 96, 8)},
+        command_r7b={"max_position_embeddings": 132096},
+        command_a={"max_position_embeddings": 131072},
+    ),
+    **_shapes(
         {"model_type": "phi", "vocab_size": 51200, "partial_rotary_factor": 0.4},
         {"phi-2": (2560, 10240, 32, 32, 32)},
     ),

@@ -104,6 +104,7 @@ class Norm(nnx.Module):
         if config.norm == "layer":
             self.bias = nnx.Param(jnp.zeros((width,), param_dtype))
         self.eps, self.unit = config.norm_eps, config.norm == "rms_unit"
+        self.centred = config.norm in ("layer", "centred")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D]. The backward pass keeps no more than x."""
@@ -112,7 +113,7 @@ class Norm(nnx.Module):
 
     def _normed(self, x: jax.Array, scale: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         x32 = x.astype(jnp.float32)
-        if bias is not None:
+        if self.centred:
             x32 = x32 - x32.mean(-1, keepdims=True)
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         if self.unit:  # Gemma's product is in float32

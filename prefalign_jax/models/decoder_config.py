@@ -12,10 +12,11 @@ class DecoderConfig:
     """The shape of a decoder, and by which of the known variations its family computes. The defaults are Llama's.
 
     Attributes:
-      norm: 'rms'; 'rms_unit', whose stored scale counts from 1 (Gemma); 'layer', with mean and bias.
+      norm: 'rms'; 'rms_unit', whose stored scale counts from 1 (Gemma); 'layer', with mean and bias; 'centred', with
+        mean alone (Command).
       residual: where the norms stand. 'pre': before attention and MLP. 'post': on their outputs (OLMo 2). 'sandwich':
         both (Gemma 2, 3). 'parallel': attention and MLP read the same input, each through a norm of its own (NeoX).
-        'parallel_shared': through one norm (Phi 2).
+        'parallel_shared': through one norm (Phi 2, Command).
       qk_norm: 'none'; 'head', over each head (Qwen 3, Gemma 3); 'width', over all heads at once (OLMo 2).
       qkv_bias, output_bias, mlp_bias, head_bias: which products add a bias; of a mixture the router and the experts.
       query_scale: multiplier of the scores; None is head_dim^-1/2.

@@ -21,6 +21,7 @@ BEGIN, END = "<!-- families: scripts/models_page.py -->", "<!-- end of families 
 # model_type -> (whose models these are, what sets them apart and is compared).
 NAMES = {
     "llama": ("Llama 2 and 3, SmolLM 1 and 2", "rotations: plain, linear, llama3, yarn, dynamic; biases"),
+    "seed_oss": ("Seed-OSS", "biases of q, k, v"),
     "mistral": ("Mistral 7B", "sliding window"),
     "ministral": ("Ministral 8B", "windows in some layers"),
     "ministral3": ("Ministral 3", "queries that grow beyond the original context"),
@@ -42,6 +43,11 @@ NAMES = {
     "granitemoehybrid": ("Granite 4, dense", "the same, fused projections"),
     "glm": ("GLM-4", "neighbours rotated together, fused projections, biases of q, k, v"),
     "glm4": ("GLM-4 0414", "the same, norms before and after, part of each head rotated"),
+    "exaone4": ("EXAONE 4", "norms after, norms of q and k, rotation in layers with a window only"),
+    "cohere2": (
+        "Command R7B and A",
+        "parallel attention and MLP, centred norms, no rotation in layers without a window",
+    ),
     "phi": ("Phi 1, 1.5 and 2", "parallel attention and MLP, biases, a biased head, part of each head rotated"),
     "phi3": ("Phi 3 and 4", "fused projections, longrope, part of each head rotated"),
     "starcoder2": ("StarCoder 2", "layer norms, biases, sliding window"),

@@ -11,6 +11,8 @@ from typing import Any
 
 from prefalign_jax.models.decoder_config import DecoderConfig
 from prefalign_jax.models.families import (
+    cohere,
+    exaone,
     gemma,
     glm,
     gpt,
@@ -42,6 +44,8 @@ FAMILIES: dict[str, Family] = {
     **olmo.FAMILIES,
     **granite.FAMILIES,
     **glm.FAMILIES,
+    **exaone.FAMILIES,
+    **cohere.FAMILIES,
 }
 
 

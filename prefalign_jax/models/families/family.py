@@ -130,9 +130,10 @@ _ROPE = {
     "truncate?": "true or false or null",
     **dict.fromkeys(("rope_type?", "type?"), "a string or null"),
 }
-_COUNTS = "sliding_window sliding_window_pattern no_rope_layer_interval n_inner word_embed_proj_dim num_labels"
+_COUNTS = "sliding_window no_rope_layer_interval n_inner word_embed_proj_dim num_labels"
 _COUNTS += " num_experts original_max_position_embeddings"
 _POSITIVE = "rope_theta rope_local_base_freq rotary_emb_base rotary_pct partial_rotary_factor query_pre_attn_scalar"
+_POSITIVE += " logit_scale"
 _FLAGS = "use_sliding_window use_parallel_residual attention_bias enable_bias norm_topk_prob"
 CONFIG_JSON: Shape = {
     **{f"{name}?": "a count or null" for name in _COUNTS.split()},
@@ -141,6 +142,7 @@ CONFIG_JSON: Shape = {
     **{f"{name}?": "a string or null" for name in ("hidden_act", "hidden_activation", "activation_function")},
     **{f"{name}?": ("null", ["a string"]) for name in ("architectures", "layer_types")},
     "no_rope_layers?": ("null", ["an integer"]),
+    "sliding_window_pattern?": "a count or a string or null",
     "num_local_experts?": "a count or zero or null",
     "max_window_layers?": "an integer or null",
     "id2label?": "an object or null",
@@ -327,6 +329,8 @@ def local_and_full(hf: Mapping[str, Any], *, every: int, local_theta: float) -> 
         raise unsupported("rope_parameters.sliding_attention.rope_type", near["rope_scaling"].kind, "default")
     if hf["sliding_window"] is None:
         raise unsupported("sliding_window", None, "a number")
+    if not isinstance(every, int):
+        raise unsupported("sliding_window_pattern", every, "a count")
     # A window that hides nothing still decides by which rotation its layer turns.
     sized = windows({**hf, "max_position_embeddings": math.inf}, lambda layer: (layer + 1) % every != 0)
     return {**rope_from_hf(flat), "windows": sized, "local_rope_theta": near["rope_theta"] if sized else None}
@@ -338,3 +342,17 @@ def local_and_full_to_hf(config: DecoderConfig) -> dict[str, Any]:
     local = {"rope_type": "default", "rope_theta": config.local_rope_theta or config.rope_theta}
     nested = {"full_attention": rope["rope_parameters"], "sliding_attention": local}
     return {**rope, "rope_parameters": nested, **windows_to_hf(config)}
+
+
+def rotating_windows(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Windows and `rope_layers` of a family whose layers rotate where they have a window, even one that hides nothing.
+
+    Raises:
+      UserError: neither `layer_types` nor a count in `sliding_window_pattern` tells which layers have one.
+    """
+    every = hf["sliding_window_pattern"]
+    if not hf.get("layer_types") and not isinstance(every, int):
+        raise unsupported("sliding_window_pattern", every, "a count, or layer_types")
+    sized = windows({**hf, "max_position_embeddings": math.inf}, lambda layer: (layer + 1) % every != 0)
+    turns = tuple(map(bool, sized or (0,) * hf["num_hidden_layers"]))
+    return {"windows": sized, "rope_layers": () if all(turns) else turns}

@@ -1,4 +1,4 @@
-"""Llama and its nearest relatives: Mistral, Qwen 2 and 3, SmolLM 3. SmolLM 2 and TinyStories are plain Llamas."""
+"""Llama and its nearest: Mistral, Qwen 2 and 3, SmolLM 3, Seed-OSS. SmolLM 2 and TinyStories are plain Llamas."""
 
 from __future__ import annotations
 
@@ -165,5 +165,21 @@ FAMILIES = {
         },
         read=_smollm3,
         write=_smollm3_to_hf,
+    ),
+    "seed_oss": Family(
+        "SeedOssForCausalLM",
+        "SeedOssForSequenceClassification",
+        weights(*BIASES),
+        {**WITH_BIASES, "output_bias": "attention_out_bias"},
+        fixed=_GATED_SILU,
+        defaults={
+            **DEFAULTS,
+            "max_position_embeddings": 524288,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "attention_bias": True,
+        },
+        read=rope_from_hf,
+        write=rope_to_hf,
     ),
 }

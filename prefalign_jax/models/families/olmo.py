@@ -13,10 +13,8 @@ from prefalign_jax.models.families.family import (
 )
 from prefalign_jax.models.families.llama import QK_NORMS, weights
 
-_WEIGHTS = weights(
-    *QK_NORMS,
-    norms={"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_mlp_norm"},
-)
+NORMS = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_mlp_norm"}
+_WEIGHTS = weights(*QK_NORMS, norms=NORMS)
 _CONSTANT = {"residual": "post", "qk_norm": "width"}
 _FIXED = {"hidden_act": "silu", "attention_bias": False}
 _DEFAULTS = {**DEFAULTS, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048}
