@@ -258,7 +258,7 @@ class Experiment:
         if length is None:
             length = min(LENGTH, positions)
         if length > positions:
-            raise UserError(f"max_length={length} exceeds the model's {positions} positions")
+            raise UserError(f"max_length={length} exceeds the model's {positions} positions; write at most that")
         plain = {**self.plain, "max_length": length}
         return dataclasses.replace(self, plain=plain, config=_frozen(plain))
 

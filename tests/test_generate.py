@@ -418,7 +418,7 @@ def test_many_devices_draw_what_one_does(sizes, monkeypatch):
         (dict(n=0), "n=0"),
         (dict(batch_size=0), "batch_size=0"),
         (dict(stop_strings=["a"]), "need a tokenizer"),
-        (dict(max_new_tokens=2048), "exceed the model's 2048 positions"),
+        (dict(max_new_tokens=2048), "exceed the model's 2048 positions; write max_new_tokens=20[0-4][0-9] or less"),
         (dict(prompts=[PROMPTS[0], PROMPTS[0][:0]]), "prompt 1 is empty"),
     ],
 )

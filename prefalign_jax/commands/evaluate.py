@@ -133,7 +133,10 @@ def experiment_of(parser: Parser, options: argparse.Namespace, words: Sequence[s
         raise UserError(f"loss {loss.name!r} measures a reward model, which has no reference; leave out --reference")
     for path, shape in shapes.items():
         if config.max_length > shape.max_position:
-            raise UserError(f"--max_length={config.max_length} exceeds the {shape.max_position} positions of {path}")
+            raise UserError(
+                f"--max_length={config.max_length} exceeds the {shape.max_position} positions of {path}; "
+                "write at most that"
+            )
         if shape.reward != ("reward" in loss.needs):
             kind, other = ("a reward model", "bradley_terry") if shape.reward else ("a language model", "dpo")
             raise UserError(f"{path} is {kind}, and loss {loss.name!r} is not for those; write --loss={other}, for one")

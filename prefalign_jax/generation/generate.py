@@ -254,8 +254,10 @@ def _check(
         raise UserError(f"prompt {int(lengths.argmin())} is empty; the first token is predicted from its last")
     most = getattr(model.config, "max_position", None)
     if most is not None and lengths.max(initial=0) + max_new_tokens > most:
+        room = most - lengths.max()
         raise UserError(
-            f"prompts of {lengths.max()} tokens and {max_new_tokens} new ones exceed the model's {most} positions"
+            f"prompts of {lengths.max()} tokens and {max_new_tokens} new ones exceed the model's {most} positions; "
+            + (f"write max_new_tokens={room} or less" if room > 0 else "leave out longer prompts")
         )
 
 

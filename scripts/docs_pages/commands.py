@@ -53,7 +53,7 @@ NAMES = re.compile(r"(?<![\w.$/])([A-Z][A-Z_]{2,}(?:\.\w+)?|URL)(?![\w=]|_)")
 NEEDS = (
     (r"--device=gpu|benchmark\.py gpu|\[cuda\]", "a GPU"),
     (r"--peer=(?!separate)|peer_\w+", "another trainer's environment"),
-    (r"\bparity\b", "PyTorch, gigabytes"),
+    (r"\bparity\b|models_page", "PyTorch, gigabytes"),
     (r"endpoint:", "an endpoint"),
     (r"^sbatch|tpu_pod", "a cluster"),
     (r"^docker", "Docker"),
@@ -79,6 +79,7 @@ SHORT = (
     (r"config\.job=(pairs|rounds)|method=pairs", "{} --config.on_policy.limit=16"),
     (r"prefalign train .*mesh\.", DEVICES + " {} --config.data.limit=64 --config.warmup_steps=0"),
     (r"prefalign sweep .*--search", "{} --trials=2 --config.data.limit=64 --config.warmup_steps=0"),
+    (r"dpo_vs_orpo", "{} --config.data.limit=64 --config.warmup_steps=0 --config.max_length=256"),
     (r"prefalign sweep .*--seeds", "{} --seeds=1 --config.data.limit=64 --config.warmup_steps=0"),
     (r"prefalign (train|inspect|sweep)", "{} --config.data.limit=64 --config.warmup_steps=0"),
     (r"prefalign (generate|judge-bench)", "{} --limit=16"),
