@@ -1,6 +1,7 @@
 import html.parser
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -247,3 +248,54 @@ def test_where_nothing_can_be_compared_there_is_no_empty_table(tmp_path):
     page, text, _ = page_of(tmp_path / "runs", tmp_path, metrics=["eval/loss"], columns=["seconds"])
     assert "No metric is the same quantity in all groups." in page.words
     assert not re.search(r"<tbody>\s*</tbody>", text)
+
+
+# What a reader does, by the page's own listeners; the answer goes where --dump-dom shows it.
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+WATCH = "<script>const errors = []; addEventListener('error', event => errors.push(event.message));</script>"
+READER = """<script>
+addEventListener("load", () => {
+  const chart = document.querySelector(".chart"), get = id => document.getElementById(id), all = get("all");
+  const press = key => {
+    chart.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+    return get("said").textContent;
+  };
+  chart.focus();
+  const drawn = () => ["figure:not([hidden])", ".chart canvas"].map(what => document.querySelectorAll(what).length);
+  const seen = {drawn: drawn()};
+  seen.first = press("Home");
+  seen.last = press("End");
+  document.querySelector(".key input").click();
+  seen.hidden = press("End");
+  get("every").click();
+  seen.again = press("End");
+  press("+");
+  seen.zoomed = !all.disabled;
+  press("0");
+  seen.whole = all.disabled;
+  const columns = document.querySelectorAll("input[name=column]");
+  columns[columns.length - 1].click();
+  seen.anew = drawn();
+  document.title = JSON.stringify({...seen, errors});
+});
+</script>"""
+
+
+@pytest.mark.everything
+def test_in_a_browser_curves_are_drawn_read_hidden_zoomed_and_drawn_anew(tmp_path):
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip("no browser is installed")
+    (page, *_) = write_page(find_runs([leave_ablation(tmp_path / "runs")]), tmp_path / "page.html", title="runs")
+    text = re.sub(r"<meta http-equiv[^>]*>", "", page.read_text())  # which lets no script run but the page's own
+    page.write_text(text.replace("<head>", "<head>" + WATCH, 1).replace("</body>", READER + "</body>", 1))
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--window-size=1280,900", "--virtual-time-budget=3000", "--dump-dom", page.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    seen = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", shown)[1]))
+    assert seen["errors"] == [] and seen["drawn"] == [4, 4]
+    assert seen["anew"] == [2, 2]  # by time, which only rows of training have
+    assert seen["first"].startswith("0 steps; ") and seen["last"].startswith("20 steps; ")
+    assert all(f"beta={beta}: " in seen["last"] for beta in (0.1, 0.3)) and seen["again"] == seen["last"]
+    assert "beta=0.1" not in seen["hidden"] and "beta=0.3: " in seen["hidden"]
+    assert seen["zoomed"] and seen["whole"]
