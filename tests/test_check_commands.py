@@ -141,7 +141,7 @@ def test_what_became_of_the_commands_of_a_page(tmp_path, monkeypatch, capsys):
     )
     status, lines = checked(tmp_path, monkeypatch, capsys, page)
     assert status == 1
-    assert "page.md 6 3 1 a command that failed 1, an endpoint 1, ran before 1" in lines
+    assert "| page.md | 6 | 3 | 1 | 1 | an endpoint 1, one that failed 1 |" in lines
     assert lines[-1] == "6 commands: 3 ran, 1 of them failed; 3 did not"
     # What passed counts again and is not run again.
     status, lines = checked(tmp_path, monkeypatch, capsys, page, only="nothing")

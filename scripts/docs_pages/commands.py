@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from prefalign_jax.cli.parser import Parser
-from prefalign_jax.tables import aligned
+from prefalign_jax.tables import aligned, markdown
 from prefalign_jax.types import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +84,9 @@ SHORT = (
     (r"prefalign (train|inspect|sweep)", "{} --config.data.limit=64 --config.warmup_steps=0"),
     (r"prefalign (generate|judge-bench)", "{} --limit=16"),
 )
+
+AGAIN = "nothing: it ran at "  # begins the reason of a command that an earlier page has too
+HEAD = ("page", "commands", "ran", "failed", "had run before", "did not run, for it needs")
 
 
 class Command(NamedTuple):
@@ -254,29 +257,29 @@ def run(line: str, directory: Path, environment: Mapping[str, str], seconds: flo
 
 
 def listing(outcomes: Sequence[Outcome]) -> str:
-    """What ran, what did not and why, and the sums of each page."""
+    """What ran, what did not and why, and the sums of each page: a table in Markdown."""
     ran = [(one.status, one.seconds, _place(one.command), one.line) for one in outcomes if one.line]
     others = sorted((one.reason, _place(one.command), one.command.text) for one in outcomes if one.reason)
-    pages = []
-    for page in dict.fromkeys(one.command.page for one in outcomes):
-        here = [one for one in outcomes if one.command.page == page]
-        reasons = Counter(_kind(one.reason) for one in here if one.reason)
-        why = ", ".join(f"{reason} {number}" for reason, number in sorted(reasons.items()))
-        failed = sum(one.status != 0 for one in here)
-        pages.append((page, len(here), sum(bool(one.line) for one in here), failed, why))
-    tables = (
-        (("status", "seconds", "where", "what ran"), ran),
-        (("did not run here, for it needs", "where", "command"), others),
-        (("page", "commands", "ran", "failed", "did not run, for it needs"), pages),
-    )
     failed = sum(status != 0 for status, *_ in ran)
-    end = f"{len(outcomes)} commands: {len(ran)} ran, {failed} of them failed; {len(others)} did not"
-    return "\n\n".join([*(aligned(head, rows) for head, rows in tables), end])
+    pages: dict[str, list[Outcome]] = {}
+    for one in outcomes:
+        pages.setdefault(one.command.page, []).append(one)
+    parts = (
+        aligned(("status", "seconds", "where", "what ran"), ran),
+        aligned(("did not run here, for it needs", "where", "command"), others),
+        markdown(HEAD, [(page, *sums(here)) for page, here in pages.items()]),
+        f"{len(outcomes)} commands: {len(ran)} ran, {failed} of them failed; {len(others)} did not",
+    )
+    return "\n\n".join(parts)
 
 
-def _kind(reason: str) -> str:
-    """A reason without places."""
-    return re.sub(r"^ran at .*", "ran before", re.sub(r"^.*, which failed", "a command that failed", reason))
+def sums(outcomes: Sequence[Outcome]) -> tuple[int, int, int, int, str]:
+    """The cells of HEAD but the first: commands, those that ran, failed, had run, and what the others need."""
+    reasons = Counter(re.sub(r"^.*, which failed", "one that failed", one.reason) for one in outcomes)
+    again = sum(reasons.pop(reason) for reason in [*reasons] if reason.startswith(AGAIN))
+    ran = reasons.pop("", 0)
+    needs = ", ".join(f"{reason} {number}" for reason, number in sorted(reasons.items()))
+    return len(outcomes), ran, sum(one.status != 0 for one in outcomes), again, needs
 
 
 def _place(command: Command) -> str:
@@ -326,12 +329,12 @@ def check(directory: Path, options: Options) -> int:
             line = filled(command.text, given, options.full)
             reason = missing(command.text, given, options.fresh, left)
             if not reason and command.text in seen:
-                reason = f"ran at {seen[command.text]}"
+                reason = f"{AGAIN}{seen[command.text]}"
             elif not reason and line not in passed and not re.search(options.only, f"{place} {command.text}"):
                 reason = "left out by --only"
             if reason:
                 outcomes.append(Outcome(command, reason=reason))
-                left |= {} if reason.startswith("ran at") else dict.fromkeys(writes(command.text), reason)
+                left |= {} if reason.startswith(AGAIN) else dict.fromkeys(writes(command.text), reason)
                 continue
             seen[command.text] = place
             status, took = 0, passed.get(line)
