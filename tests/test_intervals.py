@@ -107,6 +107,15 @@ def clustered(rng, told: bool):
     return values, {"clusters": prompts} if told else {}
 
 
+def test_of_few_values_it_is_students_and_does_not_run_away():
+    """Eleven answers were cut at 64 tokens and one ended after 3: some resamples have next to no spread."""
+    lengths = np.array([64.0] * 11 + [3.0])
+    assert bootstrap_mean(lengths) == pytest.approx(t_interval(lengths))
+    assert 0 < bootstrap_mean(lengths).low
+    for size in (2, 5, 19):
+        assert LOW < coverage(lambda rng, size=size: (rng.normal(size=size), {}), 0.0) < HIGH
+
+
 def test_samples_of_one_prompt_are_resampled_together():
     assert LOW < coverage(functools.partial(clustered, told=True), 0.0) < HIGH
     assert coverage(functools.partial(clustered, told=False), 0.0) < 0.75  # what the argument is for
