@@ -11,6 +11,7 @@ from prefalign_jax.models import hf_io, mxfp4
 from prefalign_jax.models.decoder import DecoderConfig, make_decoder
 from prefalign_jax.sharding import make_mesh, param_shardings
 from prefalign_jax.types import UserError
+from small import decoder, hidden_of
 
 RNG = np.random.default_rng(0)
 CONFIG = DecoderConfig(
@@ -130,6 +131,7 @@ def test_bytes_that_do_not_fit_are_named(published, tmp_path):
         hf_io.load_params(directory, wide)
 
 
+@pytest.mark.everything
 @pytest.mark.parity
 def test_the_values_are_transformers_own():
     torch = pytest.importorskip("torch")
@@ -138,3 +140,22 @@ def test_the_values_are_transformers_own():
     blocks, scales = drawn(2, 6, 3)
     theirs = convert_moe_packed_tensors(*map(torch.from_numpy, (blocks, scales)), dtype=torch.float32)
     np.testing.assert_array_equal(mxfp4.dequantize(blocks, scales).swapaxes(1, 2), theirs.numpy())
+
+
+@pytest.mark.everything
+@pytest.mark.parity
+def test_transformers_computes_the_same_from_the_same_files(published):
+    """It unpacks them on a CPU too."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    directory, _ = published
+    options = dict(dtype=torch.float32, attn_implementation="eager")
+    options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, **options).eval()
+    tokens = np.arange(3, 23, dtype=np.int32)[None]
+    with torch.no_grad():
+        logits = theirs(torch.from_numpy(tokens).long()).logits.numpy()
+    model, params = decoder(CONFIG), hf_io.load_params(directory, CONFIG)
+    zeros = np.zeros_like(tokens)
+    hidden = hidden_of(model, params, tokens, zeros + np.arange(20, dtype=np.int32), zeros + 1, zeros)
+    found = np.einsum("rld,vd->rlv", hidden, model.head(params))
+    np.testing.assert_allclose(found, logits, atol=1e-4 * np.abs(logits).max())

@@ -10,6 +10,8 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.interpreters.partial_eval import dce_jaxpr
 
+from prefalign_jax.sharding import ROWS
+
 
 def count_flops(function: Callable[..., Any], *args: Any) -> int:
     """Multiplications and additions in the matrix products of a function, 2 m n k for [m, k] x [k, n].
@@ -61,8 +63,9 @@ def _of_equation(equation: Any) -> int:
         raise ValueError("a loop of unknown length has matrix products in it")
     if name in ("custom_vjp_call", "custom_jvp_call"):
         counts = counts[:1]
-    if name == "shard_map":  # of one device: the rows of the first argument lie on so many, and others repeat them
-        axes = jax.tree.leaves(tuple(params["in_specs"][0]))
+    if name == "shard_map":  # of one device: rows lie on so many, and those along tensor repeat them
+        specs = (*params["in_specs"], *params["out_specs"])
+        axes = {*jax.tree.leaves([tuple(spec) for spec in specs])} & {*ROWS, "context"}
         return math.prod(params["mesh"].shape[axis] for axis in axes) * sum(counts)
     return (params["length"] if name == "scan" else 1) * sum(counts)
 
