@@ -8,6 +8,7 @@ from prefalign_jax.models import families
 from prefalign_jax.models.decoder import DecoderConfig
 from prefalign_jax.models.families import llama
 from prefalign_jax.models.families.family import CONFIG_JSON
+from prefalign_jax.models.loading import load_decoder
 from prefalign_jax.models.rope import RopeScaling
 from prefalign_jax.types import UserError
 
@@ -220,6 +221,13 @@ def test_olmo_3_turns_its_layers_with_a_window_unscaled():
     nested = {"full_attention": {**yarn, "rope_theta": 700.0}, "sliding_attention": {"rope_theta": 600.0}}
     newer = DecoderConfig(**families.from_hf({**hf, "rope_parameters": nested}))
     assert newer == dataclasses.replace(older, local_rope_theta=600.0)
+
+
+def test_a_reward_model_that_transformers_lacks_is_refused_before_its_weights_are_read(tmp_path):
+    config = dataclasses.replace(CONFIG, family="cohere2", logit_divisor=4.0)
+    (tmp_path / "config.json").write_text(json.dumps(families.to_hf(config)))
+    with pytest.raises(UserError, match="transformers has no reward model of model_type='cohere2'; take"):
+        load_decoder(tmp_path, reward=True)
 
 
 def test_granite_4_may_have_no_rotation():
