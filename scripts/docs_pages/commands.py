@@ -62,6 +62,7 @@ NEEDS = (
 )
 INDEX = r"\bpip install|-m venv"
 DEVICES = "JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8"
+FEW = "--config.data.limit=64 --config.warmup_steps=0"
 # The short form of a command, where {} is the command; the first that fits.
 SHORT = (
     (r"-m pytest", "{} tests/test_imports.py"),
@@ -74,14 +75,17 @@ SHORT = (
     (r"benchmark\.py import", "{} --params=1e7"),
     (r"prefalign plan (?!.*--model)", "{} --model=mistral-7b"),
     (r"--help|prefalign train .*config=quickstart", "{}"),
-    (r"prefalign train .*smollm2", "{} --config.steps=2 --config.data.eval_limit=8 --config.samples.max_new_tokens=2"),
+    (
+        r"prefalign train .*smollm2",
+        "{} --config.steps=2 --config.warmup_steps=0 --config.data.eval_limit=8 --config.samples.max_new_tokens=2",
+    ),
     (r"prefalign sweep .*(experiments/|config=quickstart)", "{} --dry_run"),
     (r"config\.job=(pairs|rounds)|method=pairs", "{} --config.on_policy.limit=16"),
-    (r"prefalign train .*mesh\.", DEVICES + " {} --config.data.limit=64 --config.warmup_steps=0"),
-    (r"prefalign sweep .*--search", "{} --trials=2 --config.data.limit=64 --config.warmup_steps=0"),
-    (r"dpo_vs_orpo", "{} --config.data.limit=64 --config.warmup_steps=0 --config.max_length=256"),
-    (r"prefalign sweep .*--seeds", "{} --seeds=1 --config.data.limit=64 --config.warmup_steps=0"),
-    (r"prefalign (train|inspect|sweep)", "{} --config.data.limit=64 --config.warmup_steps=0"),
+    (r"prefalign train .*mesh\.", f"{DEVICES} {{}} {FEW}"),
+    (r"prefalign sweep .*--search", f"{{}} --trials=2 {FEW}"),
+    (r"dpo_vs_orpo", f"{{}} {FEW} --config.max_length=256"),
+    (r"prefalign sweep .*--seeds", f"{{}} --seeds=1 {FEW}"),
+    (r"prefalign (train|inspect|sweep)", f"{{}} {FEW}"),
     (r"prefalign (generate|judge-bench)", "{} --limit=16"),
 )
 
