@@ -30,13 +30,18 @@ def cost(
 
     Args:
       tokens: of a response; a prompt has twice as many.
-      vocabulary, layers, width: of the model.
+      vocabulary, layers, width: of the model, whose heads have 64 dimensions.
       pairs: in a batch.
       steps: of each, the first not counted.
 
     Returns:
       For each the time and the counted operations, both as multiples of the base's.
+
+    Raises:
+      UserError: the width is no multiple of 64.
     """
+    if width < 64 or width % 64:
+        raise UserError(f"width={width} is out of range; write a multiple of 64")
     base = dict(tokens=tokens, vocabulary=vocabulary, layers=layers, width=width, pairs=pairs)
     return measured("step_cost.cost_step", base=base, steps=steps, devices=1)[0]
 

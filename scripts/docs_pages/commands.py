@@ -68,7 +68,7 @@ SHORT = (
     (r"-m pytest", "{} tests/test_imports.py"),
     (r"benchmark\.py train", "{} --shape=tiny --lengths=16+8x4 --max_length=64"),
     (r"benchmark\.py prefix", "{} --batches=2 --layers=1 --width=64 --vocabulary=256 --shorter=16"),
-    (r"benchmark\.py cost", "{} --tokens=8 --vocabulary=256 --layers=1 --width=32 --pairs=2 --steps=2"),
+    (r"benchmark\.py cost", "{} --tokens=8 --vocabulary=256 --layers=1 --width=64 --pairs=2 --steps=2"),
     (r"benchmark\.py members", "{} --members=2 --shape=tiny"),
     (r"benchmark\.py pack", "{} --vocabulary=1024"),
     (r"benchmark\.py data", "{} --pairs=1e3"),
