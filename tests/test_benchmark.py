@@ -266,13 +266,13 @@ def test_packing_on_one_core(tmp_path):
     assert 0 <= found["4 pairs: padding, share of positions"] < 0.5
 
 
-@pytest.mark.everything
 def test_a_width_without_whole_heads_is_refused():
     for width in (0, 32, 96):
         with pytest.raises(UserError, match=f"width={width} is out of range; write a multiple of 64"):
             step_cost.cost(width=width)
 
 
+@pytest.mark.everything
 def test_what_is_doubled_costs_more_operations():
     found = step_cost.cost(tokens=16, vocabulary=512, layers=1, width=64, pairs=2, steps=2)
     assert found["layers x 2: operations x"] < 2 and found["layers x 2: time x"] > 0
