@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import secrets
@@ -67,7 +68,13 @@ TOLD += (
     "accuracy_ties",
     "samples",
 )
-TOLD += ("data.eval_path", "data.eval_split", "data.eval_limit")
+TOLD += ("data.eval_path", "data.eval_split", "data.eval_limit", "eval_steps")
+TOLD += ("early_stopping", "checkpoint.best_metric", "checkpoint.best_mode")
+# Of these, what changes the numbers of an evaluation, by how the names of its metrics begin.
+MEASURES = {
+    "eval/": ("data.eval_path", "data.eval_split", "data.eval_limit", "accuracy_ties", "ema.evaluate"),
+    "samples/": ("samples", "ema.evaluate"),
+}
 # Of these, what matters to steps that are still to come alone.
 AHEAD = ("learning_rate", "schedule", "warmup_steps", "warmup_examples", "warmup_epochs", "warmup_ratio")
 AHEAD += ("schedule_options", "grad_clip")
@@ -75,6 +82,7 @@ HISTORY = "history.jsonl"  # in the workdir: where a run was resumed with other 
 _CHANGE = {"step": "an integer", "changed": {"*": ["anything"]}}  # a row of it
 
 MANIFEST = "manifest.json"  # in each checkpoint: its files with their checksums, and its evaluation metrics
+MEASURED = f"{MANIFEST}.measured"  # the metrics of one that was saved before its step was evaluated
 
 
 class Checkpoints:
@@ -104,8 +112,21 @@ class Checkpoints:
 
     def metrics(self, step: int) -> dict[str, float]:
         """Of the evaluation at a step, {} if there was none or nobody can tell."""
-        manifest = self.directory / str(step) / MANIFEST
-        return read_json(manifest, {"metrics": {"*": "a number"}})["metrics"] if intact(manifest) else {}
+        files = (self.directory / str(step) / name for name in (MEASURED, MANIFEST))
+        known = (read_json(file, {"metrics": {"*": "a number"}})["metrics"] for file in files if intact(file))
+        return next(known, {})
+
+    def measured(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Keeps the metrics of a step that was saved before it was evaluated, as one at which a run was stopped is."""
+
+        def write() -> None:
+            directory = self.directory / str(step)
+            if intact(directory / MANIFEST) and not self.metrics(step):
+                with sealed(directory / MEASURED) as file:
+                    write_json(file, {"metrics": dict(metrics)})
+
+        self.wait()
+        by_first(write)
 
     def best(self) -> int | None:
         """The step that is best by `best_metric`, the first of several; None if none was evaluated."""
@@ -384,17 +405,43 @@ def chosen(checkpoints: Checkpoints, which: str) -> int:
     return step
 
 
-def told_of(checkpoints: Checkpoints, step: int) -> dict[str, Any]:
-    """The fields of TOLD as they were when a checkpoint was saved; a run that went on may have others now.
+def as_saved(checkpoints: Checkpoints, step: int, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's config with the fields of TOLD as they were when a checkpoint was saved; it may have gone on with others.
 
     Args:
       checkpoints: from `open_checkpoints`.
       step: from `chosen`.
+      config: of the run, as in its config.json; it stays as it is.
     """
     stored = ocp.checkpointables_metadata(checkpoints.directory / str(step)).custom_metadata or {}
-    config = stored.get("config", {})
-    unknown = ("examples", "epochs", *(("steps",) if config.get("steps") is None else ()))  # not as a number of steps
-    return {name: config[name] for name in TOLD if name in config and name not in unknown}
+    known = stored.get("config", {})
+    unknown = ("examples", "epochs", *(("steps",) if known.get("steps") is None else ()))  # not as a number of steps
+    out = copy.deepcopy(dict(config))
+    for name in TOLD:
+        group, _, field = name.rpartition(".")
+        theirs, ours = (one.get(group, {}) if group else one for one in (known, out))
+        if field in theirs and name not in unknown:
+            ours[field] = theirs[field]
+    return out
+
+
+def better_one(checkpoints: Checkpoints, step: int, evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """A sentence where another evaluation was better than that of the best checkpoint, '' where none was.
+
+    Nothing is saved at step 0, and a run that is resumed may have removed what is best by another metric.
+
+    Args:
+      checkpoints: opened with the metric.
+      step: of the best checkpoint.
+      evaluations: rows of eval.jsonl.
+    """
+    name, sign = checkpoints.best_metric, 1 if checkpoints.best_mode == "max" else -1
+    value = checkpoints.metrics(step)[name]
+    row = max((row for row in evaluations if row.get(name) is not None), key=lambda row: sign * row[name], default={})
+    if not row or sign * row[name] <= sign * value:
+        return ""
+    when = f"at step {row['step']}" if row["step"] else "before the first step"
+    return f"{name} was best {when}, {row[name]:.4g}, and nothing is saved of that; step {step} has {value:.4g}"
 
 
 def load_parts(checkpoints: Checkpoints, step: int, like: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class EarlyStopping(NamedTuple):
 
     def ends(self, evaluations: Sequence[Mapping[str, Any]]) -> bool:
         """Whether a run ends with the last of its evaluations, rows of eval.jsonl."""
-        return self.waited([row[self.metric] for row in evaluations if self.metric in row]) >= self.patience
+        return self.waited([x for row in evaluations if (x := row.get(self.metric)) is not None]) >= self.patience
 
 
 def stopping_of(fields: Mapping[str, Any]) -> EarlyStopping | None:

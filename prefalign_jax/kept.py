@@ -16,7 +16,9 @@ from prefalign_jax.data.datasheet import as_markdown
 from prefalign_jax.experiment import Experiment, from_json
 from prefalign_jax.export import export_adapters, export_run
 from prefalign_jax.files import locked, read_json
+from prefalign_jax.metrics import read_metrics
 from prefalign_jax.models.lora import Lora, full_parameters, init_adapters, join, merge
+from prefalign_jax.processes import note
 from prefalign_jax.sharding import make_mesh, state_shardings
 from prefalign_jax.types import LanguageModel, Params, TrainState, UserError, one_line
 
@@ -60,7 +62,11 @@ def load_kept(workdir: str | Path, which: str = "last") -> Kept:
     config, reward = experiment.config, "reward" in experiment.loss.needs
     with checkpoint.open_checkpoints(workdir / "checkpoints", **config.checkpoint) as checkpoints:
         step = checkpoint.chosen(checkpoints, which)
-        experiment = from_json({**fields, **checkpoint.told_of(checkpoints, step)})
+        if which == "best" and (
+            better := checkpoint.better_one(checkpoints, step, read_metrics(workdir / "eval.jsonl"))
+        ):
+            note(better)
+        experiment = from_json(checkpoint.as_saved(checkpoints, step, fields))
         metrics = checkpoints.metrics(step)
         mesh, tokenizer = make_mesh({"data": -1}), load_tokenizer(config.model.path, config.data.chat_template)
         loaded, lora = adapters_of(config, reward, len(tokenizer))

@@ -30,7 +30,7 @@ from prefalign_jax.processes import note, stop_signal
 from prefalign_jax.progress import Progress
 from prefalign_jax.sharding import make_mesh, shapes_of
 from prefalign_jax.trackers import check_installed
-from prefalign_jax.train import Run, announce, check_finite, due, evaluates_and_saves, fitted, order_of
+from prefalign_jax.train import Run, announcement, check_finite, due, evaluates_and_saves, fitted, order_of
 from prefalign_jax.train_step import init_state
 from prefalign_jax.types import PreferenceBatch, TrainState, UserError
 
@@ -105,18 +105,16 @@ def _train(experiments: Sequence[Experiment], workdirs: Sequence[Path], stack: c
     timer = checkpoint.Timer(config.save_steps)
     log = Log(runs, live, stack.enter_context(Progress(longest, "step", start=start)))
     note(f"{len(runs)} runs in one program, {len(live)} to go on with")
-    for run in {(run.total, len(run.data.training), str(run.changed)): run for run in (runs[k] for k in live)}.values():
-        announce(
-            run.experiment, run.data, run.start, run.total, run.changed
-        )  # once for those of which it says the same
+    for line in dict.fromkeys(line for k in live for line in announcement(runs[k])):  # once what several would say
+        note(line)
 
     complete = [k for k in live if runs[k].over(runs[k].start)]
 
     def settle(step: int, evaluating: Sequence[int], saving: bool = False) -> None:
         """Evaluates members, saves all if it is time to, and concludes those that end here or ended long ago."""
-        means = evaluate(state, step) if evaluating else []
-        for k in [*live]:
-            at = runs[k].start if k in complete else step
+        steps = {k: runs[k].start if k in complete else step for k in live}
+        means = evaluate(state, [steps[k] if k in evaluating else None for k in range(len(runs))]) if evaluating else []
+        for k, at in steps.items():
             if k in evaluating:
                 try:
                     runs[k].evaluated(at, means[k])
@@ -264,6 +262,7 @@ def conclude(run: Run, state: TrainState) -> None:
 
 def give_up(run: Run, step: int, error: UserError) -> None:
     """Writes down why a run does not go on."""
+    run.failed = True
     write_json(run.workdir / FAILED, {"step": step, "error": str(error)})
     note(f"{run.workdir.name}: {error}; the others go on")
 

@@ -120,11 +120,12 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack, c
     if why := run.cannot_go_on():
         return left_alone(workdir, start, why, model, merged(run.shown(state), began.lora), tokenizer)
     run.open_files(stack)
-    announce(experiment, data, start, total, run.changed)
+    for line in announcement(run):
+        note(line)
 
     # Loop. First comes the evaluation at the start, or one that an earlier run was stopped before.
     if run.to_evaluate_first():
-        run.evaluated(start, *evaluate(state, start))
+        run.evaluated(start, *evaluate(state, [start]))
         run.say_signs()
     batches = train_batches(training, **order_of(experiment), start=start, stop=start if run.over(start) else total)
     abstract = shapes_of(state)
@@ -148,7 +149,7 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack, c
             if evaluating or saving:
                 log.flush()  # this step's line is on disk before its checkpoint: a resumed run starts after it
                 with meter.paused():
-                    if evaluating and run.evaluated(step, *evaluate(state, step)):
+                    if evaluating and run.evaluated(step, *evaluate(state, [step])):
                         run.say_signs()
                     if saving and not run.over(step):
                         run.save(state)
@@ -157,7 +158,7 @@ def _train(experiment: Experiment, workdir: Path, stack: contextlib.ExitStack, c
                     break
         log.close()
         if run.over(step) and not run.means_at(step):
-            run.evaluated(step, *evaluate(state, step))
+            run.evaluated(step, *evaluate(state, [step]))
         run.save(state)
         run.checkpoints.wait()
 
@@ -232,6 +233,7 @@ class Run:
         self.start, self.changed, self.history = 0, {}, []
         self.trackers: Trackers | None = None
         self.ending = False  # before the last step, by early stopping or a callback
+        self.failed = False  # as a member of a program that goes on
         self.latest: tuple[int, dict[str, float]] = -1, {}  # step of the last evaluation, and what it measured
         self.said: set[str] = set()  # signs
 
@@ -241,8 +243,20 @@ class Run:
         state = checkpoint.restore(self.checkpoints, state, plain, digests)
         check_state(digests, self.total, int(state.step))
         self.start, self.changed = int(state.step), checkpoint.changes(self.checkpoints, plain)
+        self.check_measures()
         self.ending = self.start > 0 and self.stops_early(self.start)
         return state
+
+    def check_measures(self) -> None:
+        """Refuses to choose the best among evaluations that measured different things."""
+        best = self.experiment.config.checkpoint.best_metric or ""
+        measures = next((names for start, names in checkpoint.MEASURES.items() if best.startswith(start)), ())
+        for name, (before, now) in self.changed.items():
+            if not {name, name.split(".")[0]}.isdisjoint(measures):
+                raise UserError(
+                    f"cannot resume {self.workdir}: its evaluations had {name}={before!r}, not {now!r}, and "
+                    f"checkpoint.best_metric={best!r} compares all of them; set it back or use another --workdir"
+                )
 
     def over(self, step: int) -> bool:
         """Whether the run ends at a step that it has reached."""
@@ -287,7 +301,7 @@ class Run:
         rows = {name: whole_rows(self.workdir / f"{name}.jsonl") for name in ("metrics", "eval")}
         about = About(self.workdir, params)
         self.trackers = open_trackers(names, about, rows, self.start, bool(self.changed))
-        stack.push(lambda kind, *_: self.trackers.close(failed=kind is not None))
+        stack.push(lambda kind, *_: self.trackers.close(failed=self.failed or kind is not None))
 
     def to_evaluate_first(self) -> bool:
         """Whether an evaluation comes before the first step."""
@@ -299,6 +313,7 @@ class Run:
         """Writes down what was measured, and looks whether the run ends with it; returns it."""
         if means:
             check_best(self.experiment.config.checkpoint.best_metric, means, step)
+            self.checkpoints.measured(step, means)
             self.eval_writer.write(step, means)
             self.latest = step, means
             if step < self.total and self.stops_early(step):
@@ -358,8 +373,14 @@ class Run:
             draw_curves(workdir)
         if config.export.enabled:
             which = config.export.checkpoint  # the last is at hand, and its files need not be read
-            if which != "last" and (at := checkpoint.chosen(self.checkpoints, which)) != int(state.step):
-                means, use_ema = self.checkpoints.metrics(at), config.ema.evaluate
+            at = int(state.step) if which == "last" else checkpoint.chosen(self.checkpoints, which)
+            if which == "best" and (better := checkpoint.better_one(self.checkpoints, at, evaluations(workdir))):
+                note(f"the checkpoint of step {at} is exported: {better}")
+            if at != int(state.step):
+                use_ema = config.ema.evaluate
+                saved = checkpoint.as_saved(self.checkpoints, at, self.experiment.plain)
+                # The metrics are those of the weights that were evaluated then.
+                means = self.checkpoints.metrics(at) if saved["ema"]["evaluate"] == use_ema else {}
                 parts = {name: getattr(state, name) for name in averages.parts_of(state, use_ema)}
                 state = state._replace(**checkpoint.load_parts(self.checkpoints, at, parts))
             state = self.shown(state)
@@ -370,24 +391,24 @@ class Run:
                 export_adapters(self.experiment, state.params, lora, shape, workdir)
 
 
-def announce(
-    experiment: Experiment, data: Data, start: int, total: int, changed: Mapping[str, tuple[Any, Any]]
-) -> None:
-    """Says what is trained on what, from where on, and which values have changed since."""
+def announcement(run: Run) -> list[str]:
+    """Lines that say what is trained on what, from where on, and which values have changed since."""
+    experiment, data, start, total = run.experiment, run.data, run.start, run.total
     config, loss = experiment.config, experiment.loss
-    resumed = f", resumed at step {start}" if 0 < start < total else ", already complete" if start else ""
+    resumed = (", already complete" if run.over(start) else f", resumed at step {start}") if start else ""
     pairs = f"{len(data.training)} {loss.unit}, {len(data.held_out)} held out"
     saves = "" if config.save_steps else "; saved with each evaluation, and by time at most 10 minutes apart"
-    note(f"{loss.name}: {pairs}, {total} steps of {config.batch_size}{resumed}{saves}")
+    lines = [f"{loss.name}: {pairs}, {total} steps of {config.batch_size}{resumed}{saves}"]
     if config.optimizer.name != "adamw" or experiment.averaged:
-        note("; ".join(f"{name}: {words}" for name, words in experiment.training.items()))
+        lines.append("; ".join(f"{name}: {words}" for name, words in experiment.training.items()))
     warmup = experiment.warmup_steps(len(data.training))
     if warmup == total:
         rate = "is 0 in the only step, which changes nothing" if total == 1 else "rises to the end of the run"
-        note(f"the learning rate {rate}: the warm-up of {warmup} is as long as the run")
-    if changed:
-        words = (f"{name} {before} -> {now}" for name, (before, now) in changed.items())
-        note(f"resumed with other values: {', '.join(words)}")
+        lines.append(f"the learning rate {rate}: the warm-up of {warmup} is as long as the run")
+    if run.changed:
+        words = (f"{name} {before} -> {now}" for name, (before, now) in run.changed.items())
+        lines.append(f"resumed with other values: {', '.join(words)}")
+    return lines
 
 
 def draw_curves(workdir: Path) -> None:

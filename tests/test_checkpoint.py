@@ -125,6 +125,36 @@ def test_the_best_stays_beside_the_latest(tmp_path, mode, best):
     with checkpoint.open_checkpoints(tmp_path, best_metric="eval/loss", best_mode=mode) as checkpoints:
         assert (checkpoints.steps(), checkpoints.best(), checkpoints.latest) == ([best, 6], best, 6)
         assert checkpoints.metrics(6) == {"eval/loss": 0.3}
+        better = checkpoint.better_one(
+            checkpoints, best, [{"step": step, "eval/loss": losses[step]} for step in losses]
+        )
+        assert better == ""
+        for step, value, words in [(0, 0.0, "before the first step"), (7, 1.0, "at step 7")]:
+            better = checkpoint.better_one(checkpoints, best, [{"step": step, "eval/loss": value}, {"step": 8}])
+            assert bool(better) == (mode == ("max" if step else "min")) and (not better or words in better)
+
+
+def test_what_is_evaluated_after_it_was_saved_can_be_the_best(tmp_path):
+    options = dict(best_metric="eval/loss", best_mode="min")
+    saved(tmp_path, 1, metrics={1: 0.5}, **options)
+    saved(tmp_path, 2, **options)
+    with checkpoint.open_checkpoints(tmp_path, **options) as checkpoints:
+        checkpoints.measured(1, {"eval/loss": 0.0})  # which is known already
+        checkpoints.measured(3, {"eval/loss": 0.0})  # which is not there
+        assert checkpoints.best() == 1 and checkpoints.metrics(1) == {"eval/loss": 0.5}
+        checkpoints.measured(2, {"eval/loss": 0.25})
+        assert checkpoints.best() == 2 and checkpoint.newest(checkpoints) == 2
+        (tmp_path / "2" / checkpoint.MEASURED).write_text("{}")  # broken, it is not believed; the arrays are sound
+        assert checkpoints.best() == 1 and checkpoint.newest(checkpoints) == 2
+
+
+def test_the_config_as_it_was_saved_has_every_field_that_may_change(tmp_path):
+    before = {**CONFIG, "ema": {"decay": 0.9, "evaluate": True}, "early_stopping": {"patience": 3}, "eval_steps": 2}
+    with checkpoint.open_checkpoints(tmp_path) as checkpoints:
+        checkpoint.save(checkpoints, state_of()._replace(step=jnp.int32(1)), before, DIGESTS)
+    now = {**before, "ema": {"decay": 0.9, "evaluate": False}, "early_stopping": {"patience": 5}, "eval_steps": 7}
+    with checkpoint.open_checkpoints(tmp_path) as checkpoints:
+        assert checkpoint.as_saved(checkpoints, 1, {**now, "log_steps": 3}) == {**before, "log_steps": 3}
 
 
 # Damage

@@ -46,6 +46,7 @@ def test_the_last_improvement_is_patience_evaluations_before_the_end(values, pat
 def test_rows_without_the_metric_say_nothing():
     stopping = EarlyStopping("eval/x", "min", 1, 0.0)
     assert not stopping.ends([{"step": 0, "eval/x": 1.0}, {"step": 5, "samples/length": 3.0}])
+    assert not stopping.ends([{"step": 0, "eval/x": 1.0}, {"step": 5, "eval/x": None}])  # it was not finite
 
 
 def test_what_a_config_says():

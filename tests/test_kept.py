@@ -1,7 +1,9 @@
 """What a run keeps: checkpoints that can be exported, and a history of what changed when it was resumed."""
 
 import json
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -9,12 +11,13 @@ from safetensors.numpy import load_file
 
 from conftest import longer
 from prefalign_jax import checkpoint
+from prefalign_jax.callbacks import Callbacks
 from prefalign_jax.kept import export_kept, load_kept
 from prefalign_jax.train import train
 from prefalign_jax.types import UserError
 from test_train import TRL, column, config_of, rows
 
-FIELDS = {"steps": 4, "eval_steps": 2, "data.eval_fraction": 0.2}
+FIELDS = {"steps": 4, "eval_steps": 2, "save_steps": 2, "data.eval_fraction": 0.2}
 FIELDS |= {
     "checkpoint.best_metric": "eval/logps/chosen",
     "checkpoint.best_mode": "min",
@@ -85,6 +88,29 @@ def test_a_finished_run_is_left_as_it_is_where_what_is_asked_for_cannot_be(field
     said = capsys.readouterr().err
     assert f"trained to step 4 already, {says}" in said and said.endswith("it is left as it is\n")
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.everything
+def test_the_best_is_best_of_all_evaluations_however_a_run_was_stopped(tmp_path, capfd):
+    def stop(step, metrics):
+        if step == 1:  # step 2, at which an evaluation is due, is running by then
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    # The first checkpoint is the best by far, and the start is better still.
+    fields = FIELDS | {"checkpoint.best_mode": "max", "learning_rate": 0.3, "export.checkpoint": "best"}
+    assert train(config_of(**fields), tmp_path, callbacks=Callbacks(on_step=stop)).stopped
+    with pytest.raises(UserError, match="its evaluations had data.eval_limit=None, not 2, .* compares all of them"):
+        train(config_of(**fields, **{"data.eval_limit": 2}), tmp_path)
+    train(config_of(**fields), tmp_path)
+    values = {row["step"]: row["eval/logps/chosen"] for row in rows(tmp_path / "eval.jsonl")}
+    assert values[0] > values[2] > values[4]
+    assert (
+        "the checkpoint of step 2 is exported: eval/logps/chosen was best before the first step"
+        in capfd.readouterr().err
+    )
+    found, wanted = exported(tmp_path / "export"), exported(export_kept(tmp_path, "2"))
+    np.testing.assert_array_equal(found["lm_head.weight"], wanted["lm_head.weight"])
+    assert f"{values[2]:.6g}" in (tmp_path / "export" / "README.md").read_text()
 
 
 @pytest.mark.everything

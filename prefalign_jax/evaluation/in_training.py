@@ -26,8 +26,10 @@ def make_evaluation(
     tokenizer: Any,
     mesh: jax.sharding.Mesh,
     members: bool = False,
-) -> Callable[[TrainState, int], list[dict[str, float]]]:
-    """evaluate(state, step) -> [{metric: mean}], one for each run; what was sampled is written into its directory.
+) -> Callable[[TrainState, Sequence[int | None]], list[dict[str, float]]]:
+    """evaluate(state, steps) -> [{metric: mean}], one for each run; what was sampled is written into its directory.
+
+    `steps` says at which step each run is, None for one that is not evaluated: it has ended, and gets {} and no file.
 
     Args:
       experiments: of one run, or of the members of a program, see `members.shared_fields`.
@@ -71,12 +73,13 @@ def make_evaluation(
     if members:
         weights = jax.vmap(weights, in_axes=(AXES,), out_axes=AXES)
 
-    def evaluate(state: TrainState, step: int) -> list[dict[str, float]]:
+    def evaluate(state: TrainState, steps: Sequence[int | None]) -> list[dict[str, float]]:
         state = weights(state)
         means: list[dict[str, float]] = [{} for _ in began]
         for numbers in same.values():
             for k, some in zip(numbers, measured(state, numbers), strict=True):
                 means[k] |= some
-        return [some | others for some, others in zip(means, sample(state, step), strict=True)]
+        sampled = sample(state, steps)
+        return [{} if steps[k] is None else means[k] | sampled[k] for k in range(len(began))]
 
     return evaluate

@@ -71,8 +71,10 @@ def make_sampler(
     mesh: jax.sharding.Mesh,
     workdirs: Sequence[Path],
     members: bool = False,
-) -> Callable[[TrainState, int], list[dict[str, float]]]:
-    """sample(state, step) -> [{metric: mean}]: draws from the policy, measures, writes WORKDIR/samples/STEP.jsonl.
+) -> Callable[[TrainState, Sequence[int | None]], list[dict[str, float]]]:
+    """sample(state, steps) -> [{metric: mean}]: draws from the policy, measures, writes WORKDIR/samples/STEP.jsonl.
+
+    `steps` says at which step each run is; of one that has ended, None, nothing is measured or written.
 
     Args:
       experiments: whose `samples` say what is drawn and what it is worth; without prompts nothing is. One, or those of
@@ -89,7 +91,7 @@ def make_sampler(
     """
     config, fields = experiments[0].config, experiments[0].config.samples
     if not fields.prompts:
-        return lambda state, step: [{}] * len(experiments)
+        return lambda state, steps: [{}] * len(experiments)
     prompts = load_prompts(fields.prompts, fields.limit)
     score = scorer_of(fields.reward) if fields.reward else None
     seeds = [one.config.seed for one in experiments]
@@ -107,10 +109,13 @@ def make_sampler(
             out.append(draw_samples(model, policy, tokenizer, prompts, fields, seed=seed, **options))
         return out
 
-    def sample_now(state: TrainState, step: int) -> list[dict[str, float]]:
+    def sample_now(state: TrainState, steps: Sequence[int | None]) -> list[dict[str, float]]:
         drawn, out = draw(state), []
         frozen = reference_logps(started or (model, state.reference), fields, drawn, mesh)
-        for experiment, workdir, one, logps in zip(experiments, workdirs, drawn, frozen, strict=True):
+        for experiment, workdir, step, one, logps in zip(experiments, workdirs, steps, drawn, frozen, strict=True):
+            if step is None:
+                out.append({})
+                continue
             means, scores = measure(one, fields, score, logps)
             about = {"model": workdir.name, "step": step, "seed": experiment.config.seed}
             rows = [
