@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from prefalign_jax import together, train
+from prefalign_jax import together, trackers, train
 from prefalign_jax.config import defaults
 from prefalign_jax.members import FAILED
 from prefalign_jax.together import train_together
@@ -192,6 +192,52 @@ def test_adapters_of_all_members_lie_over_one_base(tmp_path):
     one, other = (load_file(next((tmp_path / d).rglob("adapter_model.safetensors"))) for d in ("p1", "alone"))
     for name in one:
         np.testing.assert_allclose(one[name], other[name], atol=1e-5)
+
+
+class Tracker:
+    """In memory: the directory's name -> (its rows, whether it failed)."""
+
+    runs = {}
+    where = "in memory"
+
+    def __init__(self, about, run):
+        self.id = about.name
+        self.rows = []
+
+    def log(self, step, numbers):
+        self.rows.append({"step": step, **numbers})
+
+    def finish(self, failed):
+        self.runs[self.id] = self.rows, failed
+
+
+@pytest.mark.everything
+def test_members_that_end_early_or_diverge_are_left_alone_and_averages_are_as_alone(tmp_path, monkeypatch):
+    monkeypatch.setitem(trackers.TRACKERS, "memory", Tracker)
+    monkeypatch.setattr(together, "check_installed", lambda names: None)
+    fields = {"early_stopping.metric": "eval/loss", "early_stopping.patience": 1, "early_stopping.min_delta": 1e-3}
+    fields |= {"ema.decay": 0.5, "log_to": "memory", "warmup_steps": 0}
+    points = [{"learning_rate": rate, "seed": 1} for rate in (1e-6, 3e-4, 1e38)]
+    train_together(points_of(tmp_path, points, **fields))
+    evaluated = [{row["step"]: row for row in rows(tmp_path / f"p{n}" / "eval.jsonl")} for n in range(3)]
+    assert [max(steps) for steps in evaluated[:2]] == [2, 6]  # one ends early, the other does not
+
+    def sampled(n):
+        files = (tmp_path / f"p{n}" / "samples").iterdir()
+        return {int(file.stem): file.read_bytes() for file in files}
+
+    before = [sampled(n) for n in range(3)]
+    assert [sorted(files) for files in before] == [sorted(steps) for steps in evaluated]
+    for n in range(3):
+        sent, failed = Tracker.runs[f"p{n}"]
+        assert failed == (n == 2)
+        assert [row for row in sent if "eval/loss" in row] == [*evaluated[n].values()]
+    alone = train.train(config_of(**points[1], **fields | {"log_to": None}), tmp_path / "alone")
+    for name, value in alone.after.items():
+        assert evaluated[1][6][name] == pytest.approx(value, rel=1e-4, abs=1e-4)
+    train_together(points_of(tmp_path, points, **fields))  # what has ended is evaluated again at its own step
+    assert [row["step"] for row in rows(tmp_path / "p0" / "eval.jsonl")] == [0, 2]
+    assert [sampled(n) for n in range(3)] == before
 
 
 def test_runs_that_differ_in_more_than_numbers_are_refused(tmp_path):
