@@ -36,6 +36,15 @@ def schedule_free(state: TrainState) -> contrib.ScheduleFreeState | None:
     return next(filter(is_one, jax.tree.leaves(state.opt_state, is_leaf=is_one)), None)
 
 
+@jax.jit
+def _average(own: contrib.ScheduleFreeState, params: Params) -> Params:
+    """x = y + (1 / b1 - 1) (y - z), which is exactly y where nothing has been trained.
+
+    optax's (y - (1 - b1) z) / b1 rounds there, and half of the accuracies at the start would be signs of that.
+    """
+    return jax.tree.map(lambda y, z: (y + (1.0 / own.b1 - 1.0) * (y - z)).astype(y.dtype), params, own.z)
+
+
 def parts_of(state: TrainState, ema: bool | None = True) -> tuple[str, ...]:
     """The names of the parts of a state that `evaluated` reads."""
     if schedule_free(state) is not None:
@@ -54,5 +63,5 @@ def evaluated(state: TrainState, ema: bool | None = True) -> TrainState:
       The same state, but for its parameters: the moving average; or schedule-free AdamW's average; or as they were.
     """
     if (own := schedule_free(state)) is not None:
-        return state._replace(params=jax.jit(contrib.schedule_free_eval_params)(own, state.params))
+        return state._replace(params=_average(own, state.params))
     return state._replace(params=state.ema) if ema and state.ema is not None else state

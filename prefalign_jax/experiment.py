@@ -465,6 +465,8 @@ def _check_averages(experiment: Experiment) -> None:
     said = "optimizer.name='schedule_free_adamw' evaluates an average of its own"
     if ema.decay is not None:
         raise UserError(f"{said}; unset ema.decay={ema.decay}")
+    if config.reference.kind == "moving":
+        raise UserError(f"{said}, and reference.kind='moving' would follow other weights; set copy or cached")
     if config.schedule != "constant":
         raise UserError(f"{said} in place of a falling rate; set schedule='constant' (it is {config.schedule!r})")
     if config.model.param_dtype != "float32" and not (experiment.adapted and config.model.param_dtype == "stored"):

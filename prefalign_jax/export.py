@@ -8,6 +8,7 @@ token before it: such a tokenizer is exported with another padding token.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import pathlib
 import re
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import huggingface_hub
 import yaml
 
+from prefalign_jax.config import defaults
 from prefalign_jax.experiment import Experiment
 from prefalign_jax.files import write_json, write_text
 from prefalign_jax.gguf.file import gguf_file, read_gguf, title
@@ -25,6 +27,7 @@ from prefalign_jax.models.decoder import DecoderConfig
 from prefalign_jax.models.endings import end_of_turn, generation_config, special_tokens
 from prefalign_jax.models.lora import Lora
 from prefalign_jax.models.peft_io import save_adapters
+from prefalign_jax.options import flatten
 from prefalign_jax.processes import agreed, by_first, is_first, note
 from prefalign_jax.tables import markdown
 from prefalign_jax.types import Params, UserError, WriteError, one_line
@@ -346,17 +349,27 @@ def model_card(card: Mapping[str, Any], *, title: str, scoring: str | None = Non
 
 
 def without_secrets(value: Any) -> Any:
-    """A copy of nested mappings and lists, less the fields whose names sound like secrets.
+    """A copy of nested mappings and lists, less the fields whose names sound like secrets; those of a config are none.
 
     Example:
       >>> without_secrets({"hf_token": "x", "max_tokens": 8, "data": [{"api_key": "y", "tokenizer": "z"}]})
       {'max_tokens': 8, 'data': [{'tokenizer': 'z'}]}
     """
     if isinstance(value, Mapping):
-        return {key: without_secrets(item) for key, item in value.items() if not _SECRET.search(str(key))}
+        return {key: without_secrets(item) for key, item in value.items() if not _sounds_secret(str(key))}
     if isinstance(value, list | tuple):
         return [without_secrets(item) for item in value]
     return value
+
+
+def _sounds_secret(name: str) -> bool:
+    return bool(_SECRET.search(name)) and name.rpartition(".")[2] not in _config_names()
+
+
+@functools.cache
+def _config_names() -> frozenset[str]:
+    """The names of a config's groups and fields, such as token_weights and per_token."""
+    return frozenset(part for name in flatten(defaults().to_dict()) for part in name.split("."))
 
 
 def adapter_card(base: str, quantized: str | None, title: str) -> str:

@@ -173,3 +173,9 @@ def test_members_average_by_themselves():
     opt_state = jax.vmap(tx.init)({"w": params["w"] + 1})
     shown = jax.vmap(averages.evaluated, in_axes=(AXES,), out_axes=AXES)(TrainState(0, params, opt_state))
     np.testing.assert_allclose(shown.params["w"], params["w"] - 1 / 9, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_evaluated_at_the_start_is_the_model_to_the_bit():
+    for name in ("adamw", "schedule_free_adamw"):
+        state = init_state(make_params(), optimizer_of(name), mesh_of("one device"), ema=name != "schedule_free_adamw")
+        same(averages.evaluated(state).params, make_params())

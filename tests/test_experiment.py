@@ -263,6 +263,7 @@ SCHEDULE_FREE = dict(optimizer__name="schedule_free_adamw", schedule="constant")
         (dict(ema__decay=1.0), "ema.decay=1.0 must lie in (0, 1)"),
         (dict(ema__evaluate=False), "ema.evaluate=False is set without ema.decay"),
         (dict(SCHEDULE_FREE, ema__decay=0.9), f"{OWN_AVERAGE}; unset ema.decay=0.9"),
+        (dict(SCHEDULE_FREE, reference__kind="moving"), f"{OWN_AVERAGE}, and reference.kind='moving' would follow oth"),
         (dict(SCHEDULE_FREE, schedule="linear"), f"{OWN_AVERAGE} in place of a falling rate; set schedule='constant'"),
         (dict(SCHEDULE_FREE, model__param_dtype="bfloat16"), f"{OWN_AVERAGE}, which model.param_dtype='bfloat16' wou"),
     ],

@@ -13,9 +13,11 @@ import yaml
 from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from prefalign_jax.config import defaults
 from prefalign_jax.data.chat import tokenize_records
 from prefalign_jax.data.records import Record
 from prefalign_jax.data.trees import Layout
+from prefalign_jax.experiment import read
 from prefalign_jax.export import (
     export,
     how_to_score,
@@ -516,3 +518,10 @@ def test_secrets_are_dropped_at_any_depth(key):
 @pytest.mark.parametrize("key", ["tokenizer", "tokens", "max_tokens", "tokens_per_row", "tokenized", "seed"])
 def test_what_only_resembles_a_secret_stays(key):
     assert without_secrets({key: 1}) == {key: 1}
+
+
+def test_no_field_of_a_config_is_taken_for_a_secret():
+    config = read(defaults("0.5*ipo(per_token=True) + dpo"), complete=False).plain
+    assert without_secrets(config) == config
+    config = defaults().to_dict()
+    assert without_secrets(config) == config and "decay" in config["token_weights"]

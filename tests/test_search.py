@@ -96,6 +96,7 @@ def test_ranges_are_read_by_the_types_of_their_fields():
         ("--range=loss.beta=0.1..1 --config.loss.beta=1", "--config.loss.beta on the command line"),
         ("--grid=loss.name=dpo,doo", "'doo' is unknown"),
         ("", "something to vary"),
+        ("--range=loss.beta=0.1..1 --metric=eval/logps/chosen", "set --mode"),
         ("--range=loss.beta=0.1..1 --seeds=2", "--seeds does not fit"),
         ("--range=loss.beta=0.1..1 --trials=0", "at least 1"),
     ],
@@ -115,6 +116,12 @@ def test_what_is_a_searchs_alone_is_refused_elsewhere(words, says, capsys, tmp_p
     first = ["sweep", "--config=dpo:model=m,data=d", f"--workdir={tmp_path}", "--grid=loss.beta=1,2"]
     assert commands.main([*first, *words.split()]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("optuna")
+@pytest.mark.parametrize(("metric", "mode"), [("eval/loss", "min"), ("eval/rewards/accuracies", "max")])
+def test_what_is_best_follows_from_the_metric_as_it_does_for_checkpoints(metric, mode):
+    assert beta_search(metric=metric, mode=None).mode == mode
 
 
 def test_without_optuna_the_line_says_what_to_install(monkeypatch, capsys, tmp_path):

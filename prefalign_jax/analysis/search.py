@@ -30,7 +30,7 @@ from prefalign_jax.analysis.sweep import (
 )
 from prefalign_jax.cli.experiments import config_of
 from prefalign_jax.files import locked, read_json, write_json
-from prefalign_jax.metrics import read_metrics
+from prefalign_jax.metrics import better, read_metrics
 from prefalign_jax.processes import note, stop_signal
 from prefalign_jax.types import UserError
 
@@ -348,7 +348,7 @@ def read_search(
     ranges: Sequence[str],
     choices: Mapping[str, Sequence[Any]],
     metric: str | None,
-    mode: str,
+    mode: str | None,
     prune: bool = True,
 ) -> Search:
     """What a command line says is searched.
@@ -359,7 +359,7 @@ def read_search(
       ranges: words of `read_ranges`.
       choices: a field -> the values to choose from.
       metric: a column of eval.jsonl.
-      mode: 'max' or 'min'.
+      mode: 'max' or 'min'; None is what is better of a metric whose name tells, as of a loss.
       prune: whether bad trials are stopped early.
 
     Raises:
@@ -368,6 +368,8 @@ def read_search(
     _optuna()
     if not metric:
         raise UserError("--search needs --metric, a column of eval.jsonl such as eval/rewards/accuracies")
+    if (mode := mode or better(metric)) is None:
+        raise UserError(f"--metric={metric}: whether the most or the least of it is best is not known; set --mode")
     fields = config_of(config, common)
     space = {**read_ranges(ranges, fields), **choices}
     if not space:

@@ -47,7 +47,8 @@ def main(argv: Sequence[str]) -> int:
     search.add_argument("--range", action="append", default=[], metavar="FIELD=LOW..HIGH", help=where)
     search.add_argument("--trials", type=int, metavar="N", help="how many trials, those of earlier calls counted")
     search.add_argument("--metric", metavar="NAME", help="a column of eval.jsonl; its last value is a trial's")
-    search.add_argument("--mode", choices=("max", "min"), help="which value of the metric is best; max by default")
+    best = "which value of the metric is best; by default min of losses, max of accuracies, margins and samples/reward"
+    search.add_argument("--mode", choices=("max", "min"), help=best)
     search.add_argument("--no_pruning", action="store_true", help="let every trial run to its end")
     parser.add_argument("--dry_run", action="store_true", help="print the runs' commands and stop")
     options, words = parser.read_with_fields(argv)
@@ -87,6 +88,6 @@ def _search(options: argparse.Namespace, words: Sequence[str], many: Mapping[str
     if options.trials is None or options.trials < 1:
         raise UserError("--search needs --trials=N, at least 1")
     check_jobs(**many)
-    what = read_grid(options.grid), options.metric, options.mode or "max", not options.no_pruning
+    what = read_grid(options.grid), options.metric, options.mode, not options.no_pruning
     search = read_search(options.config, words, options.range, *what)
     return run_search(search, options.workdir, TRAIN, options.trials, **many)
