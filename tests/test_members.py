@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from conftest import longer
 from prefalign_jax.assemble import step_of
 from prefalign_jax.config import defaults
 from prefalign_jax.data.pipeline import alike, batches_of, make_pair_set, mismatched, train_batches, train_order
@@ -177,7 +178,7 @@ def read_with(experiment, **fields):
     return read(c, complete=False)
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if loss_numbers(name)])
+@pytest.mark.parametrize("name", [name if name in STRENGTHS else longer(name) for name in LOSSES if loss_numbers(name)])
 def test_what_may_differ_may_be_traced(name):
     """Every number of every loss: the loss of a number that is not known yet is that of the number."""
     x = jnp.array([-3.0, -5.0, -4.0])
