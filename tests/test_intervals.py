@@ -6,7 +6,7 @@ import pytest
 import scipy.stats
 
 from conftest import longer
-from prefalign_jax.intervals import Interval, bootstrap_difference, bootstrap_mean, t_interval, wilson
+from prefalign_jax.intervals import Interval, bootstrap_difference, bootstrap_mean, share_difference, t_interval, wilson
 
 DRAWS = 700  # of a coverage: three standard errors are 2.5%
 LOW, HIGH = 0.925, 0.975
@@ -131,6 +131,29 @@ def test_a_paired_difference_covers_and_is_narrower_than_two_means():
         held += of.low <= 1.0 <= of.high
     assert LOW < held / DRAWS < HIGH
     assert of.high - of.low < 0.5 * (np.subtract(*bootstrap_mean(first)[:0:-1]))
+
+
+@pytest.mark.parametrize("apart", [0.02, 0.3])
+@pytest.mark.parametrize("size", [24, 200])
+def test_a_difference_of_shares_covers_where_next_to_nothing_differs_too(size, apart):
+    rng, held = np.random.default_rng(5), 0
+    for _ in range(DRAWS):
+        one = rng.random(size) < 0.6
+        other = np.where(rng.random(size) < apart, rng.random(size) < 0.3, one)
+        of = share_difference(one, other)
+        held += of.low <= 0.3 * apart <= of.high
+    assert LOW < held / DRAWS
+
+
+def test_a_difference_of_shares_turns_with_them_and_counts_prompts():
+    rng = np.random.default_rng(6)
+    one, other, weight = rng.integers(0, 2, 40), rng.integers(0, 2, 40), rng.uniform(0.5, 2, 40)
+    mean, low, high = share_difference(one, other, weight)
+    assert share_difference(other, one, weight) == pytest.approx((-mean, -high, -low))
+    assert mean == pytest.approx(np.average(one - other, weights=weight)) and low < mean < high
+    assert share_difference(one, other, 7 * weight) == pytest.approx((mean, low, high))
+    twice = share_difference(*(np.repeat(x, 2) for x in (one, other, weight)), clusters=np.repeat(np.arange(40), 2))
+    assert twice == pytest.approx((mean, low, high))  # the same prompts say no more
 
 
 # What it is

@@ -15,7 +15,14 @@ from jax.sharding import PartitionSpec as P
 from prefalign_jax.data.pipeline import PairSet, eval_batches, make_pair_set
 from prefalign_jax.data.records import Record
 from prefalign_jax.data.trees import Layout
-from prefalign_jax.intervals import Interval, bootstrap_difference, bootstrap_mean, share_interval, wilson
+from prefalign_jax.intervals import (
+    Interval,
+    bootstrap_difference,
+    bootstrap_mean,
+    share_difference,
+    share_interval,
+    wilson,
+)
 from prefalign_jax.logps import VOCABULARY_CHUNK, sides_of, target_logps
 from prefalign_jax.losses import BoundLoss
 from prefalign_jax.reference import compute
@@ -184,9 +191,10 @@ def changes(
         applies = _applies(name, values - before[name], after["weight"])
         if name == "weight" or not applies.any() or len(np.unique(prompts[applies])) < FEW:
             continue
-        pair, weight = (values[applies], before[name][applies]), after["weight"][applies]
+        pair = (values[applies], before[name][applies])
         if np.isfinite(pair).all():
-            out[name] = bootstrap_difference(*pair, weight, clusters=prompts[applies])
+            difference = share_difference if name == _ACCURACY else bootstrap_difference
+            out[name] = difference(*pair, after["weight"][applies], clusters=prompts[applies])
     return out
 
 

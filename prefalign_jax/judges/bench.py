@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from prefalign_jax.files import locked, write_json, write_text
-from prefalign_jax.intervals import Interval, bootstrap_difference, share_interval
+from prefalign_jax.intervals import Interval, share_difference, share_interval
 from prefalign_jax.judges.benchmarks import OVERALLS, RULES, Questions, read_questions
 from prefalign_jax.judges.judge import Verdict
 from prefalign_jax.judges.kinds import deal_options, make_judge
@@ -79,8 +79,7 @@ def measure(questions: Questions, verdicts: Mapping[str, Sequence[Verdict]]) -> 
         asked = [verdict.orders for verdict in said if verdict.orders is not None]
         change = None
         if worth[judge] is not first and len(np.unique(prompts[part][both])) >= FEW:
-            pair = (values[both], first[part][both])
-            change = bootstrap_difference(*pair, other[both], clusters=prompts[part][both])
+            change = share_difference(values[both], first[part][both], other[both], prompts[part][both])
         return Score(
             share_interval(values[counts], weight[counts], prompts[part][counts]) if counts.any() else None,
             change,
