@@ -7,7 +7,7 @@ The same command goes on where a sweep in DIR was stopped.
 --together=N runs points that differ in seeds and numbers alone as members of one program, at most N; auto asks memory.
 --devices=0,1,2,3 deals runs and programs to accelerators.
 
---search=optuna lets Optuna choose values: --range loss.beta=0.01..1,log --grid loss.name=dpo,ipo --trials=20
+--search=optuna lets Optuna choose values: --range loss.beta=0.01..1,log --grid loss.name=dpo,hinge --trials=20
 --metric=eval/rewards/accuracies. Trials that do worse than the median are stopped early.
 """
 

@@ -79,11 +79,11 @@ SHORT = (
         r"prefalign train .*smollm2",
         "{} --config.steps=2 --config.warmup_steps=0 --config.data.eval_limit=8 --config.samples.max_new_tokens=2",
     ),
-    (r"prefalign sweep .*(experiments/|config=quickstart)", "{} --dry_run"),
+    (r"prefalign sweep .*(experiments/|config=quickstart|--grid .*--grid .*--seeds)", "{} --dry_run"),
     (r"config\.job=(pairs|rounds)|method=pairs", "{} --config.on_policy.limit=16"),
     (r"prefalign train .*mesh\.", f"{DEVICES} {{}} {FEW}"),
     (r"prefalign sweep .*--search", f"{{}} --trials=2 {FEW}"),
-    (r"dpo_vs_orpo", f"{{}} {FEW} --config.max_length=256"),
+    (r"prefalign sweep .*dpo_vs_orpo", f"{{}} {FEW} --config.max_length=256"),
     (r"prefalign sweep .*--seeds", f"{{}} --seeds=1 {FEW}"),
     (r"prefalign (train|inspect|sweep)", f"{{}} {FEW}"),
     (r"prefalign (generate|judge-bench)", "{} --limit=16"),
@@ -207,7 +207,7 @@ def copy(directory: Path) -> None:
     page = (ROOT / "docs" / "own_losses.md").read_text(encoding="utf-8")
     loss = re.search(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)[1]
     (directory / "my_loss.py").write_text(
-        loss.replace('"MODEL"', repr(GIVEN["MODEL"])).replace('"DATA"', repr(GIVEN["DATA"]))
+        "# ruff: noqa\n" + loss.replace('"MODEL"', repr(GIVEN["MODEL"])).replace('"DATA"', repr(GIVEN["DATA"]))
     )
 
 
