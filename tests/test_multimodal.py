@@ -65,6 +65,16 @@ def test_the_text_model_is_read_and_what_is_left_out_is_told(model_type, names, 
     assert out.keys() == tensors.keys()
 
 
+def test_a_tied_head_that_is_stored_twice_stays_tied(tmp_path):
+    hf, tensors = text_model(tmp_path / "text", "gemma3_text")
+    table = tensors["model.embed_tokens.weight"]
+    for number, (head, said, tied) in enumerate([(table, True, True), (table, False, False), (table + 1, True, False)]):
+        directory = tmp_path / str(number)
+        write(directory, seeing("gemma3", hf | {"tie_word_embeddings": said}), tensors | {"lm_head.weight": head})
+        config = hf_io.load_config(directory)
+        assert config.tie_embeddings is tied and ("head" in hf_io.load_params(directory, config)) is not tied
+
+
 def test_gemma_3_says_little_of_its_text_model():
     few = dict(hidden_size=2560, intermediate_size=10240, num_hidden_layers=34, sliding_window=1024)
     scaling = {"factor": 8.0, "rope_type": "linear"}

@@ -444,7 +444,9 @@ def _text_of(directory: pathlib.Path) -> dict[str, Any]:
     """The config.json of the text model; whether its head is tied is what the files say, if they are here."""
     hf = families.text_config(read_json(directory / "config.json", "an object"))
     if any((directory / file).is_file() for file in (SINGLE, INDEX)):
-        hf["tie_word_embeddings"] = multimodal.HEAD not in _open(directory)
+        head, embedding = (_open(directory).get(name) for name in (multimodal.HEAD, multimodal.EMBEDDING))
+        stored_twice = None not in (head, embedding) and hf.get("tie_word_embeddings") is not False
+        hf["tie_word_embeddings"] = head is None or (stored_twice and _same(head, embedding))
     return hf
 
 
@@ -574,15 +576,17 @@ def _untie(stored: dict[str, Any], head_name: str, embedding_name: str) -> None:
         return
     head = stored.pop(head_name)
     embedding = stored.setdefault(embedding_name, head)
-    parts = [slice(start, start + 4096) for start in range(0, embedding.shape[0], 4096)]  # of tables of gigabytes
-    same = embedding.shape == head.shape and all(
-        np.array_equal(embedding[part], head[part], equal_nan=True) for part in parts
-    )
-    if embedding is not head and not same:
+    if embedding is not head and not _same(embedding, head):
         raise UserError(
             f"tie_word_embeddings is true, but tensors {embedding_name} and {head_name} differ; "
             "set it to false in config.json or remove one"
         )
+
+
+def _same(one: _Tensor, other: _Tensor) -> bool:
+    """Whether two tables of gigabytes are the same, read in parts up to the first that differs."""
+    parts = (slice(start, start + 4096) for start in range(0, one.shape[0], 4096))
+    return one.shape == other.shape and all(np.array_equal(one[part], other[part], equal_nan=True) for part in parts)
 
 
 class _Part(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-HEAD = "lm_head.weight"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # model_type -> what its text_config means where it is silent, and the family does not say.
 TEXT: dict[str, Mapping[str, Any]] = {
     "gemma3": {
