@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 CELLS = 2**22  # resampled values in memory at once
-FEW = 20  # clusters, below which what they do not show no resample can
+FEW = 20  # clusters, or prompts, below which what they do not show no resample can
 
 
 class Interval(NamedTuple):
@@ -119,9 +119,7 @@ def bootstrap_mean(
     values, weight, groups = values[counts], weight[counts], groups[counts]
     if not values.size or not np.isfinite(values).all() or not np.isfinite(weight).all():
         raise ValueError("bootstrap_mean takes finite values, at least one of positive weight")
-    # The mean is a ratio of two sums over clusters, so a cluster is two numbers: its weight, and its weighted sum.
-    _, member = np.unique(groups, return_inverse=True)
-    total, mass = np.bincount(member, weight * values), np.bincount(member, weight)
+    total, mass = _by_cluster(values, weight, groups)
     mean, error = (float(x) for x in _ratio(total, mass))
     size = len(mass)
     if size < 2:
@@ -144,6 +142,17 @@ def bootstrap_mean(
     return Interval(
         mean, float(low if math.isfinite(low) else values.min()), float(high if math.isfinite(high) else values.max())
     )
+
+
+def _by_cluster(
+    values: np.ndarray, weight: np.ndarray | None, clusters: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """[G] weighted sums and weights of clusters, of the pairs that have weight: a mean is a ratio of their two sums."""
+    weight = np.ones(np.shape(values)) if weight is None else np.asarray(weight, np.float64)
+    counts = weight > 0
+    groups = np.arange(weight.size) if clusters is None else np.asarray(clusters)
+    _, member = np.unique(groups[counts], return_inverse=True)
+    return np.bincount(member, (weight * values)[counts]), np.bincount(member, weight[counts])
 
 
 def _ratio(total: np.ndarray, mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -174,15 +183,12 @@ def share_interval(
     """
     values = np.asarray(values, np.float64)
     weight = np.ones_like(values) if weight is None else np.asarray(weight, np.float64)
-    counts = weight > 0
-    groups = np.arange(values.size) if clusters is None else np.asarray(clusters)
-    _, member = np.unique(groups[counts], return_inverse=True)
-    mass = np.bincount(member, weight[counts])
-    share, error = _ratio(np.bincount(member, (weight * values)[counts]), mass)
+    total, mass = _by_cluster(values, weight, clusters)
+    share, error = _ratio(total, mass)
     spread = share * (1 - share)
     size = _kish(mass)
     if error > 1e-6 and spread > 1e-12 and mass.size >= FEW:
-        size = min(spread / error**2, _kish(weight[counts]))
+        size = min(spread / error**2, _kish(weight))
     return Interval(float(share), *(float(end) for end in wilson(float(share), float(size))))
 
 
@@ -208,12 +214,7 @@ def share_difference(
       >>> print("%.3f %.3f %.3f" % share_difference(np.ones(24), np.ones(24)))
       0.000 -0.075 0.075
     """
-    values = np.subtract(first, second, dtype=np.float64)
-    weight = np.ones_like(values) if weight is None else np.asarray(weight, np.float64)
-    counts = weight > 0
-    groups = np.arange(values.size) if clusters is None else np.asarray(clusters)
-    _, member = np.unique(groups[counts], return_inverse=True)
-    total, mass = np.bincount(member, (weight * values)[counts]), np.bincount(member, weight[counts])
+    total, mass = _by_cluster(np.subtract(first, second, dtype=np.float64), weight, clusters)
     mean, usual = float(total.sum() / mass.sum()), mass.mean()
     middle = total.sum() / (mass.sum() + 2 * usual)
     squares = np.square(total - middle * mass).sum() + usual**2 * (1 + 2 * middle**2)

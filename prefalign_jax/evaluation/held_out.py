@@ -16,6 +16,7 @@ from prefalign_jax.data.pipeline import PairSet, eval_batches, make_pair_set
 from prefalign_jax.data.records import Record
 from prefalign_jax.data.trees import Layout
 from prefalign_jax.intervals import (
+    FEW,
     Interval,
     bootstrap_difference,
     bootstrap_mean,
@@ -29,7 +30,6 @@ from prefalign_jax.reference import compute
 from prefalign_jax.sharding import packing_of, place_batch
 from prefalign_jax.types import LanguageModel, Pair, PairLogps, Params, PreferenceBatch, Sides, UserError
 
-FEW = 20  # prompts that an interval of a mean takes; fewer do not show what a resample could
 MOST_SLICES = 50  # values that a column to slice by may have
 ROUNDING = 0.01  # nats: a response is less likely than under the reference if it is so by more
 SLICED = ("loss", "rewards/accuracies", "rewards/margins")  # measured in every slice

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prefalign_jax.evaluation.held_out import FEW, Slice
+from prefalign_jax.evaluation.held_out import Slice
 from prefalign_jax.evaluation.measure import Evaluation
 from prefalign_jax.files import whole, write_json, write_text
-from prefalign_jax.intervals import Interval
+from prefalign_jax.intervals import FEW, Interval
 from prefalign_jax.pages.plots import plot_margins
 from prefalign_jax.pages.token_page import page
 from prefalign_jax.tables import aligned

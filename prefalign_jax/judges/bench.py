@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from prefalign_jax.files import locked, write_json, write_text
-from prefalign_jax.intervals import Interval, share_difference, share_interval
+from prefalign_jax.intervals import FEW, Interval, share_difference, share_interval
 from prefalign_jax.judges.benchmarks import OVERALLS, RULES, Questions, read_questions
 from prefalign_jax.judges.judge import Verdict
 from prefalign_jax.judges.kinds import deal_options, make_judge
@@ -21,15 +21,14 @@ from prefalign_jax.processes import note
 from prefalign_jax.tables import Cell, Table, aligned
 from prefalign_jax.types import UserError
 
-FEW = 20  # prompts; the difference of two judges on fewer has no interval
-
 
 class Score(NamedTuple):
     """How often a judge is right on a benchmark, or on a part of it.
 
     Attributes:
       accuracy: with its 95% interval, whole prompts taken as independent; None without a verdict that counts.
-      change: accuracy minus that of the first judge on the pairs that both judged; None for the first itself.
+      change: accuracy minus that of the first judge on the pairs that both judged; None for the first itself, and on
+        fewer than FEW prompts.
       pairs: how many count.
       prompts: how many different ones those have.
       ties: verdicts that prefer neither response, whatever they are worth.

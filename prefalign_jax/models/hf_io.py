@@ -418,18 +418,20 @@ def read_object(path: pathlib.Path, missing: dict[str, Any] | None = None) -> di
     """Reads a JSON object of a model's; `missing` is what a file that is not there stands for, None for an error."""
     if gguf_file(path.parent):
         return gguf_io.described(path.parent) if path.name == "config.json" else missing or {}
-    if path.name == "config.json" and sees(path.parent):
-        return _text_of(path.parent)
     if missing is None and not path.is_file():
         others = sorted(file.name for file in path.parent.glob("*.gguf"))
         hint = f"; name the file, {path.parent / others[0]}" if others else ""
         raise UserError(f"{path.parent} is not a Hugging Face model directory: it has no {path.name}{hint}")
-    return read_json(path, "an object", missing=missing)
+    content = read_json(path, "an object", missing=missing)
+    return _text_of(path.parent, content) if path.name == "config.json" and _is_of_images(content) else content
 
 
 def sees(directory: str | pathlib.Path) -> bool:
     """Whether this is a model of images and text, of which the text model is read."""
-    hf = read_json(pathlib.Path(directory) / "config.json", missing={})
+    return _is_of_images(read_json(pathlib.Path(directory) / "config.json", missing={}))
+
+
+def _is_of_images(hf: Any) -> bool:
     return isinstance(hf, dict) and hf.get("model_type") in tuple(multimodal.TEXT)
 
 
@@ -440,9 +442,9 @@ def left_out(directory: str | pathlib.Path) -> int:
     return sum(multimodal.name_of(name) is None for name in _stored(pathlib.Path(directory)))
 
 
-def _text_of(directory: pathlib.Path) -> dict[str, Any]:
+def _text_of(directory: pathlib.Path, whole: dict[str, Any]) -> dict[str, Any]:
     """The config.json of the text model; whether its head is tied is what the files say, if they are here."""
-    hf = families.text_config(read_json(directory / "config.json", "an object"))
+    hf = families.text_config(whole)
     if any((directory / file).is_file() for file in (SINGLE, INDEX)):
         head, embedding = (_open(directory).get(name) for name in (multimodal.HEAD, multimodal.EMBEDDING))
         stored_twice = None not in (head, embedding) and hf.get("tie_word_embeddings") is not False
