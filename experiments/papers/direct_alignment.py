@@ -70,7 +70,7 @@ def get_config(arg: str = ""):
     if arg.method == "sft" and arg.share < 1:
         c.data.mix = ({"path": c.data.path, "fraction": arg.share},)
         c.data.path = None
-    c.batch_size = 64 if arg.method != "sft" else 16  # 5% of the pairs are 87
+    c.batch_size = 64 if arg.method != "sft" else 16  # 5% of the pairs are 44
     c.epochs = 1.0
     c.learning_rate = 5e-4
     c.warmup_steps = 5 if arg.method != "sft" else 2
