@@ -56,7 +56,7 @@ def experiments_of(loss, points=2, differing=types.MappingProxyType({}), **field
 
 
 def pairs_of(loss):
-    pairs = make_pairs(22, seed=3, longest=60)
+    pairs = make_pairs(22, seed=3, longest=20)
     if "label" not in loss.needs:
         return pairs
     return mismatched([dataclasses.replace(pair, label=number % 3 > 0) for number, pair in enumerate(pairs)], 200)

@@ -1,5 +1,6 @@
 """Real processes on this machine: two train as one, stop together, and go on bit for bit."""
 
+import concurrent.futures
 import json
 import multiprocessing
 import os
@@ -147,10 +148,21 @@ def test_two_processes_train_evaluate_generate_and_export_as_one_does(whole, alo
     assert drawn[0] == drawn[1]
 
 
+@pytest.fixture(scope="module")
+def killed(whole):
+    """{directory's name: (it, exit statuses, what was said)}; at once, since most of it waits for a sign of life."""
+    moments = {"broken": 5, "half_saved": "6"}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        launches = {
+            name: pool.submit(launch, whole.with_name(name), at=at, number=signal.SIGKILL)
+            for name, at in moments.items()
+        }
+    return {name: (whole.with_name(name), *one.result()) for name, one in launches.items()}
+
+
 @pytest.mark.everything
-def test_a_killed_process_stops_the_others_and_the_same_command_goes_on_bit_for_bit(whole):
-    broken = whole.with_name("broken")
-    statuses, (said, _) = launch(broken, at=5, number=signal.SIGKILL)
+def test_a_killed_process_stops_the_others_and_the_same_command_goes_on_bit_for_bit(whole, killed):
+    broken, statuses, (said, _) = killed["broken"]
     assert statuses == [STOPPED, -signal.SIGKILL], said
     assert said.splitlines()[-1].startswith("error: another process of this run stopped")
     assert "Traceback" not in said
@@ -164,9 +176,8 @@ def test_a_killed_process_stops_the_others_and_the_same_command_goes_on_bit_for_
 
 
 @pytest.mark.everything
-def test_a_process_killed_while_a_checkpoint_is_written_stops_the_others_in_one_line(whole):
-    broken = whole.with_name("half_saved")
-    statuses, (said, _) = launch(broken, at="6", number=signal.SIGKILL)
+def test_a_process_killed_while_a_checkpoint_is_written_stops_the_others_in_one_line(whole, killed):
+    broken, statuses, (said, _) = killed["half_saved"]
     assert statuses == [STOPPED, -signal.SIGKILL], said
     assert said.count("error: ") == 1 and said.splitlines()[-1].startswith("error: another process of this run stopped")
     assert "Traceback" not in said
