@@ -255,6 +255,7 @@ FORMULAS = [
         {"temperature": 0.5},
         lambda p: s(-0.1 * p["h"]) * -ls(0.05 * p["h"]) + s(0.1 * p["h"]) * math.exp(-0.05 * p["h"]),
     ),
+    ("focal_po", {"gamma": 0.5}, lambda p: -(s(0.1 * p["h"]) ** 0.5) * ls(0.1 * p["h"])),
     ("gpo", {}, lambda p: math.exp(-0.1 * p["h"])),
     ("gpo", {"surrogate": "logistic"}, lambda p: math.log2(1 + math.exp(-0.1 * p["h"]))),
     ("gpo", {"surrogate": "hinge"}, lambda p: max(0, 1 - 0.1 * p["h"])),

@@ -54,6 +54,7 @@ CASES = {
     "hinge": {},
     "exo": {},
     "discopop": {"temperature": 0.5},
+    "focal_po": {"gamma": 0.5},
     "gpo": {},
     **{
         f"gpo {name}": {"surrogate": name} for name in ("logistic", "hinge", "squared", "truncated_quadratic", "savage")
@@ -389,6 +390,7 @@ MARGIN_ONLY = (
     "hinge",
     "exo",
     "discopop",
+    "focal_po",
     "gpo",
     "gpo savage",
     "ipo",

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prefalign_jax.losses.margin import SURROGATES, discopop, exo, hinge, ipo
+from prefalign_jax.losses.dpo import dpo
+from prefalign_jax.losses.margin import SURROGATES, discopop, exo, focal_po, hinge, ipo
 from prefalign_jax.types import PairLogps
 
 
@@ -49,6 +50,23 @@ def test_discopop_goes_from_the_exponential_to_the_logistic_loss():
     policy = reference._replace(chosen=(reference.chosen + x).astype(np.float32))
     loss = discopop(policy, reference, beta=1.0, temperature=0.05)[0]
     np.testing.assert_allclose(loss, [np.exp(-3.0), np.log1p(np.exp(12.0))], rtol=1e-5)
+
+
+def test_focal_po_is_dpo_whose_slope_is_less_the_more_wrong_a_pair_is():
+    """Its share of DPO's slope is p^gamma (1 + gamma log p), which changes sign at p = exp(-1 / gamma)."""
+    reference, gamma = logps([-500] * 5, [-500] * 5), 0.25
+    x = np.array([-8.0, -4.0, -1.0, 0.0, 6.0], np.float32)
+
+    def slope(loss, **hyper):
+        return jax.grad(
+            lambda x: loss(reference._replace(chosen=reference.chosen + x), reference, beta=1.0, **hyper)[0].sum()
+        )(x)
+
+    log_p = -np.log1p(np.exp(-x))
+    share = np.exp(gamma * log_p) * (1 + gamma * log_p)
+    np.testing.assert_allclose(slope(focal_po, gamma=gamma) / slope(dpo), share, rtol=1e-4)
+    assert share[0] < 0 < share[2] and (np.diff(share[1:]) > 0).all()
+    np.testing.assert_allclose(slope(focal_po, gamma=0.0), slope(dpo), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", SURROGATES)

@@ -102,6 +102,7 @@ LOSSES: dict[str, Loss] = {
     "hinge": Loss(margin.hinge, _PAIR, _MARGIN),
     "exo": Loss(margin.exo, _PAIR, _MARGIN),
     "discopop": Loss(margin.discopop, _PAIR, _MARGIN),
+    "focal_po": Loss(margin.focal_po, _PAIR, _MARGIN),
     "gpo": Loss(margin.gpo, _PAIR, _MARGIN),
     "nca": Loss(absolute.nca, _PAIR, _RATIOS),
     "bco": Loss(
