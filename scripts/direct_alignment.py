@@ -14,8 +14,10 @@ def main() -> None:
     where = "--workdir of the sweep of experiments/papers/direct_alignment.py"
     parser.add_argument("directory", type=Path, metavar="DIR", help=where)
     parser.add_argument("--sft", type=Path, metavar="DIR", help="its runs of SFT, for the comparison at equal compute")
+    since = "compare how far the runs have moved from this model, on one scale for all methods"
+    parser.add_argument("--since", metavar="MODEL", help=since)
     options = parser.read(sys.argv[1:])
-    print(report_direct_alignment(options.directory, options.sft))
+    print(report_direct_alignment(options.directory, options.sft, options.since))
 
 
 if __name__ == "__main__":

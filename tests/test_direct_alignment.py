@@ -17,12 +17,15 @@ from prefalign_jax.analysis.direct_alignment import (
     said,
     table_of,
     values_of,
+    values_since,
 )
-from prefalign_jax.analysis.runs import Run
+from prefalign_jax.analysis.runs import Run, read_run
 from prefalign_jax.experiment import read
 from prefalign_jax.intervals import Interval
 from prefalign_jax.losses import LOSSES
+from prefalign_jax.train import train
 from prefalign_jax.types import UserError
+from test_train import TRL, config_of
 
 EXPERIMENT = pathlib.Path(__file__).parents[1] / "experiments" / "papers" / "direct_alignment.py"
 spec = importlib.util.spec_from_file_location("direct_alignment", EXPERIMENT)
@@ -83,6 +86,21 @@ def test_at_equal_compute_sft_is_paid_for():
     runs = [run("dpo", 0.0, 1.0, 0, 8.0), run("dpo", 1.0, 1.0, 0, 8.0), run("ipo", 0.0, 1.0, 0, 8.0, flops=200.0)]
     values = values_of(runs, METRICS[0], {1.0: 50.0})
     assert [by_seed[0] for by_seed in values.values()] == pytest.approx([8.0, 4.0, 4.0])
+
+
+@pytest.mark.everything
+def test_of_a_run_whose_reference_is_where_it_began_the_common_scale_is_its_own(tmp_path):
+    """Summed it is DPO's accuracy of that run, and per token that of DPO of means."""
+    runs = []
+    for loss in ("dpo", "ln_dpo"):
+        fields = {"data.eval_path": str(TRL / "pairs.jsonl"), "data.eval_limit": 60, "export.enabled": False}
+        train(config_of(loss, steps=2, accuracy_ties="half", **fields), tmp_path / loss)
+        mine = read_run(tmp_path / loss, loss)
+        runs.append(mine._replace(overrides={"config": f"method={loss},share=0.0", "loss.beta": 0.1}))
+    summed, means = values_since(runs, str(TRL)).values()
+    own = [mine.held_out[-1]["eval/rewards/accuracies"] for mine in runs]
+    assert [summed["dpo", 0.0, 0.1][0], means["ln_dpo", 0.0, 0.1][0]] == pytest.approx(own)
+    assert summed != means
 
 
 def test_another_sweep_is_refused():

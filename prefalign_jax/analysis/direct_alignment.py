@@ -14,8 +14,13 @@ import numpy as np
 from prefalign_jax.analysis.compare import value_at
 from prefalign_jax.analysis.runs import Run, find_runs
 from prefalign_jax.intervals import Interval, t_interval
+from prefalign_jax.kept import load_kept
+from prefalign_jax.library import logps
+from prefalign_jax.load_data import load_pairs
 from prefalign_jax.pages.palette import look
 from prefalign_jax.pages.pictures import styled
+from prefalign_jax.policy import load
+from prefalign_jax.progress import Progress
 from prefalign_jax.tables import markdown
 from prefalign_jax.types import UserError
 
@@ -74,6 +79,38 @@ def values_of(runs: Sequence[Run], metric: str, flops: Mapping[float, float] | N
             value = value_at(run, metric, "flops", left, most_gap=MOST_GAP)
         out[point][run.config["seed"]] = float(value)
     return dict(out)
+
+
+def values_since(runs: Sequence[Run], start: str) -> dict[str, Values]:
+    """Share of held-out pairs whose chosen response has gained more since a model than the rejected one, for each run.
+
+    mean of [g_w > g_l], g = log pi(y) - log start(y), summed over a response or its mean per token
+
+    These are the same scales for all methods, whose own accuracies are of two: those with a reference compare summed
+    log-ratios to it, and those without compare the policy's log-probabilities per token.
+
+    Args:
+      runs: of the sweep, on the same held-out pairs; their last checkpoints are read.
+      start: the model, a directory or a hub name.
+
+    Returns:
+      {scale: the values}.
+    """
+    out: dict[str, Values] = {"summed": defaultdict(dict), "per token": defaultdict(dict)}
+    began, pairs = load(start), None
+    with Progress(len(runs), "run") as progress:
+        for done, run in enumerate(runs, 1):
+            kept = load_kept(run.path)
+            if pairs is None:
+                pairs = load_pairs(kept.experiment, kept.tokenizer).held_out
+                before = logps(began, pairs)
+            now = logps(began._replace(params=kept.params), pairs)
+            chosen, rejected = now.chosen - before.chosen, now.rejected - before.rejected
+            shares = (chosen > rejected, chosen / now.chosen_tokens > rejected / now.rejected_tokens)
+            for values, share in zip(out.values(), shares, strict=True):
+                values[point_of(run)][run.config["seed"]] = float(np.mean(share))
+            progress.update(done)
+    return out
 
 
 def at_best(values: Values, method: str, share: float) -> dict[int, float]:
@@ -184,34 +221,43 @@ def draw(values: Values, metric: str) -> matplotlib.figure.Figure:
     return figure
 
 
-def report_direct_alignment(directory: Path, sft: Path | None = None) -> str:
+def report_direct_alignment(directory: Path, sft: Path | None = None, since: str | None = None) -> str:
     """Draws DIRECTORY/direct_alignment.png.
 
     Args:
       directory: --workdir of the sweep of experiments/papers/direct_alignment.py.
       sft: directory of the runs of SFT, named by their shares; for the comparison at equal compute.
+      since: a model; the runs are then compared by `values_since`, at their ends.
 
     Returns:
       A table and the answers, in Markdown.
 
     Raises:
-      UserError: a run is of another sweep, or none measured one of METRICS.
+      UserError: a run is of another sweep, none measured one of METRICS, or both `sft` and `since` are given.
     """
+    if sft is not None and since is not None:
+        raise UserError("--since reads runs at their ends, and --sft on their way: give one of the two")
     runs = find_runs([directory])
-    metric = next((name for name in METRICS if any(name in row for run in runs for row in run.held_out)), None)
-    if metric is None:
-        raise UserError(f"{directory}: no run measured {' or '.join(METRICS)}")
-    values = values_of(runs, metric)
+    if since is not None:
+        several = {f"gained since {Path(since).name}, {scale}": v for scale, v in values_since(runs, since).items()}
+    else:
+        metric = next((name for name in METRICS if any(name in row for run in runs for row in run.held_out)), None)
+        if metric is None:
+            raise UserError(f"{directory}: no run measured {' or '.join(METRICS)}")
+        several = {metric: values_of(runs, metric)}
+    parts = []
+    for metric, values in several.items():
+        parts += [f"{metric} at the end, of each method at its best strength", table_of(values), *answers(values), ""]
+    metric, values = next(iter(several.items()))
     draw(values, metric).savefig(directory / "direct_alignment.png", dpi=120)
-    parts = [f"{metric} at the end, of each method at its best strength", table_of(values), *answers(values)]
     if sft is not None:
         cost = {float(run.path.name): float(run.spent()["flops"][-1]) for run in find_runs([sft])}
         equal = values_of(runs, metric, {0.0: 0.0, **cost})
         parts += [
-            "",
             "The same at equal compute, that of the cheapest run without SFT",
             table_of(equal),
             *answers(equal),
+            "",
         ]
     seeds = max(len(by_seed) for by_seed in values.values())
-    return "\n".join([*parts, "", f"{len(runs)} runs, {seeds} seeds; {directory / 'direct_alignment.png'}"])
+    return "\n".join([*parts, f"{len(runs)} runs, {seeds} seeds; {directory / 'direct_alignment.png'}"])
