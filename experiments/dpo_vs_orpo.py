@@ -24,7 +24,7 @@ def get_config(arg: str = ""):
     c.schedule = "cosine"
     c.warmup_steps = 15
     c.batch_size = 32
-    c.max_length = 512
+    c.max_length = None if arg.size == "small" else 512  # None: the model's positions, and at most 1024
     c.eval_steps = 10
     c.save_steps = 50
     c.export.enabled = False  # the numbers are wanted, not six models

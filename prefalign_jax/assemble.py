@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from prefalign_jax import checkpoint
 from prefalign_jax.data.chat import load_tokenizer
 from prefalign_jax.data.pairs import digest_of
 from prefalign_jax.data.pipeline import PairSet, make_pair_set, tokens_shared
@@ -93,6 +94,8 @@ def assemble(experiment: Experiment, data: Data, tokenizer: Any, mesh: jax.shard
     for sentence in what_stays_whole(mesh, base, model.rules):
         note(sentence)
     digests = {"training pairs": digest_of(data.training), "weights in model.path": params_digest(base)}
+    if data.held_out:
+        digests[checkpoint.HELD_OUT] = digest_of(data.held_out)
     compared = base  # what the loss compares the policy with
     if config.reference.path:
         other, compared = load_model(config, config.reference.path, mesh, tokens)

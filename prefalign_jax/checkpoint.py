@@ -70,9 +70,10 @@ TOLD += (
 )
 TOLD += ("data.eval_path", "data.eval_split", "data.eval_limit", "eval_steps")
 TOLD += ("early_stopping", "checkpoint.best_metric", "checkpoint.best_mode")
+HELD_OUT = "held-out pairs"  # the name of their digest; they are told of too where they change under the same path
 # Of these, what changes the numbers of an evaluation, by how the names of its metrics begin.
 MEASURES = {
-    "eval/": ("data.eval_path", "data.eval_split", "data.eval_limit", "accuracy_ties", "ema.evaluate"),
+    "eval/": (HELD_OUT, "data.eval_path", "data.eval_split", "data.eval_limit", "accuracy_ties", "ema.evaluate"),
     "samples/": ("samples", "ema.evaluate"),
 }
 # Of these, what matters to steps that are still to come alone.
@@ -94,6 +95,7 @@ class Checkpoints:
         self.saving: Future[None] | None = None
         self.latest = max(self.steps(), default=-1)  # saved or being saved, the same in all processes
         self.resumed: Mapping[str, Any] = {}  # the config that a restored checkpoint was saved with
+        self.resumed_digests: Mapping[str, str] = {}  # and the digests of what that run read
 
     def steps(self) -> list[int]:
         """What is on disk, in order."""
@@ -365,8 +367,9 @@ def restore(
             )
     # Orbax, given other shapes, fails in many lines and leaves reads unfinished: so they are compared first.
     _check_shapes(f"cannot resume {where}", state.params, metadata.metadata["state"]["params"])
+    checkpoints.resumed_digests = stored.get("digests", {})
     for name, digest in digests.items():
-        if stored.get("digests", {}).get(name) != digest:
+        if name != HELD_OUT and checkpoints.resumed_digests.get(name) != digest:
             raise UserError(f"cannot resume {where}: the {name} have changed since; use another --workdir")
     fresh = _tree(state, config)
     abstract = shapes_of(fresh)
@@ -471,13 +474,22 @@ def load_parts(checkpoints: Checkpoints, step: int, like: Mapping[str, Any]) -> 
         raise UserError(f"cannot read {path}: {one_line(error)}") from error
 
 
-def changes(checkpoints: Checkpoints, config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What a resumed run does in another way than before: {field: (before, now)}, {} for a run that is new."""
+def changes(
+    checkpoints: Checkpoints, config: Mapping[str, Any], digests: Mapping[str, str]
+) -> dict[str, tuple[Any, Any]]:
+    """What a resumed run does in another way than before: {field: (before, now)}, {} for a run that is new.
+
+    Held-out pairs that have changed where no field says so are there by the first digits of their digests.
+    """
     if not checkpoints.resumed:
         return {}
     before, now = flatten(checkpoints.resumed), flatten(config)
     names = [name for name in now if not {name, name.split(".")[0]}.isdisjoint(TOLD) and name in before]
-    return {name: (before[name], now[name]) for name in names if before[name] != now[name]}
+    changed = {name: (before[name], now[name]) for name in names if before[name] != now[name]}
+    pairs = [some[HELD_OUT][:8] for some in (checkpoints.resumed_digests, digests) if HELD_OUT in some]
+    if len(set(pairs)) == 2 and not any(name.startswith("data.eval_") for name in changed):
+        changed[HELD_OUT] = pairs[0], pairs[1]
+    return changed
 
 
 def record_changes(workdir: Path, step: int, changed: Mapping[str, tuple[Any, Any]]) -> list[dict[str, Any]]:

@@ -258,7 +258,8 @@ class Experiment:
         if length is None:
             length = min(LENGTH, positions)
         if length > positions:
-            raise UserError(f"max_length={length} exceeds the model's {positions} positions; write at most that")
+            at_most = f"write --config.max_length={positions}, or less"
+            raise UserError(f"max_length={length} exceeds the model's {positions} positions; {at_most}")
         plain = {**self.plain, "max_length": length}
         return dataclasses.replace(self, plain=plain, config=_frozen(plain))
 

@@ -242,7 +242,7 @@ class Run:
         plain, digests = self.experiment.plain, self.began.digests
         state = checkpoint.restore(self.checkpoints, state, plain, digests)
         check_state(digests, self.total, int(state.step))
-        self.start, self.changed = int(state.step), checkpoint.changes(self.checkpoints, plain)
+        self.start, self.changed = int(state.step), checkpoint.changes(self.checkpoints, plain, digests)
         self.check_measures()
         self.ending = self.start > 0 and self.stops_early(self.start)
         return state

@@ -85,6 +85,25 @@ def test_what_does_not_make_the_run_may_change(tmp_path):
         assert int(checkpoint.restore(checkpoints, state_of(), changed, DIGESTS).step) == 1
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "config", "names"),
+    [
+        ("a" * 64, "b" * 64, CONFIG, [checkpoint.HELD_OUT]),
+        ("a" * 64, "a" * 64, CONFIG, []),
+        (None, "b" * 64, CONFIG, []),  # saved by a version that kept no digest
+        ("a" * 64, "b" * 64, {**CONFIG, "data": {"path": "a", "eval_path": "b"}}, ["data.eval_path"]),
+    ],
+)
+def test_other_held_out_pairs_under_the_same_path_are_told(before, now, config, names, tmp_path):
+    with checkpoint.open_checkpoints(tmp_path) as checkpoints:
+        kept = DIGESTS | ({checkpoint.HELD_OUT: before} if before else {})
+        checkpoint.save(checkpoints, state_of()._replace(step=jnp.int32(1)), CONFIG, kept)
+    digests = DIGESTS | {checkpoint.HELD_OUT: now}
+    with checkpoint.open_checkpoints(tmp_path) as checkpoints:
+        assert int(checkpoint.restore(checkpoints, state_of(), config, digests).step) == 1
+        assert [*checkpoint.changes(checkpoints, config, digests)] == names
+
+
 def test_other_shapes_are_refused_in_one_line(tmp_path):
     with checkpoint.open_checkpoints(tmp_path) as checkpoints:
         checkpoint.save(checkpoints, state_of()._replace(step=jnp.int32(1)), CONFIG, DIGESTS)

@@ -244,7 +244,9 @@ def test_max_length_is_what_the_model_takes_if_nothing_is_said():
         fitted = read(ready()).fitted(positions)
         assert fitted.config.max_length == fitted.plain["max_length"] == length
     assert read(ready(max_length=96)).fitted(128).config.max_length == 96
-    with pytest.raises(UserError, match="max_length=129 exceeds the model's 128 positions; write at most that"):
+    with pytest.raises(
+        UserError, match="max_length=129 exceeds the model's 128 positions; write --config.max_length=128"
+    ):
         read(ready(max_length=129)).fitted(128)
 
 

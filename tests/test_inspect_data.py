@@ -157,6 +157,16 @@ def test_the_command_shows_what_would_be_trained(data, tmp_path, capsys):
     assert "39 pairs" in err
 
 
+def test_scores_are_the_numbers_that_a_loss_could_read(tmp_path):
+    values = [1, 2.5, "3", 10**400, "1" + "0" * 400, 1e300, True, None, "high", [1]]
+    rows = [{"prompt": f"p{n}", "chosen": "a", "rejected": "b", "score_chosen": x} for n, x in enumerate(values)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = defaults("dpo")
+    config.data.path, config.model.path = str(tmp_path / "rows.jsonl"), "unread"
+    scores = inspect_data.scores_of(config, read(config).sources_for("train"))
+    np.testing.assert_array_equal(scores["score_chosen"], [1, 2.5, 3])
+
+
 def test_completions_with_labels_are_shown_too(data, tmp_path, monkeypatch):
     monkeypatch.setattr(inspect_data, "pictures", lambda *_: {})
     report = inspect_data.inspect(config_of(data, "kto", batch_size=8), tmp_path / "out")

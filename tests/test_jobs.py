@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from prefalign_jax import jobs, processes
 from prefalign_jax.experiment import read
-from prefalign_jax.jobs import JOBS
+from prefalign_jax.jobs import JOBS, on_policy
 from prefalign_jax.train import train
 from prefalign_jax.types import UserError
 from test_train import TRL, column, config_of
@@ -39,6 +39,54 @@ def test_a_stopped_first_stage_stops_the_job(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "train", lambda config, workdir: calls.append(workdir) or Stopped())
     assert JOBS["sft_first"](config_of(**FIELDS), tmp_path) == processes.STOPPED
     assert calls == [tmp_path / "sft"]
+
+
+@pytest.mark.parametrize(
+    "metric, first",
+    [("eval/rewards/accuracies", None), ("eval/rewards/margins", None), ("eval/loss", "eval/loss"),
+     ("samples/reward", "samples/reward")],
+)  # fmt: skip
+def test_the_first_stage_is_chosen_by_what_it_measures_and_pushes_nothing(metric, first, tmp_path, monkeypatch, capsys):
+    configs = []
+
+    class Done:
+        stopped = False
+
+    monkeypatch.setattr(jobs, "train", lambda config, workdir: configs.append(config) or Done())
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    evaluated = {"data.eval_fraction": 0.2, "eval_steps": 1, "export.push_to": "me/model"}
+    if first != metric:
+        evaluated["export.checkpoint"] = "best"
+    if metric.startswith("samples/"):
+        evaluated |= {"samples.prompts": "p.jsonl", "samples.reward": "length"}
+    for name in ("early_stopping.metric", "checkpoint.best_metric"):
+        configs.clear()
+        assert JOBS["sft_first"](config_of(**FIELDS, **evaluated, **{name: metric}), tmp_path) == 0
+        fields = [read(config).fields for config in configs]
+        assert [one["checkpoint.best_metric"] for one in fields] == [first, metric]
+        assert [one["export.push_to"] for one in fields] == [None, "me/model"]
+        assert (f"does not measure {metric}" in capsys.readouterr().err) is (first != metric)
+        assert first == metric or fields[0]["export.checkpoint"] == "last"
+
+
+def test_the_last_of_several_rounds_alone_is_pushed(tmp_path, monkeypatch):
+    configs = []
+
+    class Done:
+        stopped = False
+
+    def made(config, path, directory, seed):
+        directory.mkdir(parents=True)
+        (directory / on_policy.MADE).write_text("{}")
+        return directory / on_policy.PAIRS
+
+    monkeypatch.setattr(on_policy, "make_pairs", made)
+    monkeypatch.setattr(on_policy, "train", lambda config, workdir: configs.append(config) or Done())
+    fields = {"job": "rounds", "data.path": None, "on_policy.prompts": "p.jsonl", "on_policy.rounds": 3}
+    assert (
+        JOBS["rounds"](config_of(**fields, **{"samples.reward": "length", "export.push_to": "me/model"}), tmp_path) == 0
+    )
+    assert [config.export.push_to for config in configs] == [None, None, "me/model"]
 
 
 @pytest.mark.parametrize(

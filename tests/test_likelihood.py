@@ -108,6 +108,39 @@ def test_a_text_is_computed_once_in_any_judge_and_any_run(models, tmp_path, monk
     assert not np.array_equal(likelihood.scorer(reference, None, False, cache)(*texts).values, sums)
 
 
+def test_scores_are_kept_by_what_a_shape_has_beside_its_defaults(models, tmp_path, monkeypatch):
+    path = models["policy"][0]
+    keys = [
+        scoring.scoring_model(path, tmp_path, reward=False, batch_size=1, dtype=d).key for d in ("float32", "bfloat16")
+    ]
+    assert keys[0] != keys[1]
+    plain = likelihood.scorer(path, None, False, tmp_path / "scores.jsonl")(["a"], ["x"]).values
+
+    def later(shape):  # the same shape in a version with one more field
+        kind = dataclasses.make_dataclass("Later", [("field", int, 0)], bases=(type(shape),), frozen=True)
+        return kind(**dataclasses.asdict(shape))
+
+    loaded = scoring.load
+
+    def load(*args, **options):
+        policy = loaded(*args, **options)
+        return policy._replace(model=policy.model._replace(config=later(policy.model.config)))
+
+    monkeypatch.setattr(scoring, "load", load)
+    monkeypatch.setattr(scoring, "eval_batches", lambda data: pytest.fail("computed again"))
+    np.testing.assert_array_equal(
+        likelihood.scorer(path, None, False, tmp_path / "scores.jsonl")(["a"], ["x"]).values, plain
+    )
+
+
+def test_every_field_of_a_shape_that_is_not_its_default_tells_it_from_others():
+    other = {str: "x", int: 3, float: 0.5, bool: True, tuple: (1,), type(None): 0.25}
+    for field in dataclasses.fields(SMALL):
+        value = getattr(SMALL, field.name)
+        changed = dataclasses.replace(SMALL, **{field.name: not value if value is True else other[type(value)]})
+        assert changed.told != SMALL.told, field.name
+
+
 def test_a_policy_that_is_its_reference_has_no_reward(models):
     policy = models["policy"][0]
     values, _ = likelihood.scorer(policy, policy, False)(["a", "b"], ["x", "y"])

@@ -75,6 +75,35 @@ def test_a_tied_head_that_is_stored_twice_stays_tied(tmp_path):
         assert config.tie_embeddings is tied and ("head" in hf_io.load_params(directory, config)) is not tied
 
 
+def test_a_head_that_differs_in_one_row_is_never_taken_for_tied(tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_io, "SEEN", 4)
+    hf, tensors = text_model(tmp_path / "text", "gemma3_text")
+    table = tensors["model.embed_tokens.weight"]
+    for row in range(0, len(table), 5):  # at most four of these are looked at with the config alone
+        head = table.copy()
+        head[row] += 1
+        directory = tmp_path / str(row)
+        write(directory, seeing("gemma3", hf), tensors | {"lm_head.weight": head})
+        if (config := hf_io.load_config(directory)).tie_embeddings:
+            with pytest.raises(UserError, match="tensors .* differ; set it to false"):
+                hf_io.load_params(directory, config)
+            directory = tmp_path / f"{row} untied"
+            write(directory, seeing("gemma3", hf | {"tie_word_embeddings": False}), tensors | {"lm_head.weight": head})
+            config = hf_io.load_config(directory)
+        assert "head" in hf_io.load_params(directory, config)
+
+
+def test_a_config_is_read_without_reading_its_tables(tmp_path, monkeypatch):
+    hf, tensors = text_model(tmp_path / "text", "gemma3_text")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    write(tmp_path / "whole", seeing("gemma3", hf), tensors)
+    read, plain = [], hf_io._Tensor.__getitem__
+    monkeypatch.setattr(hf_io, "SEEN", 4)
+    monkeypatch.setattr(hf_io._Tensor, "__getitem__", lambda self, index: read.append(x := plain(self, index)) or x)
+    assert hf_io.load_config(tmp_path / "whole").tie_embeddings
+    assert 0 < sum(map(len, read)) <= 2 * 4
+
+
 def test_gemma_3_says_little_of_its_text_model():
     few = dict(hidden_size=2560, intermediate_size=10240, num_hidden_layers=34, sliding_window=1024)
     scaling = {"factor": 8.0, "rope_type": "linear"}

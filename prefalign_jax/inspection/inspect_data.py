@@ -18,6 +18,7 @@ from prefalign_jax.data.pipeline import PairSet, batch_of, make_pair_set, train_
 from prefalign_jax.data.reading import Tally
 from prefalign_jax.data.statistics import token_lengths
 from prefalign_jax.data.template import prints_date
+from prefalign_jax.data.values import Malformed, number
 from prefalign_jax.experiment import read
 from prefalign_jax.files import write_json, write_text
 from prefalign_jax.inspection.data_page import page, pictures, shown_pairs, written_pair
@@ -143,6 +144,6 @@ def scores_of(config: ConfigDict, sources: Sequence[Source]) -> dict[str, np.nda
         with contextlib.suppress(UserError):  # rows that the loss reads, but not as demonstrations
             for record in read_source(source, 0, Tally(), **options):
                 for name, value in record.columns:
-                    if isinstance(value, int | float):
-                        scores[name].append(value)
+                    with contextlib.suppress(Malformed):  # no number, or none that a loss could read
+                        scores[name].append(number(value, name))
     return {name: np.array(values, np.float64) for name, values in scores.items() if values}

@@ -6,15 +6,20 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from prefalign_jax import processes
 from prefalign_jax.config import defaults
+from prefalign_jax.evaluation.held_out import columns_of, summary
 from prefalign_jax.experiment import read
+from prefalign_jax.export import hub_token
 from prefalign_jax.jobs import quickstart
 from prefalign_jax.jobs.on_policy import run_pairs, run_rounds
+from prefalign_jax.losses import make_loss
 from prefalign_jax.processes import note
 from prefalign_jax.train import train
+from prefalign_jax.types import PairLogps
 
 
 def run_train(config: ConfigDict, workdir: Path) -> int:
@@ -46,8 +51,20 @@ def run_sft_first(config: ConfigDict, workdir: Path) -> int:
         for step in steps:
             if step.name not in supervised and step.options:
                 first.data.cleaning[step.name] = dict.fromkeys(step.options)
+        first.export.push_to = None  # the model of the second stage alone is what is asked for
+        metric = config.checkpoint.best_metric or config.early_stopping.metric
+        ignored = bool(metric) and not _measured_by_sft(metric)
+        if ignored:
+            first.early_stopping = dict.fromkeys(config.early_stopping)
+            first.checkpoint.best_metric = first.checkpoint.best_mode = None
+        if ignored or (config.export.checkpoint or "").isdecimal():  # a step of the second stage
+            first.export.checkpoint = None
     first.sft = dict.fromkeys(config.sft)
     note(f"1/2 fine-tuning on chosen responses, then {config.loss.name}")
+    if ignored:
+        note(f"fine-tuning does not measure {metric}: its stage goes through all sft.epochs, and its last step goes on")
+    if config.export.push_to:
+        hub_token(config.export.push_to)  # that it is missing is said before both stages
     if train(first, workdir / "sft").stopped:
         return processes.STOPPED
     second = copy.deepcopy(config)
@@ -56,6 +73,13 @@ def run_sft_first(config: ConfigDict, workdir: Path) -> int:
     second.model.path = str(workdir / "sft" / "export")
     note(f"2/2 {config.loss.name}")
     return run_train(second, workdir / "aligned")
+
+
+def _measured_by_sft(metric: str) -> bool:
+    """Whether an evaluation of supervised fine-tuning has a metric; samples are measured as in any run."""
+    one = np.ones(1, np.float32)
+    pairs = PairLogps(-one, -one, one, one, mean_tokens=np.ones(2, np.float32), weight=one)
+    return metric.startswith("samples/") or metric in summary(columns_of(make_loss("sft"), pairs, None))
 
 
 JOBS: dict[str, Callable[[ConfigDict, Path], int]] = {

@@ -269,6 +269,8 @@ def run_rounds(config: ConfigDict, workdir: Path) -> int:
         pairs = make_pairs(config, path, directory, config.seed * 1000 + number)
         one = copy.deepcopy(config)
         one.job = "train"
+        if number < config.on_policy.rounds:
+            one.export.push_to = None  # the last round's model is what is asked for
         for name in ("prompts", *KINDS):
             one.on_policy[name] = None
         one.data.path, one.model.path = str(pairs), path

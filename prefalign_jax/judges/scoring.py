@@ -160,6 +160,6 @@ def scoring_model(
     else:
         check_tokens(path, directory, tokenizer, "the policy's tokenizer")
     policy = load(path, dtype=dtype, tokenizer=tokenizer)
-    about = f"{params_digest(policy.params)} {policy.model.config} {dtype}"
+    about = f"{params_digest(policy.params)} {policy.model.config.told} {dtype}"
     key = hashlib.sha256(about.encode()).hexdigest() if cache else ""
     return ScoringModel(policy, chat, config.max_position, key, Path(cache) if cache else None, batch_size)

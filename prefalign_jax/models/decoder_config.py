@@ -91,6 +91,17 @@ class DecoderConfig:
     family: str = "llama"
 
     @property
+    def told(self) -> str:
+        """What tells it from others, for keys of what is kept: a new field at its default changes none of them.
+
+        Example:
+          >>> DecoderConfig(9, 8, 16, 2, 4, 4, 2, norm="layer", norm_eps=1e-5).told[-38:]
+          "num_kv_heads=4 head_dim=2 norm='layer'"
+        """
+        fields = ((field, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return " ".join(f"{field.name}={value!r}" for field, value in fields if value != field.default)
+
+    @property
     def head_path(self) -> str:
         """Path of the parameter that `LanguageModel.head` gives."""
         if self.reward:
