@@ -39,6 +39,7 @@ from prefalign_jax.types import UserError, one_line
 
 LENGTH = 1024  # tokens of a pair, where the config leaves max_length unset and the model has as many positions
 LARGEST = 2**31  # of whole numbers; steps and sizes are counted in 32 bits
+SMALLEST, MOST = 2.0**-126, 3.4e38  # of numbers that float32 tells from 0 and from infinity
 UNITS = ("steps", "examples", "epochs")  # of a duration
 MOVING = {"mixup": 0.6, "every": 512}  # TRL's defaults for a moving reference
 # What each job reads: data to train on, or prompts to sample from. The quickstart makes its own.
@@ -408,6 +409,8 @@ def _check_ranges(experiment: Experiment) -> None:
     for name, value in fields.items():
         if name != "seed" and type(value) is int and abs(value) >= LARGEST:
             raise UserError(f"{name}={value} is out of range; write a number below {LARGEST:,}")
+        if type(value) is float and value and math.isfinite(value) and not SMALLEST <= abs(value) <= MOST:
+            raise UserError(f"{name}={value} is out of range; float32 holds {SMALLEST:.2g} to {MOST:.2g}, and 0")
     for name in POSITIVE:
         if fields[name] is not None and not fields[name] > 0:
             raise UserError(f"{name}={fields[name]!r} must be positive")

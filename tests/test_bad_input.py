@@ -104,7 +104,7 @@ OPTIONS = [  # what is written, in which experiment, what the line must say
     ("warmup_epochs=3", "dpo", "warmup_ 1 steps at most"),
     ("learning_rate=-1", "dpo", "learning_rate=-1.0 >= 0"),
     ("learning_rate=nan", "dpo", "learning_rate=nan >= 0"),
-    ("steps=0 epochs=1e308", "dpo", "epochs=1e+308 64 pairs out of range"),
+    ("steps=0 epochs=1e308", "dpo", "epochs=1e+308 out of range"),
     ("warmup_epochs=1e308", "dpo", "warmup_epochs=1e+308 out of range"),
     (f"data.limit={2**63}", "dpo", f"data.limit={2**63} out of range"),
     (f"steps={2**63}", "dpo", f"steps={2**63} out of range"),
@@ -277,6 +277,19 @@ def test_a_wrong_model_is_one_line(fails, model, name):
 @pytest.mark.parametrize("path", ["absent", "owner/absent", "/absent/model"])
 def test_an_absent_model_is_named(fails, path):
     assert path in fails(model=path)
+
+
+def test_a_path_that_no_hub_has_is_a_missing_directory(fails):
+    assert fails(model="runs/quikstart/sft/export") == "error: model 'runs/quikstart/sft/export': no such directory"
+
+
+def test_a_run_in_a_models_place_says_where_its_model_is(fails, model):
+    run = pathlib.Path("run")
+    (run / "export").mkdir(parents=True)
+    (run / "export/config.json").write_text("{}")
+    for name in ("config.json", "metrics.jsonl"):
+        (run / name).write_text("{}")
+    assert fails(model=run) == "error: run is a run; name its model, run/export"
 
 
 def test_messages_without_a_chat_template_say_what_to_set(fails, model):

@@ -145,12 +145,20 @@ def test_help_names_the_options(launch, arguments):
         ("--config.mesh.dataa=1", "mesh.dataa", "mesh.data"),
         ("--config.optimizer.rank=1", "optimizer.rank", "lora.rank"),
         ("--config.datas.path=x", "datas.path", "data.path"),
+        ("--config.data.eval_frac=0.1", "data.eval_frac", "data.eval_fraction"),  # no option eval_* of TRL's
+        ("--config.eval_frac=0.1", "eval_frac", "data.eval_fraction"),
+        ("--config.save_step=5", "save_step", "save_steps"),
     ],
 )
 def test_a_mistyped_field_names_the_nearest(fails, override, wrong, right):
     said = fails(DPO, override)
     assert f"no field {wrong!r}" in said
     assert f"did you mean {right!r}" in said
+
+
+@pytest.mark.parametrize("word", ["--confg.steps=5", "--cofnig.steps=5", "--conf.steps=5"])
+def test_a_mistyped_config_is_no_option_of_its_fields_name(fails, word):
+    assert "did you mean '--config.steps'?" in fails(DPO, word)
 
 
 def test_a_field_unlike_any_other_is_named(fails):

@@ -257,6 +257,12 @@ SCHEDULE_FREE = dict(optimizer__name="schedule_free_adamw", schedule="constant")
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
+        (dict(learning_rate=1e39), "learning_rate=1e+39 is out of range; float32 holds 1.2e-38 to 3.4e+38, and 0"),
+        (dict(loss__beta=1e300), "loss.beta=1e+300 is out of range"),
+        (dict(loss__beta=1e-50), "loss.beta=1e-50 is out of range"),
+        (dict(optimizer__weight_decay=1e39), "optimizer.weight_decay=1e+39 is out of range"),
+        (dict(grad_clip=1e-45), "grad_clip=1e-45 is out of range"),
+        (dict(epochs=1e-320), "epochs=1e-320 is out of range"),
         (dict(warmup_ratio=1.5), "warmup_ratio=1.5 must lie in [0, 1]"),
         (dict(optimizer__momentum=0.9), "optimizer 'adamw' has no hyper-parameter 'momentum'"),
         (dict(optimizer__name="lion", optimizer__eps=1e-8), "optimizer 'lion' has no hyper-parameter 'eps'"),

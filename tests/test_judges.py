@@ -648,8 +648,10 @@ def test_endpoint_options_are_checked(tmp_path, options, says):
 
 SPELLED = {  # a key, and how a reply may spell it
     "sk/very+secret-1": ["sk/very+secret-1", "sk\\/very+secret-1", "sk%2Fvery%2bsecret-1", "sk\\\\/very+secret-1",
-                         "".join(f"\\u00{ord(c):02X}" for c in "sk/very+secret-1"), "\\u0073k/very\\u002bsecret-1"],
-    'k"e\\y': ['k\\"e\\\\y', 'k\\u0022e\\u005cy'],
+                         "".join(f"\\u00{ord(c):02X}" for c in "sk/very+secret-1"), "\\u0073k/very\\u002bsecret-1",
+                         "sk%252Fvery%252bsecret-1", "\\\\x73k/very\\\\x2Bsecret-1",
+                         "".join(f"&#{ord(c)};" for c in "sk/very+secret-1"), "sk&#x2F;very&#x02b;secret-1"],
+    'k"e\\y': ['k\\"e\\\\y', 'k\\u0022e\\u005cy', 'k&quot;e\\\\y', 'k&#34;e&#92;y'],
 }  # fmt: skip
 
 
@@ -693,6 +695,16 @@ def test_a_count_of_tokens_that_is_none_is_unknown_and_harms_no_later_run(server
     assert outcomes(ask(comparisons(1))) == [1.0] and server.requests == []
     assert outcomes(ask(comparisons(2), max_tokens=100)) == [1.0, "not asked: the server reports no usage, which "
                                                              "max_tokens and max_cost need"]  # fmt: skip
+
+
+@pytest.mark.parametrize("usage", ["[]", "5", '"7"', "[{}]", "true", '{"prompt_tokens": {}}'])
+def test_usage_of_another_shape_is_unknown_and_costs_no_second_request(server, ask, usage):
+    server.answer = lambda *args: (
+        200,
+        {},
+        prefers_long(*args)[2].replace('"usage": {', f'"usage": {usage}, "was": {{'),
+    )
+    assert outcomes(ask(comparisons(1))) == [1.0] and len(server.requests) == 2
 
 
 @pytest.mark.parametrize("value", ["null", "5", "[]", "{}", '{"content": 5}', "[" * 5000 + "]" * 5000])

@@ -79,7 +79,35 @@ STOPS = {
         LINE + LINE.strip() * 2,
         ", row 2: expected one JSON object in UTF-8",
     ),
-    "pretty-printed JSONL": ("a.jsonl", array(PAIR), ", row 1: expected one JSON object in UTF-8, found"),
+    "pretty-printed JSONL": (
+        "a.jsonl",
+        json.dumps([json.loads(LINE)], indent=1).encode(),
+        ", row 1: expected one JSON object in UTF-8, found '[' alone; values of several lines are read from a .json",
+    ),
+    "a pretty-printed object": (
+        "a.json",
+        json.dumps({"data": [1]}, indent=1).encode(),
+        ", row 1: expected one JSON object in UTF-8, found '{' alone; values of several lines",
+    ),
+    "semicolons": (
+        "a.csv",
+        b'prompt;chosen;rejected\n"a, b";"c";"d"\n',
+        ": expected columns separated by ',', found ';' between",
+    ),
+    "commas": ("a.tsv", b"prompt,chosen,rejected\na,b,c\n", ": expected columns separated by '\\t', found ',' between"),
+    "a misspelled column": (
+        "a.csv",
+        b"prompt,choosen,rejected\na,b,c\n",
+        ", row 1: expected prompt, chosen, rejected, found prompt, choosen, rejected; if others hold them, "
+        "write --config.data.columns=chosen=choosen",
+    ),
+    "a winner": (
+        "a.csv",
+        b"question,response_a,response_b,winner\na,b,c,a\n",
+        ", row 1: expected prompt, chosen, rejected, found question, response_a, response_b, winner; if others "
+        "hold them, write --config.data.columns=prompt=question,chosen=FIELD,rejected=FIELD; "
+        "where 'winner' says which of two is better, map the rows by",
+    ),
     "array cut off": (
         "a.json",
         array(PAIR, PAIR)[:-20],
@@ -409,7 +437,7 @@ def test_every_published_row_is_the_same_in_every_container(tmp_path):
         (
             "a.csv",
             b"prompt;chosen;rejected\na;b;c\n",
-            ", row 1: expected prompt, chosen, rejected, found prompt;",
+            ": expected columns separated by ',', found ';' between their names",
         ),
         ("a.arrow", b"ARROW1", ", row 1: expected a readable file"),
         ("a.jsonl", b'{"a":' * 5000 + b"1" + b"}" * 5000, ", row 1: expected "),

@@ -19,7 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from prefalign_jax.cli.trl_names import instead
+from prefalign_jax.cli.trl_names import TRL_NAMES, instead
 from prefalign_jax.options import TRUTH, did_you_mean, flatten, truth
 from prefalign_jax.types import UserError, one_line
 
@@ -250,12 +250,14 @@ def _holder(config: ConfigDict, name: str, value: str) -> tuple[ConfigDict, str]
 
 def no_field(name: str, value: str, config: ConfigDict) -> UserError:
     """The mistake that a config has no such field, with what was meant: TRL's name, another group's field, a slip."""
-    if text := instead(name.rpartition(".")[2], value):
-        return UserError(f"the config has no field {name!r}; {text}")
     fields = [*flatten(config.to_dict()), *(group for group in config if isinstance(config[group], ConfigDict))]
     last = name.rpartition(".")[2]
+    # What begins a field's name is a slip, and not one of a family of TRL's options.
+    begun = [field for field in fields if field.startswith(name) or field.rpartition(".")[2].startswith(last)]
+    if (last in TRL_NAMES or not begun) and (text := instead(last, value)):
+        return UserError(f"the config has no field {name!r}; {text}")
     same = [field for field in fields if field.rpartition(".")[2] == last]
-    hint = f"did you mean {' or '.join(map(repr, same[:3]))}? " if same else did_you_mean(name, fields)
+    hint = f"did you mean {' or '.join(map(repr, same[:3]))}? " if same else did_you_mean(name, begun or fields)
     if not hint:
         near = did_you_mean(last, [field.rpartition(".")[2] for field in fields])
         hint = near and next(f"did you mean {field!r}? " for field in fields if field.endswith(near.split("'")[1]))

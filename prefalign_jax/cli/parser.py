@@ -110,6 +110,9 @@ class Parser(argparse.ArgumentParser):
         if experiment and text:
             return UserError(f"{given}: {text}")
         near = did_you_mean(name, [option[2:] for option in options]).replace("'", "'--", 1)
+        group, dot, field = given.strip("-").partition(".")
+        if experiment and dot and difflib.get_close_matches(group, ["config"]):
+            near = f"did you mean '--config.{field}'? "
         if "--config.model.path" in text and "--model" in options:
             near = "did you mean '--model'? "
         return UserError(f"{given}: no such option; {near or (experiment and _field(name, value)) or ''}see --help")

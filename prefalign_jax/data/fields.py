@@ -7,6 +7,7 @@ is counted under its name, which the run prints.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -254,10 +255,16 @@ def mapping(row: Mapping, wanted: Iterable[str]) -> str:
     Example:
       >>> mapping({"question": "Hi?", "good": "Hello.", "b": "No."}, ("prompt", "chosen", "rejected"))
       'prompt=question,chosen=good,rejected=FIELD'
+      >>> mapping({"prompt": "Hi?", "choosen": "Hello.", "rejected": "No."}, ("chosen",))
+      'chosen=choosen'
     """
     guesses: dict[str, str] = {}
     for name, value in row.items():
         if (meaning := meaning_of(name, value)) is not None and not empty(value):
             common = "prompt" if meaning.common == "messages" and "prompt" in wanted else meaning.common
             guesses.setdefault(common, name_of(name))
+    others = [str(name) for name in row if name not in wanted and name_of(name) not in guesses.values()]
+    for name in wanted:
+        if name not in guesses and (near := difflib.get_close_matches(name, others, 1, cutoff=0.8)):
+            guesses[name] = name_of(near[0])  # misspelled
     return ",".join(f"{name}={guesses.get(name, 'FIELD')}" for name in wanted)

@@ -216,7 +216,12 @@ def _loads(line: bytes, where: Place) -> Any:
     try:
         return _DECODER.decode(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: expected one JSON object in UTF-8, found {_wrong(error)}") from None
+        found = _wrong(error)
+        if line in (b"[", b"{"):
+            found = (
+                f"{line.decode()!r} alone; values of several lines are read from a .json file that is one array of rows"
+            )
+        raise UserError(f"{where}: expected one JSON object in UTF-8, found {found}") from None
 
 
 def _said(error: BaseException) -> str:
@@ -383,6 +388,9 @@ def _table_rows(file: Path, separator: str) -> Iterator[tuple[Place, Any]]:
         with gzip.open(file, "rt", **text) if _suffix(file) == ".gz" else file.open(**text) as opened:
             table = csv.reader(lines(opened), delimiter=separator, strict=True)
             head = [name.strip() for name in next(table, [])]
+            if other := next((one for one in ";\t|," if len(head) == 1 and one != separator and one in head[0]), ""):
+                what = f"found {other!r} between their names; write them with commas, or with tabs as .tsv"
+                raise UserError(f"{file}: expected columns separated by {separator!r}, {what}")
             _once(head, file)
             for cells in table:
                 number += 1

@@ -22,6 +22,10 @@ from prefalign_jax.data.reading import MESSAGE, Reading, Tally
 from prefalign_jax.data.values import Dropped, Malformed, empty, expected, kind, missing, names, show, string
 
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # the turns of an HH-RLHF transcript
+# Fields that say which of two responses is better, in tables that people make.
+TELLING = frozenset(
+    {"winner", "preferred", "preferred_response", "preference", "better", "best", "choice", "label", "vote"}
+)
 _BETWEEN = re.compile(r"\b(human|user|assistant|system|im_start|im_end|inst)\b|[\W_]", re.IGNORECASE)
 
 
@@ -113,7 +117,10 @@ def _joined(before: Messages, after: Messages) -> Messages:
 
 def what_to_map(row: Mapping, wanted: Sequence[str]) -> str:
     """What to write for a row of other columns."""
-    return f"if others hold them, write --config.data.columns={mapping(row, wanted)}"
+    columns = mapping(row, wanted)
+    which = next((name for name in row if str(name).lower() in TELLING), "")
+    function = f"; where {which!r} says which of two is better, map the rows by --config.data.map_fn=MODULE:FUNCTION"
+    return f"if others hold them, write --config.data.columns={columns}{function * bool(which and 'FIELD' in columns)}"
 
 
 def _split_strings(row: Mapping, prompt: Text | None, sides: list[str], fields: Sequence[str]) -> tuple[str, list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import email.utils
 import hashlib
+import html
 import http.client
 import json
 import math
@@ -368,11 +369,12 @@ class Client:
         """What is kept of a reply; whatever echoes the key loses it here, before anything keeps or shows the text."""
         try:
             reply = parse_json(text, where="reply")
-            choice, usage = reply["choices"][0], reply.get("usage") or {}
+            choice, usage = reply["choices"][0], reply.get("usage")
             message = choice["message"]
             content, refusal = message.get("content") or "", message.get("refusal") or ""
             if not (isinstance(content, str) and isinstance(refusal, str)):
                 raise TypeError
+            usage = usage if isinstance(usage, dict) else {}
             tokens_in, tokens_out = (_tokens(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
             finish = choice.get("finish_reason")
         except (ValueError, LookupError, TypeError, AttributeError):
@@ -392,14 +394,19 @@ def _tokens(count: Any) -> int | None:
 
 
 def scrubber(key: str) -> Callable[[str], str]:
-    """text -> the text without the key, however it is spelled there: as it is, or escaped for JSON or for a URL.
+    """text -> the text without the key, however it is spelled there: as it is, or escaped for JSON, a URL or HTML.
 
     Example:
       >>> scrub = scrubber("k/1")
-      >>> print(scrub("k/1 k\\\\/1 \\\\u006b/1 k%2F1 k/2"))
-      [key] [key] [key] [key] k/2
+      >>> print(scrub("k/1 k\\\\/1 \\\\u006b/1 k%2F1 &#107;&#x2f;1 \\\\x6b/1 k/2"))
+      [key] [key] [key] [key] [key] [key] k/2
     """
-    forms = "".join(rf"(?:\\*{re.escape(c)}|\\+u00{ord(c):02x}|%{ord(c):02x})" for c in key)
+
+    def spelled(c: str) -> str:
+        code, named = ord(c), re.escape(html.escape(c))
+        return rf"(?:\\*{re.escape(c)}|\\+(?:u00|x){code:02x}|%(?:25)*{code:02x}|&#(?:0*{code}|x0*{code:x});?|{named})"
+
+    forms = "".join(map(spelled, key))
     return (lambda text: re.sub(forms, "[key]", text, flags=re.IGNORECASE)) if key else lambda text: text
 
 

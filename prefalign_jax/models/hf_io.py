@@ -67,8 +67,10 @@ def resolve(name: str | pathlib.Path) -> pathlib.Path:
         return file
     path = pathlib.Path(name).expanduser()
     if path.is_dir():
+        if (path / "metrics.jsonl").is_file() and (path / "export" / "config.json").is_file():
+            raise UserError(f"{path} is a run; name its model, {path / 'export'}")
         return path
-    if str(name).startswith(("/", ".", "~")):
+    if str(name).startswith(("/", ".", "~")) or str(name).count("/") > 1:  # a name on the hub has one
         raise UserError(f"model {str(name)!r}: no such directory")
     try:
         return pathlib.Path(
