@@ -274,6 +274,15 @@ def test_a_wrong_model_is_one_line(fails, model, name):
         assert word in said
 
 
+@pytest.mark.parametrize("content", ["[" * 5000 + "]" * 5000, "[]", "5", "null", "{", "\0"])
+@pytest.mark.parametrize(
+    "file", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+)
+def test_a_file_of_a_tokenizer_that_is_no_json_object_is_named(fails, model, file, content):
+    said = fails(model=model("model", lambda directory: (directory / file).write_text(content)))
+    assert f"model/{file}: expected " in said
+
+
 @pytest.mark.parametrize("path", ["absent", "owner/absent", "/absent/model"])
 def test_an_absent_model_is_named(fails, path):
     assert path in fails(model=path)

@@ -32,6 +32,7 @@ from prefalign_jax.data.rendering import Renderer
 from prefalign_jax.data.spelled import MARKS, SpecialTokens, Written, encoder, strings_of
 from prefalign_jax.data.template import AS_IT_IS, ChatOptions
 from prefalign_jax.data.turns import Stretch, Stretches
+from prefalign_jax.files import read_json
 from prefalign_jax.gguf.file import gguf_file, read_gguf
 from prefalign_jax.gguf.tokenizer import tokenizer_of
 from prefalign_jax.limits import time_limit
@@ -143,6 +144,9 @@ def check_tokens(path: str | Path, directory: str | Path, tokenizer: Tokenizer, 
             raise UserError(f"{path}: token {number} is {token!r}, and another in {whose}")
 
 
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
 def _of_directory(path: str) -> Tokenizer:
     """The tokenizer of a Hugging Face directory or hub name."""
     auto = tokenizer_library().AutoTokenizer
@@ -154,6 +158,8 @@ def _of_directory(path: str) -> Tokenizer:
             str(local) if local.exists() else path, trust_remote_code=False, local_files_only=local.exists()
         )
     except Exception as error:  # the library and the network raise whatever they like
+        for name in _FILES:  # it does not say which of them it cannot read
+            read_json(local / name, "an object", missing={})
         raise UserError(f"{path}: cannot load a tokenizer: {one_line(error)}") from None
 
 
