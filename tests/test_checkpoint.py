@@ -22,6 +22,10 @@ DIGESTS = {"training pairs": "a"}
 CONFIG = {"loss": {"name": "dpo", "beta": 0.1}, "steps": 10, "data": {"path": "a", "eval_path": None}}
 
 
+OTHER_PATH = {**CONFIG, "data": {"path": "a", "eval_path": "b"}}
+LONG = pytest.mark.everything
+
+
 def state_of(seed=0, **mesh):
     mesh = make_mesh({"data": 1, **mesh} if mesh else {"data": -1})
     params = make_params(seed)
@@ -89,10 +93,11 @@ def test_what_does_not_make_the_run_may_change(tmp_path):
     ("before", "now", "config", "names"),
     [
         ("a" * 64, "b" * 64, CONFIG, [checkpoint.HELD_OUT]),
-        ("a" * 64, "a" * 64, CONFIG, []),
-        (None, "b" * 64, CONFIG, []),  # saved by a version that kept no digest
-        ("a" * 64, "b" * 64, {**CONFIG, "data": {"path": "a", "eval_path": "b"}}, ["data.eval_path"]),
+        pytest.param("a" * 64, "a" * 64, CONFIG, [], marks=LONG),
+        pytest.param(None, "b" * 64, CONFIG, [], marks=LONG),  # saved by a version that kept no digest
+        pytest.param("a" * 64, "b" * 64, OTHER_PATH, ["data.eval_path"], marks=LONG),
     ],
+    ids=["other pairs", "the same", "not known", "another path"],
 )
 def test_other_held_out_pairs_under_the_same_path_are_told(before, now, config, names, tmp_path):
     with checkpoint.open_checkpoints(tmp_path) as checkpoints:
