@@ -303,7 +303,8 @@ VALID: Checks = {
     "decay_shape": (lambda x: x in DECAYS, f"one of {', '.join(DECAYS)}"),
 }
 
-VECTORS = ("scale", "bias", "sinks", "lora_magnitude")  # names of parameters that are vectors in each layer
+# Names of parameters that are vectors in each layer, or of which each channel has a few.
+VECTORS = ("scale", "bias", "sinks", "a_log", "dt_bias", "taps", "lora_magnitude")
 
 
 def stacked(path: Sequence[Any], leaf: Any) -> int:

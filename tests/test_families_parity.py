@@ -50,6 +50,15 @@ YARN = dict(rope_type="yarn", factor=8.0, beta_fast=4.0, beta_slow=1.0, original
 GEMMA = dict(head_dim=12, query_pre_attn_scalar=16, sliding_window=5)
 GEMMA3 = GEMMA | dict(layer_types=["sliding_attention", "full_attention", "sliding_attention"])
 GRANITE = dict(embedding_multiplier=3.0, residual_multiplier=0.7, attention_multiplier=0.4, logits_scaling=0.6)
+QWEN3_5 = dict(
+    layer_types=["linear_attention", "linear_attention", "full_attention"],
+    head_dim=16,
+    linear_num_key_heads=2,
+    linear_key_head_dim=8,
+    linear_num_value_heads=4,
+    linear_value_head_dim=12,
+    rms_norm_eps=0.03,  # heads that read next to nothing would magnify every rounding
+)
 # 'model_type' or 'model_type variant' -> arguments of its config.
 CASES = {
     "llama": {},
@@ -116,6 +125,9 @@ CASES |= {
     "seed_oss": {"head_dim": 12, "attention_out_bias": True},
     "exaone4": {"sliding_window": 5, "layer_types": GEMMA3["layer_types"]},
     "cohere2": {"sliding_window": 5, "layer_types": GEMMA3["layer_types"], "logit_scale": 0.8},
+    "qwen3_5_text": QWEN3_5,
+    "qwen3_5_text periods": QWEN3_5
+    | {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2, "tie_word_embeddings": True},
     "glm": {"head_dim": 12, "attention_bias": False, "partial_rotary_factor": 1.0},
     "glm4": {"head_dim": 12, "partial_rotary_factor": 0.5},
 }

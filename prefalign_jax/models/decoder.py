@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from prefalign_jax.models.attention import (
 )
 from prefalign_jax.models.decoder_config import DecoderConfig
 from prefalign_jax.models.dropout import Dropout, drop, fork
+from prefalign_jax.models.gated_delta import causal_convolution, gated_delta_rule, gated_delta_steps
 from prefalign_jax.models.lora import Lora, adapter_shapes, delta, join, stretch
 from prefalign_jax.options import choose
 from prefalign_jax.types import Cached, LanguageModel, Params, Sequences, UserError
@@ -151,14 +153,13 @@ class Layer(NamedTuple):
     Attributes:
       mask: who sees whom before the window is taken into account: [R, L, S] bool, without a cache S is L; or `Tiles`,
         or `Sequences`.
-      positions: [R, L] int32.
+      positions, segments, branches: [R, L] int32; with a cache a token's segment is 0 or 1, and nothing branches.
       cos, sin: [R, L, rotated / 2] float32; 1 and 0 in a layer that does not rotate.
       window: [] int32; 0 for none.
-      active: [R, L] bool, which tokens are no padding.
       dropout: how much is dropped.
       key: of this layer's draws; None drops nothing.
       cache: (keys, values), each [R, S, kv_heads, head_dim], of which those of the tokens at hand are to be written at
-        slot `at`; None where the tokens at hand are all there is.
+        slot `at`; of a `GatedDelta` what its last token left; None where the tokens at hand are all there is.
       at: [] int32.
       seen: [R, S] int32, the cache's positions.
       kernel: one of `attention.KERNELS` with its options, for `Sequences`.
@@ -167,10 +168,11 @@ class Layer(NamedTuple):
 
     mask: jax.Array | Tiles | Sequences
     positions: jax.Array
+    segments: jax.Array
+    branches: jax.Array
     cos: jax.Array
     sin: jax.Array
     window: jax.Array
-    active: jax.Array
     dropout: Dropout = Dropout()
     key: jax.Array | None = None
     cache: tuple[jax.Array, jax.Array] | None = None
@@ -190,6 +192,8 @@ class Attention(nnx.Module):
         self.k = Linear(c.hidden_size, kv_width, std, rngs, param_dtype, c.qkv_bias)
         self.v = Linear(c.hidden_size, kv_width, std, rngs, param_dtype, c.qkv_bias)
         self.o = Linear(width, c.hidden_size, std, rngs, param_dtype, c.output_bias)
+        if c.attention_gate:
+            self.gate = Linear(c.hidden_size, width, std, rngs, param_dtype, c.qkv_bias)
         if c.qk_norm != "none":
             over_heads = c.qk_norm == "width"
             self.q_norm = Norm(width if over_heads else c.head_dim, c, param_dtype)
@@ -220,24 +224,90 @@ class Attention(nnx.Module):
                 jax.lax.dynamic_update_slice(old, new, (0, layer.at, 0, 0))
                 for old, new in zip(layer.cache, (k, v), strict=True)
             )
+        attended = self.attended(q, k, v, layer, of_weights).reshape(*x.shape[:2], -1)
+        if c.attention_gate:
+            of_gate, of_output = fork(of_output, 2)
+            attended = attended * nnx.sigmoid(self.gate(x, of_gate))
+        return self.o(attended, of_output), (k, v)
+
+    def attended(self, q, k, v, layer: Layer, key: jax.Array | None) -> jax.Array:
+        """What the queries read of the values, [R, L, heads, head_dim], by whatever computes it here."""
+        c = self.config
         window = layer.window if any(c.windows) else None
         options = dict(scale=c.query_scale, sinks=self.sinks[...] if c.sinks else None)
         if isinstance(layer.mask, Sequences):
             windowed = {} if window is None else {"window": window}  # cuDNN's kernel has none
-            out = sequence_attend(q, k, v, layer.mask, kernel=layer.kernel, **options, **windowed)
-            return self.o(out.reshape(*x.shape[:2], -1), of_output), (k, v)
+            return sequence_attend(q, k, v, layer.mask, kernel=layer.kernel, **options, **windowed)
         options |= dict(softcap=c.attention_softcap)
-        options |= dict(dropout=layer.dropout.attention, key=of_weights)
+        options |= dict(dropout=layer.dropout.attention, key=key)
         if isinstance(layer.mask, Tiles):
-            out = tiled_attend(q, k, v, layer.mask, window=window, **options)
-            return self.o(out.reshape(*x.shape[:2], -1), of_output), (k, v)
+            return tiled_attend(q, k, v, layer.mask, window=window, **options)
         mask = layer.mask
         if any(c.windows):
             seen = layer.positions if layer.cache is None else layer.seen
             distance = layer.positions[:, :, None] - seen[:, None, :]
             mask = mask & ((layer.window == 0) | (distance < layer.window))
-        out = attend(q, k, v, mask, **options)
-        return self.o(out.reshape(*x.shape[:2], -1), of_output), (k, v)
+        return attend(q, k, v, mask, **options)
+
+
+class GatedDelta(nnx.Module):
+    """The gated delta rule behind a short convolution, in the place of attention."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, param_dtype):
+        c, std = config, config.init_std
+        values = c.delta_value_heads * c.delta_value_dim
+        self.widths = (c.delta_key_heads * c.delta_key_dim,) * 2 + (values,)
+        self.qkv = Linear(c.hidden_size, sum(self.widths), std, rngs, param_dtype)
+        self.z = Linear(c.hidden_size, values, std, rngs, param_dtype)
+        self.a = Linear(c.hidden_size, c.delta_value_heads, std, rngs, param_dtype)
+        self.b = Linear(c.hidden_size, c.delta_value_heads, std, rngs, param_dtype)
+        self.o = Linear(values, c.hidden_size, std, rngs, param_dtype)
+        self.taps = nnx.Param(std * jax.random.normal(rngs.params(), (sum(self.widths), 1, c.delta_taps), param_dtype))
+        fade = jax.random.uniform(rngs.params(), (c.delta_value_heads,), param_dtype, 0.01, 16.0)
+        self.a_log = nnx.Param(jnp.log(fade))
+        self.dt_bias = nnx.Param(jnp.ones((c.delta_value_heads,), param_dtype))
+        self.norm = Norm(c.delta_value_dim, dataclasses.replace(c, norm="rms"), param_dtype)
+        self.config = config
+
+    def __call__(
+        self, x: jax.Array, layer: Layer, key: jax.Array | None = None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """[R, L, D] -> [R, L, D], and with a cache what the last token leaves to the next.
+
+        That is the state [R, heads, key_dim, value_dim], and what the convolution reads of the last tokens.
+        """
+        c = self.config
+        of_qkv, of_z, of_a, of_b, of_output = fork(key, 5)
+        mixed, tree = self.qkv(x, of_qkv), (layer.segments, layer.branches)
+        taps = self.taps[...][:, 0, ::-1].T.astype(x.dtype)
+        if layer.cache is None:
+            mixed = causal_convolution(mixed, taps, *tree)
+        else:
+            state, before = layer.cache
+            read = jnp.concatenate([before, jnp.where(layer.segments[..., None] > 0, mixed, 0)], axis=1)
+            mixed = sum(tap * read[:, len(taps) - 1 - n : read.shape[1] - n] for n, tap in enumerate(taps))
+        parts = jnp.split(nnx.silu(mixed), (self.widths[0], 2 * self.widths[0]), axis=-1)
+        dims = (c.delta_key_dim, c.delta_key_dim, c.delta_value_dim)
+        q, k, v = (y.reshape(*y.shape[:2], -1, dim) for y, dim in zip(parts, dims, strict=True))
+        q, k = (jnp.repeat(_unit(y), c.delta_value_heads // c.delta_key_heads, axis=2) for y in (q, k))
+        step = self.a(x, of_a).astype(jnp.float32)
+        step = nnx.softplus(step + _broadcast(self.dt_bias[...], step))
+        g = -step * _broadcast(jnp.exp(self.a_log[...].astype(jnp.float32)), step)
+        inputs = (q * c.delta_key_dim**-0.5, k, v, g, nnx.sigmoid(self.b(x, of_b)))
+        if layer.cache is None:
+            out, left = gated_delta_rule(*inputs, *tree), None
+        else:
+            out, state = gated_delta_steps(*inputs, layer.segments, state)
+            left = state, read[:, read.shape[1] - before.shape[1] :]
+        z = self.z(x, of_z).reshape(out.shape)
+        out = self.norm(out.astype(x.dtype)) * nnx.silu(z.astype(jnp.float32))
+        return self.o(out.astype(x.dtype).reshape(*x.shape[:2], -1), of_output), left
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """Vectors of length 1, in float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
 
 
 ACTIVATIONS = {
@@ -307,7 +377,8 @@ class Experts(nnx.Module):
             act = functools.partial(moe.clamped_swiglu, limit=c.swiglu_limit, alpha=c.swiglu_alpha)
             experts = functools.partial(experts, act=act)
         out = layer.experts(experts, flat, *kernels, weights, chosen, biases)
-        return out.reshape(x.shape), moe.routing(chosen, probabilities, layer.active.reshape(-1))
+        active = layer.segments.reshape(-1) > 0
+        return out.reshape(x.shape), moe.routing(chosen, probabilities, active)
 
 
 # Where the norms stand: (norms before, norms after, whether attention and MLP read the same input).
@@ -320,28 +391,33 @@ RESIDUALS = {
 }
 
 
-class Block(nnx.Module):
-    """One layer."""
+MIXERS: dict[str, type[Attention | GatedDelta]] = {"attention": Attention, "delta": GatedDelta}
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, param_dtype):
+
+class Block(nnx.Module):
+    """One layer; `mixer` is the name of the part by which its tokens read each other, a key of MIXERS."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, param_dtype, mixer: str | None = "attention"):
         before, after, _ = RESIDUALS[config.residual]
         for name in dict.fromkeys(before + after):
             setattr(self, name, Norm(config.hidden_size, config, param_dtype))
-        self.attention = Attention(config, rngs, param_dtype)
+        if mixer is not None:
+            setattr(self, mixer, MIXERS[mixer](config, rngs, param_dtype))
         if config.num_experts:
             self.experts = Experts(config, rngs, param_dtype)
         else:
             self.mlp = MLP(config, rngs, param_dtype)
         self.residual, self.scale = config.residual, config.residual_scale
 
-    def __call__(self, x: jax.Array, layer: Layer) -> tuple[jax.Array, moe.Routing | None, tuple[jax.Array, jax.Array]]:
-        """[R, L, D] -> [R, L, D], how a mixture's tokens were spread over its experts, the keys and values seen."""
+    def __call__(self, x: jax.Array, layer: Layer) -> tuple[jax.Array, moe.Routing | None, Any]:
+        """[R, L, D] -> [R, L, D], how a mixture's tokens were spread over its experts, what a cache keeps."""
         before, after, parallel = RESIDUALS[self.residual]
         into = [getattr(self, name) for name in before] or [lambda x: x] * 2
         out_of = [getattr(self, name) for name in after] or [lambda x: x] * 2
         rate = layer.dropout.residual
         of_attention, of_mlp, *of_outputs = fork(layer.key, 4)
-        attended, seen = self.attention(into[0](x), layer, of_attention)
+        mix = self.delta if hasattr(self, "delta") else self.attention
+        attended, seen = mix(into[0](x), layer, of_attention)
         attended = self.scaled(drop(out_of[0](attended), rate, of_outputs[0]))
         y = into[1](x if parallel else x + attended)
         y, routing = self.experts(y, layer) if hasattr(self, "experts") else (self.mlp(y, of_mlp), None)
@@ -384,13 +460,21 @@ class Decoder(nnx.Module):
         if config.positions == "learned":
             places = config.max_position + config.position_offset
             self.position = Table(places, config, "embedding", rngs, param_dtype)
-        make = nnx.vmap(
-            lambda r: Block(config, r, param_dtype),
-            in_axes=0,
-            out_axes=0,
-            transform_metadata={nnx.PARTITION_NAME: None},
-        )
-        self.layers = make(rngs.split(config.num_layers))
+
+        def stack(count: int, kind: type[nnx.Module], *mixer: str | None) -> nnx.Module:
+            make = nnx.vmap(
+                lambda r: kind(config, r, param_dtype, *mixer),
+                in_axes=0,
+                out_axes=0,
+                transform_metadata={nnx.PARTITION_NAME: None},
+            )
+            return make(rngs.split(count))
+
+        deltas = sum(config.delta_layers)
+        self.layers = stack(config.num_layers, Block, None if deltas else "attention")
+        if deltas:  # each kind is stacked by itself
+            self.layers.attention = stack(config.num_layers - deltas, Attention)
+            self.layers.delta = stack(deltas, GatedDelta)
         self.final_norm = Norm(config.hidden_size, config, param_dtype)
         if config.reward:
             self.score = Score(config, param_dtype)
@@ -426,7 +510,7 @@ class Decoder(nnx.Module):
         def layer(x, block_and_kind):
             block, kind, window, key = block_and_kind
             cos, sin = (turn[kind] for turn in turns)
-            of_layer = Layer(mask, positions, cos, sin, window, segments > 0, dropout, key)
+            of_layer = Layer(mask, positions, segments, branches, cos, sin, window, dropout, key)
             return block(x, of_layer._replace(kernel=kernel, experts=placement.experts))[:2]
 
         if REMAT[remat] is not None:
@@ -437,8 +521,21 @@ class Decoder(nnx.Module):
         keys = None if of_layers is None else jax.random.split(of_layers, c.num_layers)
         windows = jnp.asarray(c.windows or (0,) * c.num_layers, jnp.int32)
         kinds = jnp.asarray(kinds, jnp.int32)
-        x, routing = jax.lax.scan(layer, x, (self.layers, kinds, windows, keys))
-        return self.finished(x), routing
+        of_layers = (self.layers, kinds, windows, keys)
+        if not c.delta_layers:
+            x, routing = jax.lax.scan(layer, x, of_layers)
+            return self.finished(x), routing
+        count = period(c.delta_layers)
+
+        def some_layers(x, of_layers):
+            layers, *others = of_layers
+            for n in range(count):
+                one = layer_at(layers, n, c.delta_layers[:count])
+                x, _ = layer(x, (one, *jax.tree.map(lambda x, n=n: x[n], others)))
+            return x, None
+
+        of_layers = jax.tree.map(lambda x: x.reshape(c.num_layers // count, -1, *x.shape[1:]), of_layers)
+        return self.finished(jax.lax.scan(some_layers, x, of_layers)[0]), None
 
     def embedded(self, tokens, positions, dtype) -> jax.Array:
         """Tokens and positions, each [R, L] -> what the first layer reads [R, L, D]."""
@@ -460,15 +557,16 @@ class Decoder(nnx.Module):
 
         Layers that lie in one array have to be cut out of it for every token, which costs as much as reading them.
         """
-        layers = [jax.tree.map(lambda x, i=i: x[i], self.layers) for i in range(self.config.num_layers)]
-        self.layers = nnx.List(layers)
+        c = self.config
+        self.layers = nnx.List([layer_at(self.layers, n, c.delta_layers) for n in range(c.num_layers)])
         return self
 
     def extend(self, tokens, at, start, limit, cache, dtype) -> tuple[jax.Array, Any]:
-        """As `types.Cached.extend`; the cache is for each layer its keys and values, [R, S, kv_heads, head_dim]."""
+        """As `types.Cached.extend`; the cache is for each layer what a `Layer` says of it."""
         c = self.config
         slots = at + jnp.arange(tokens.shape[1])[None, :]
-        places = jnp.arange(cache[0][0].shape[1])[None, :]
+        attention = c.delta_layers.index(False) if c.delta_layers else 0
+        places = jnp.arange(cache[attention][0].shape[1])[None, :]
         active = slots >= start[:, None]
         positions = jnp.where(active, slots - start[:, None], 0)
         mask = (places[:, None, :] <= slots[:, :, None]) & (places >= start[:, None])[:, None, :]
@@ -479,10 +577,36 @@ class Decoder(nnx.Module):
         windows = c.windows or (0,) * c.num_layers
         x, seen = self.embedded(tokens, positions, dtype), []
         for block, kind, window, old in zip(self.layers, kinds, windows, cache, strict=True):
-            layer = Layer(mask, positions, cos[kind], sin[kind], window, active)
+            tree = (active.astype(jnp.int32), jnp.zeros_like(slots + start[:, None]))
+            layer = Layer(mask, positions, *tree, cos[kind], sin[kind], window)
             x, _, new = block(x, layer._replace(cache=old, at=at, seen=places - start[:, None]))
             seen.append(new)
         return self.finished(x), tuple(seen)
+
+
+def layer_at(layers: Block, number: int, deltas: Sequence[bool]) -> Block:
+    """A layer out of several that are stacked; of its kind of mixer there are as many as `deltas` has of it."""
+    if not deltas:
+        return jax.tree.map(lambda x: x[number], layers)
+    one = jax.tree.map(lambda x: x, layers)  # other objects, of which parts can be taken away
+    mixers = {name: getattr(one, name) for name in MIXERS}
+    for name in MIXERS:
+        delattr(one, name)
+    one = jax.tree.map(lambda x: x[number], one)
+    mixer, place = "delta" if deltas[number] else "attention", deltas[:number].count(deltas[number])
+    setattr(one, mixer, jax.tree.map(lambda x: x[place], mixers[mixer]))
+    return one
+
+
+def period(pattern: Sequence[bool]) -> int:
+    """After how many layers a pattern of them begins anew; all of them if it never does.
+
+    Example:
+      >>> period((True, True, False) * 2), period((True, False, False, True))
+      (3, 4)
+    """
+    lengths = (n for n in range(1, len(pattern)) if len(pattern) % n == 0)
+    return next((n for n in lengths if pattern[:n] * (len(pattern) // n) == pattern), len(pattern))
 
 
 def _rotations(
@@ -555,7 +679,8 @@ def make_decoder(
     The tree: embed/embedding [V, D]; layers/{attention_norm, mlp_norm}/scale and layers/{attention/{q, k, v, o},
     mlp/{gate, up, down}}/kernel, each with the layers as leading axis and kernels as [in, out]; final_norm/scale;
     head/kernel [V, D] unless the embedding is tied, or, of a reward model, score/kernel [1, D] in any case. Families
-    add biases, norms after, q_norm and k_norm, and position/embedding.
+    add biases, norms after, q_norm and k_norm, attention/gate and position/embedding. Where some layers have a gated
+    delta rule in the place of attention, layers/delta is stacked over these and layers/attention over the others.
 
     Args:
       config: the shape.
@@ -642,8 +767,16 @@ def make_decoder(
         return filled(params).unstacked(), head(params)
 
     def init_cache(rows: int, length: int) -> tuple[tuple[jax.Array, jax.Array], ...]:
-        shape = (rows, length, config.num_kv_heads, config.head_dim)
-        return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
+        c = config
+        shape = (rows, length, c.num_kv_heads, c.head_dim)
+        width = 2 * c.delta_key_heads * c.delta_key_dim + c.delta_value_heads * c.delta_value_dim
+        state = (rows, c.delta_value_heads, c.delta_key_dim, c.delta_value_dim)
+        return tuple(
+            (jnp.zeros(state, jnp.float32), jnp.zeros((rows, c.delta_taps - 1, width), dtype))
+            if delta
+            else (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+            for delta in c.delta_layers or (False,) * c.num_layers
+        )
 
     def extend(decoder: Decoder, tokens, at, start, limit, cache):
         out, cache = decoder.extend(tokens, at, start, limit, cache, jnp.dtype(dtype))

@@ -24,6 +24,11 @@ class DecoderConfig:
         that `rope_scaling` reaches (Ministral 3); None for none.
       attention_softcap, logit_softcap: c in c tanh(x / c), of scores and of logits (Gemma 2); None for none.
       sinks: whether each head has one more score, which takes part in every softmax and reads no value (gpt-oss).
+      attention_gate: whether what a head attends to is multiplied by the sigmoid of a gate (Qwen 3.5).
+      delta_layers: for each layer whether the gated delta rule stands in the place of attention (Qwen 3.5); () is
+        nowhere.
+      delta_key_heads, delta_key_dim, delta_value_heads, delta_value_dim: its heads, and how many numbers each has.
+      delta_taps: tokens that its convolution reads, the one at hand included.
       windows: for each layer how many positions a token sees, itself included, 0 for all; () is 0 everywhere.
       positions: 'rope', or 'learned' absolute ones, of which the first `position_offset` rows are not used (OPT).
       rope_fraction: part of each head that is rotated.
@@ -64,6 +69,13 @@ class DecoderConfig:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     sinks: bool = False
+    attention_gate: bool = False
+    delta_layers: tuple[bool, ...] = ()
+    delta_key_heads: int = 0
+    delta_key_dim: int = 0
+    delta_value_heads: int = 0
+    delta_value_dim: int = 0
+    delta_taps: int = 4
     windows: tuple[int, ...] = ()
     positions: str = "rope"
     position_offset: int = 0

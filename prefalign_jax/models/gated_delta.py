@@ -23,7 +23,7 @@ def gated_delta_rule(q, k, v, g, beta, segments, branches, chunk: int = CHUNK) -
       g: [R, L, heads] float32, at most 0.
       beta: [R, L, heads].
       segments, branches: [R, L] int32.
-      chunk: tokens solved at once; L is a multiple of it.
+      chunk: tokens solved at once.
 
     Returns:
       [R, L, heads, dv] float32; 0 for padding.
@@ -31,11 +31,13 @@ def gated_delta_rule(q, k, v, g, beta, segments, branches, chunk: int = CHUNK) -
     Source: Yang et al., arXiv 2412.06464, Eq. 10 and section 3.3.
     """
     rows, length, heads, dk = q.shape
+    chunk = min(chunk, length)
     real = (segments > 0)[..., None]
     g, beta = jnp.where(real, g, 0.0), jnp.where(real, beta, 0.0)
 
     def chunks(x):  # [R, L, ...] -> [n, R, chunk, ...]
-        return jnp.moveaxis(x.reshape(rows, length // chunk, chunk, *x.shape[2:]), 1, 0)
+        x = jnp.pad(x, ((0, 0), (0, -length % chunk)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(rows, -1, chunk, *x.shape[2:]), 1, 0)
 
     def step(carry, one):
         q, k, v, g, beta, segment, branch = one  # of a row
@@ -77,7 +79,32 @@ def gated_delta_rule(q, k, v, g, beta, segments, branches, chunk: int = CHUNK) -
     inputs = tuple(chunks(x.astype(jnp.float32)) for x in (q, k, v, g, beta)) + (chunks(segments), chunks(branches))
     step = jax.checkpoint(jax.vmap(step), prevent_cse=False)
     _, out = jax.lax.scan(step, start, inputs)
-    return jnp.moveaxis(out, 0, 1).reshape(rows, length, heads, -1)
+    return jnp.moveaxis(out, 0, 1).reshape(rows, -1, heads, v.shape[-1])[:, :length]
+
+
+def gated_delta_steps(q, k, v, g, beta, segments, state) -> tuple[jax.Array, jax.Array]:
+    """The gated delta rule token by token, for texts that go on: one a row, padding before it.
+
+    Args:
+      q, k, v, g, beta, segments: as in `gated_delta_rule`.
+      state: [R, heads, dk, dv] float32, after the token before these.
+
+    Returns:
+      ([R, L, heads, dv] float32, the state after the last token).
+    """
+    real = (segments > 0)[..., None]
+    g, beta = jnp.where(real, g, 0.0), jnp.where(real, beta, 0.0)
+
+    def step(state, one):
+        q, k, v, g, beta = one
+        state = state * jnp.exp(g)[..., None, None]
+        u = beta[..., None] * (v - jnp.einsum("rhd,rhde->rhe", k, state))
+        state = state + jnp.einsum("rhd,rhe->rhde", k, u)
+        return state, jnp.einsum("rhd,rhde->rhe", q, state)
+
+    inputs = tuple(jnp.moveaxis(x.astype(jnp.float32), 1, 0) for x in (q, k, v, g, beta))
+    state, out = jax.lax.scan(step, state, inputs)
+    return jnp.moveaxis(out, 0, 1), state
 
 
 def parents(segments, branches) -> jax.Array:

@@ -23,7 +23,7 @@ class Lora:
     """Which kernels get an adapter, and of what size.
 
     Attributes:
-      targets: regex over the path of a linear layer, such as 'layers/attention/[qv]' or 'layers/(attention|mlp)/.*'.
+      targets: regex over paths of linear layers, such as 'layers/attention/[qv]' or 'layers/(attention|delta|mlp)/.*'.
       rank: r.
       alpha: the update is alpha / r A B.
       rank_stabilised: alpha / sqrt(r) instead.
@@ -33,7 +33,7 @@ class Lora:
         'embed' and 'head' where tokens were added to the vocabulary.
     """
 
-    targets: str = r"layers/(attention|mlp)/\w+"
+    targets: str = r"layers/(attention|delta|mlp)/\w+"
     rank: int = 16
     alpha: float = 32.0
     rank_stabilised: bool = False

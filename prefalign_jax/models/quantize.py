@@ -85,7 +85,7 @@ def quantized_paths(path: str, kind: str) -> tuple[str, ...]:
       >>> quantized_paths("layers/mlp/up/kernel", "nf4"), quantized_paths("embed/embedding", "nf4")
       (('layers/mlp/up/nf4', 'layers/mlp/up/scales'), ('embed/embedding',))
     """
-    linear = re.fullmatch(r"(layers/(?:attention|mlp)/\w+)/kernel", path)
+    linear = re.fullmatch(r"(layers/(?:attention|delta|mlp)/\w+)/kernel", path)
     return (f"{linear[1]}/{kind}", f"{linear[1]}/scales") if linear else (path,)
 
 

@@ -24,6 +24,7 @@ from prefalign_jax.models.families import (
     multimodal,
     olmo,
     phi,
+    qwen3_5,
     starcoder2,
 )
 from prefalign_jax.models.families.family import SCORE, Family, Weight, check_shapes, unsupported
@@ -34,6 +35,7 @@ __all__ = ["FAMILIES", "SCORE", "Family", "Weight", "family", "from_hf", "is_rew
 MOST_LAYERS = 10_000
 FAMILIES: dict[str, Family] = {
     **llama.FAMILIES,
+    **qwen3_5.FAMILIES,
     **ministral.FAMILIES,
     **mixtral.FAMILIES,
     **phi.FAMILIES,
@@ -189,7 +191,8 @@ def weights(config: DecoderConfig) -> Iterator[tuple[str, tuple[Weight, ...], in
 
     Yields:
       (Hugging Face name, the table rows that share it, where on the parameter's leading axes it lies: the layer's
-      number, or that and the expert's; None if the parameter is not stacked).
+      number, among those of its kind where there are two, or that and the expert's; None if the parameter is not
+      stacked).
     """
     heads = {"head/kernel": "head", "head/bias": "head", "score/kernel": "score"}
     wanted = config.head_path.partition("/")[0]
@@ -208,11 +211,15 @@ def weights(config: DecoderConfig) -> Iterator[tuple[str, tuple[Weight, ...], in
     last = max(i for i, rows in enumerate(groups) if "{}" in rows[0].name) + 1
     for rows in groups[:first]:
         yield rows[0].name, tuple(rows), None
+    deltas = config.delta_layers or (False,) * config.num_layers
     for n in range(config.num_layers):
+        place = deltas[:n].count(deltas[n])
         for rows in groups[first:last]:
-            name = rows[0].name
+            name, of = rows[0].name, rows[0].path.split("/")[1]
+            if of == ("attention" if deltas[n] else "delta"):
+                continue
             if name.count("{}") == 1:
-                yield name.format(n), tuple(rows), n
+                yield name.format(n), tuple(rows), place if of in ("attention", "delta") else n
                 continue
             for e in range(config.num_experts):
                 yield name.format(n, e), tuple(rows), (n, e)

@@ -131,7 +131,7 @@ _ROPE = {
     **dict.fromkeys(("rope_type?", "type?"), "a string or null"),
 }
 _COUNTS = "sliding_window no_rope_layer_interval n_inner word_embed_proj_dim num_labels"
-_COUNTS += " num_experts original_max_position_embeddings"
+_COUNTS += " num_experts original_max_position_embeddings full_attention_interval"
 _POSITIVE = "rope_theta rope_local_base_freq rotary_emb_base rotary_pct partial_rotary_factor query_pre_attn_scalar"
 _POSITIVE += " logit_scale"
 _FLAGS = "use_sliding_window use_parallel_residual attention_bias enable_bias norm_topk_prob"

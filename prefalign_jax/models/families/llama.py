@@ -45,14 +45,17 @@ def fused_mlp(name: str, gate_and_up: str, down: str) -> tuple[Weight, ...]:
 
 
 def weights(
-    *attention: Weight, norms: Mapping[str, str] | None = None, mlp: tuple[Weight, ...] = _MLP
+    *more: Weight,
+    norms: Mapping[str, str] | None = None,
+    mlp: tuple[Weight, ...] = _MLP,
+    attention: tuple[Weight, ...] = _ATTENTION,
 ) -> tuple[Weight, ...]:
-    """Llama's table, with more rows for the attention, other norms around it (Hugging Face's name -> ours) or MLP."""
+    """Llama's table, with more rows, other norms (Hugging Face's name -> ours), another MLP or another attention."""
     norms = norms or {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
     return (
         Weight(EMBEDDING, "embed/embedding"),
-        *_ATTENTION,
         *attention,
+        *more,
         *mlp,
         *(Weight(f"{_LAYER}{theirs}.weight", f"layers/{ours}/scale") for theirs, ours in norms.items()),
         Weight("model.norm.weight", "final_norm/scale"),
