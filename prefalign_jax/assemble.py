@@ -284,6 +284,10 @@ def decoder_of(
     """The decoder of this shape, computed on a mesh as a config says; `lora` is of the adapters that it is to take."""
     options = dict(dtype=config.dtype, param_dtype=drawn_dtype(config), remat=config.model.remat, lora=lora)
     attention = config.model.attention
+    if shape.delta_layers and mesh.shape["context"] > 1:
+        raise UserError(
+            f"mesh.context={mesh.shape['context']}: a gated delta rule takes whole rows; write mesh.context=1"
+        )
     if attention in DEVICES:
         kind, words = DEVICES[attention]
         device = jax.devices()[0].device_kind

@@ -303,15 +303,15 @@ VALID: Checks = {
     "decay_shape": (lambda x: x in DECAYS, f"one of {', '.join(DECAYS)}"),
 }
 
-# Names of parameters that are vectors in each layer, or of which each channel has a few.
-VECTORS = ("scale", "bias", "sinks", "a_log", "dt_bias", "taps", "lora_magnitude")
+# Names of parameters that are no matrices -> how many axes they have in a layer.
+AXES = dict.fromkeys(("scale", "bias", "sinks", "a_log", "dt_bias", "lora_magnitude"), 1) | {"taps": 3}
 
 
 def stacked(path: Sequence[Any], leaf: Any) -> int:
     """How many leading axes of a parameter only number its vectors or matrices: layers, and experts within them."""
     if path[0].key != "layers":
         return 0
-    return max(0, leaf.ndim - (1 if path[-1].key in VECTORS else 2))
+    return max(0, leaf.ndim - AXES.get(path[-1].key, 2))
 
 
 def takes_muon(params: Params) -> Params:
@@ -322,7 +322,7 @@ def takes_muon(params: Params) -> Params:
     """
 
     def label(path, leaf) -> str:
-        return "muon" if path[0].key == "layers" and path[-1].key not in VECTORS and leaf.ndim > 1 else "adamw"
+        return "muon" if path[0].key == "layers" and path[-1].key not in AXES and leaf.ndim > 1 else "adamw"
 
     labels = jax.tree_util.tree_map_with_path(label, params)
     if "muon" not in jax.tree.leaves(labels):
@@ -370,7 +370,7 @@ def decay_mask(params: Params) -> Params:
     """
 
     def decays(path, leaf) -> bool:
-        return leaf.ndim > 1 and path[-1].key not in VECTORS
+        return leaf.ndim > 1 and path[-1].key not in AXES
 
     return jax.tree_util.tree_map_with_path(decays, params)
 

@@ -22,6 +22,9 @@ CONFIG = DecoderConfig(
     head_dim=8,
     init_std=0.4,
 )
+# Of CONFIG: gated attention, and a gated delta rule in one layer.
+DELTA = dict(attention_gate=True, delta_layers=(True, False), delta_key_heads=2, delta_key_dim=8)
+DELTA |= dict(delta_value_heads=4, delta_value_dim=4)
 decoder = functools.cache(make_decoder)
 MODEL = decoder(CONFIG)
 

@@ -17,7 +17,7 @@ from prefalign_jax.models.quantize import quantize_params
 from prefalign_jax.models.rope import RopeScaling
 from prefalign_jax.sharding import make_mesh, param_shardings
 from prefalign_jax.types import Pair, UserError
-from small import CONFIG, MODEL, first, hidden_of, logps_of, make_params, packed
+from small import CONFIG, DELTA, MODEL, first, hidden_of, logps_of, make_params, packed
 
 PARAMS = make_params(0)
 RNG = np.random.default_rng(0)
@@ -101,6 +101,7 @@ VARIANTS = {
         query_growth=0.5,
     ),
     "gpt-oss": dict(num_experts=4, mlp_bias=True, qkv_bias=True, sinks=True, windows=(3, 0), swiglu_limit=0.5),
+    "qwen 3.5": dict(norm="rms_unit", qk_norm="head", rope_fraction=0.25, **DELTA),
 }
 
 
@@ -444,7 +445,7 @@ def test_no_prompts_no_samples():
 @pytest.mark.parametrize(
     "case",
     ["llama llama3", "gemma2"]
-    + [longer(case) for case in ("gpt_neox", "opt", "qwen3_moe", "gpt_oss", "phi", "gemma3_text")],
+    + [longer(case) for case in ("gpt_neox", "opt", "qwen3_moe", "gpt_oss", "phi", "gemma3_text", "qwen3_5_text")],
 )
 def test_greedy_is_transformers_generate_token_for_token(case, tmp_path):
     torch = pytest.importorskip("torch")

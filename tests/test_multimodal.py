@@ -14,8 +14,12 @@ from prefalign_jax.models.decoder_config import DecoderConfig
 from prefalign_jax.types import UserError
 from test_families_parity import CASES, SMALL, close, draw, golden_file, load_theirs, our_logits, their_logits
 
-TEXT = {"gemma3": "gemma3_text", "mistral3": "ministral3"}  # model_type -> that of its text model here
-IMAGES = draw({"vision_tower.patches.weight": (4, 3), "multi_modal_projector.linear.weight": (3, 4)})
+TEXT = {
+    "gemma3": "gemma3_text",
+    "mistral3": "ministral3",
+    "qwen3_5": "qwen3_5_text",
+}  # model_type -> that of its text model here
+OTHERS = draw({"vision_tower.patches.weight": (4, 3), "multi_modal_projector.linear.weight": (3, 4), "visual.x": (2,)})
 # How transformers 4 named the text model's tensors, its head and those of the images, and how 5 has them in memory.
 NAMES = {"older": ("language_model.model.", "language_model.", ""), "newer": ("model.language_model.", "", "model.")}
 
@@ -48,14 +52,14 @@ def test_the_text_model_is_read_and_what_is_left_out_is_told(model_type, names, 
     renamed |= {head + name: x for name, x in tensors.items() if not name.startswith("model.")}
     ends = {name: value for name, value in hf.items() if name != "eos_token_id"}
     whole = seeing(model_type, ends, eos_token_id=[1, 106], tie_word_embeddings=True)
-    write(tmp_path / "whole", whole, renamed | {images + name: x for name, x in IMAGES.items()})
+    write(tmp_path / "whole", whole, renamed | {images + name: x for name, x in OTHERS.items()})
 
     config = hf_io.load_config(tmp_path / "text")
     assert hf_io.load_config(tmp_path / "whole") == config  # whether its head is tied is what the files say
     notes = []
     monkeypatch.setattr(loading, "note", notes.append)
     _, params = loading.load_decoder(tmp_path / "whole")
-    assert notes == [f"{tmp_path / 'whole'}: only the text model is read; 2 tensors of its image model are left out"]
+    assert notes == [f"{tmp_path / 'whole'}: only the text model is read; 3 other tensors are left out"]
     jax.tree.map(np.testing.assert_array_equal, params, hf_io.load_params(tmp_path / "text", config))
 
     hf_io.save_params(params, config, tmp_path / "out", base=tmp_path / "whole")
@@ -134,7 +138,8 @@ def test_transformers_gives_a_text_the_same_logits(model_type, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     case = TEXT[model_type]
     vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    vision |= dict(image_size=8, patch_size=4, model_type={"gemma3": "siglip_vision_model"}.get(model_type, "pixtral"))
+    kinds = {"gemma3": "siglip_vision_model", "qwen3_5": "qwen3_5_vision"}
+    vision |= dict(image_size=8, patch_size=4, model_type=kinds.get(model_type, "pixtral"))
     text = {**copy.deepcopy({**SMALL, **CASES[case]}), "model_type": case}
     config = transformers.AutoConfig.for_model(
         model_type, text_config=text, vision_config=vision, image_token_index=60, mm_tokens_per_image=4
@@ -148,7 +153,7 @@ def test_transformers_gives_a_text_the_same_logits(model_type, tmp_path):
 
     config = hf_io.load_config(tmp_path / "in")
     params = hf_io.load_params(tmp_path / "in", config)
-    assert config.family == case and config.tie_embeddings
+    assert config.family == case and config.tie_embeddings is (model_type != "qwen3_5")
     close(our_logits(config, params), logits)
     hf_io.save_params(params, config, tmp_path / "out", base=tmp_path / "in")
     close(their_logits(load_theirs(tmp_path / "out")), logits, 1e-6)

@@ -334,11 +334,12 @@ SHAPES = {
         "down": {"kernel": (2, 10, 6)},
         "experts": {"up": {"kernel": (2, 3, 6, 4), "bias": (2, 3, 4)}},
         "attention": {"sinks": (2, 5)},
+        "delta": {"taps": (2, 5, 1, 4)},
     },
     "embed": {"embedding": (7, 6)},
     "final_norm": {"scale": (6,)},
 }
-VECTORS = "scale|bias|sinks"
+VECTORS = "scale|bias|sinks|taps"
 
 
 def stack(seed=0):
@@ -405,7 +406,8 @@ def numpy_schedule_free(y, grads, rates, decay, b1=0.9, b2=0.999, eps=1e-8):
 
 def by_tensor(reference, path, p, grads, *args):
     """The reference of every vector or matrix of a stack by itself."""
-    depth = 0 if "layers" not in path else p.ndim - (1 if re.search(VECTORS, path) else 2)
+    axes = 3 if "taps" in path else 1 if re.search(VECTORS, path) else 2
+    depth = p.ndim - axes if "layers" in path else 0
     out = np.empty_like(p)
     for index in np.ndindex(p.shape[:depth]):
         out[index] = reference(p[index], [g[index] for g in grads], *args)

@@ -32,7 +32,7 @@ from prefalign_jax.sharding import (
 )
 from prefalign_jax.train_step import init_state, make_train_step
 from prefalign_jax.types import PairLogps, TrainState, UserError
-from small import CONFIG, make_pairs, make_params, packed
+from small import CONFIG, DELTA, make_pairs, make_params, packed
 
 MESH = make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
 BIASES = dict(qkv_bias=True, output_bias=True, mlp_bias=True, head_bias=True)
@@ -135,7 +135,8 @@ def test_a_bias_is_split_as_what_it_is_added_to():
 
 
 def test_every_rule_is_of_use():
-    models = [BIASED] + [make_decoder(dataclasses.replace(CONFIG, **more)) for more in ({"reward": True}, EXPERTS)]
+    others = ({"reward": True}, EXPERTS, DELTA)
+    models = [BIASED] + [make_decoder(dataclasses.replace(CONFIG, **more)) for more in others]
     trees = [jax.eval_shape(model.init, jax.random.key(0)) for model in models]
     trees.append(jax.eval_shape(lambda params: init_adapters(jax.random.key(0), params, Lora(dora=True)), trees[0]))
     trees += [jax.eval_shape(lambda params, kind=k: quantize_params(params, kind), trees[0]) for k in QUANTIZATIONS]
@@ -365,15 +366,18 @@ PROGRAMS = [("dpo", "data 2 x fsdp 2 x tensor 2")]
 PROGRAMS += [longer("dpo", mesh) for mesh in list(MESHES)[1:] if ("dpo", mesh) not in PROGRAMS]
 PROGRAMS += [longer("orpo", mesh) for mesh in ("fsdp 8", "fsdp 4 x context 2")]
 PROGRAMS += [longer("kto", mesh) for mesh in ("data 8", "fsdp 4 x tensor 2")]
-PROGRAMS += [longer("dpo of experts", "fsdp 4 x tensor 2")]
+PROGRAMS += [longer(f"dpo of {name}", "fsdp 4 x tensor 2") for name in ("experts", "delta rules")]
 
 
 @functools.cache
 def ten_steps(name: str, mesh: str):
     """(losses, parameters after, how far each moved at least, the program, the mesh) of ten AdamW steps."""
     mesh = make_mesh(MESHES[mesh], jax.devices()[: 1 if mesh == "one" else 8])
-    name, _, experts = name.partition(" of ")
-    shape = dataclasses.replace(PROGRAM, **EXPERTS) if experts else PROGRAM
+    name, _, parts = name.partition(" of ")
+    more = {"": {}, "experts": EXPERTS, "delta rules": DELTA | {"num_layers": 4, "delta_layers": (True, False) * 2}}
+    shape = dataclasses.replace(PROGRAM, **more[parts])
+    if parts == "delta rules":  # a head that reads next to nothing would magnify every rounding
+        shape = dataclasses.replace(shape, norm_eps=0.03)
     loss, model = make_loss(name), make_decoder(shape, placement=Placement(spread(mesh), deal_experts(mesh)))
     # With a smaller eps, Adam makes steps of one size of gradients that are rounding alone.
     optimizer = make_optimizer({"name": "adamw", "eps": 1e-3}, lambda step: 2e-3, 1.0)

@@ -16,6 +16,8 @@ from prefalign_jax.sharding import ROWS
 def count_flops(function: Callable[..., Any], *args: Any) -> int:
     """Multiplications and additions in the matrix products of a function, 2 m n k for [m, k] x [k, n].
 
+    Solving a triangular system counts as half of such a product.
+
     What is not a matrix product (norms, softmax, activations) is left out, as in counts of "model FLOPs". A loop counts
     as often as it runs: unlike XLA's cost analysis, which takes the body of a scan once. What nothing reads is not
     computed, as when compiled: the gradient of a frozen kernel, say. Kernels of attention, cuDNN's and
@@ -51,6 +53,8 @@ def _of_equation(equation: Any) -> int:
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shapes[0][axis] for axis in contracted)
+    if name == "triangular_solve":  # half of the product of the two
+        return math.prod(shapes[1]) * shapes[0][-1]
     if name.startswith("ragged_dot"):  # [m, k] x [groups, k, n], or [m, k] x [m, n] -> [groups, k, n]: a row, a group
         return 2 * math.prod(shapes[0]) * equation.outvars[0].aval.shape[-1]
     if name == "pallas_call":  # what it holds is one block's

@@ -36,6 +36,7 @@ _QWEN = {"vocab_size": 151936, "rope_theta": 1e6, "max_position_embeddings": 327
 _QWEN_25 = _QWEN | {"model_type": "qwen2", "tie_word_embeddings": True}
 _QWEN_25_UNTIED = _QWEN_25 | {"vocab_size": 152064, "tie_word_embeddings": False}
 _QWEN_3 = _QWEN | {"model_type": "qwen3", "max_position_embeddings": 40960, "head_dim": 128}
+_QWEN_35 = {"model_type": "qwen3_5_text", "vocab_size": 248320, "rope_theta": 1e7, "max_position_embeddings": 262144}
 _GPT_OSS = {"model_type": "gpt_oss", "vocab_size": 201088, "tie_word_embeddings": False}
 _GEMMA = {"max_position_embeddings": 8192, "head_dim": 256, "vocab_size": 256000}
 _GEMMA_2 = _GEMMA | {"model_type": "gemma2", "query_pre_attn_scalar": 256}

@@ -285,7 +285,8 @@ class GatedDelta(nnx.Module):
         else:
             state, before = layer.cache
             read = jnp.concatenate([before, jnp.where(layer.segments[..., None] > 0, mixed, 0)], axis=1)
-            mixed = sum(tap * read[:, len(taps) - 1 - n : read.shape[1] - n] for n, tap in enumerate(taps))
+            ends = (read[:, len(taps) - 1 - n : read.shape[1] - n] for n in range(len(taps)))
+            mixed = sum(_broadcast(tap, one) * one for tap, one in zip(taps, ends, strict=True))
         parts = jnp.split(nnx.silu(mixed), (self.widths[0], 2 * self.widths[0]), axis=-1)
         dims = (c.delta_key_dim, c.delta_key_dim, c.delta_value_dim)
         q, k, v = (y.reshape(*y.shape[:2], -1, dim) for y, dim in zip(parts, dims, strict=True))

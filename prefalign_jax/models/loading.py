@@ -99,7 +99,7 @@ def load_decoder(
     where = shardings(lambda: draw(shape, jax.random.key(0)))
     params = load_params(directory, shape, dtype=dtype, quantize=quantize, shardings=where)
     if left := left_out(directory):
-        note(f"{path}: only the text model is read; {left} tensors of its image model are left out")
+        note(f"{path}: only the text model is read; {left} other tensors are left out")
     if tokens > shape.vocab_size:
         note(f"embeddings grown from {shape.vocab_size} to {tokens} rows for the tokens added to the vocabulary")
     if grown != shape:

@@ -242,9 +242,9 @@ def load_adapters(directory: str | pathlib.Path, config: DecoderConfig) -> tuple
         raise UserError(f"{directory}: tensor {next(iter(stored))} has no place in a {config.family} model")
 
     for rows, by_layer in stacks.items():
-        if lora.dora and len(by_layer) < config.num_layers:
+        if lora.dora and len(by_layer) < (layers := shapes[rows[0].path][0]):
             raise UserError(
-                f"{directory}: {_module(rows[0])} has DoRA adapters in {len(by_layer)} of {config.num_layers} layers; "
+                f"{directory}: {_module(rows[0])} has DoRA adapters in {len(by_layer)} of {layers} layers; "
                 "they are supported in all layers or in none"
             )
         flat |= _of_stack(rows, by_layer, [shapes[row.path] for row in rows], config, lora)
