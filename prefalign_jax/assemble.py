@@ -286,7 +286,7 @@ def decoder_of(
     attention = config.model.attention
     if shape.delta_layers and mesh.shape["context"] > 1:
         raise UserError(
-            f"mesh.context={mesh.shape['context']}: a gated delta rule takes whole rows; write mesh.context=1"
+            f"mesh.context={mesh.shape['context']}: gated delta rules take whole rows; write mesh.context=1"
         )
     if attention in DEVICES:
         kind, words = DEVICES[attention]

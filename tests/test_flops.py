@@ -37,6 +37,7 @@ def ragged(x, kernels):
             lambda x: jax.grad(lambda y, k: ragged(y, k).sum(), argnums=(0, 1))(x, jnp.ones((3, 4, 5))),
             3 * 2 * 6 * 4 * 5,
         ),
+        (lambda x: jax.lax.linalg.triangular_solve(jnp.eye(6), x, left_side=True), 6 * 6 * 4),
         (lambda x: jnp.sin(x) + x, 0),
         (
             lambda x: splash(*[x[None, :, None]] * 3, None, scale=1.0),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prefalign_jax.models.gated_delta import causal_convolution, gated_delta_rule
+from prefalign_jax.models.gated_delta import causal_convolution, gated_delta_rule, gated_delta_steps
 
 RNG = np.random.default_rng(0)
 HEADS, DK, DV = 3, 8, 5
@@ -67,11 +67,23 @@ def text_by_text(*inputs):
     return out
 
 
-@pytest.mark.parametrize("chunk", [16, 64, 128])
+@pytest.mark.parametrize("chunk", [16, 50, 64, 128, 999])
 def test_a_tree_is_every_text_by_itself(chunk):
     found = gated_delta_rule(*map(jnp.asarray, (*INPUTS, SEGMENTS, BRANCHES)), chunk)
     np.testing.assert_allclose(found, text_by_text(*INPUTS), atol=5e-6)
     assert (np.asarray(found)[~REAL] == 0).all()
+
+
+def test_step_by_step_it_goes_on_from_a_state():
+    """A text behind padding, in two parts."""
+    (r, at), behind = next(texts()), 5
+    real = np.pad(np.ones((1, len(at)), np.int32), ((0, 0), (behind, 0)))
+    inputs = [np.pad(x[None, r, at], ((0, 0), (behind, 0), (0, 0)) + ((0, 0),) * (x.ndim - 3), "edge") for x in INPUTS]
+    state, found = jnp.zeros((1, HEADS, DK, DV)), []
+    for part in (slice(60), slice(60, None)):
+        out, state = gated_delta_steps(*(jnp.asarray(x[:, part]) for x in (*inputs, real)), state)
+        found.append(out[0])
+    np.testing.assert_allclose(np.concatenate(found)[behind:], text_by_text(*INPUTS)[r, at], atol=5e-6)
 
 
 def test_its_gradients_too():

@@ -8,6 +8,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from conftest import longer
+from prefalign_jax.assemble import decoder_of
+from prefalign_jax.config import defaults
 from prefalign_jax.cost.collectives import collectives
 from prefalign_jax.data.pipeline import batch_of, make_pair_set
 from prefalign_jax.data.trees import Layout
@@ -421,6 +423,12 @@ def test_no_parameter_is_gathered_whole_but_a_layers_in_its_turn(loss, mesh):
     assert not [one for one in gathered if not one.in_loop and shapes & {shape[-2:] for shape in one.shapes}]
     if mesh.shape["fsdp"] > 1:  # layer by layer
         assert [one for one in gathered if one.in_loop and one.times == PROGRAM.num_layers]
+
+
+def test_a_gated_delta_rule_takes_whole_rows():
+    shape = dataclasses.replace(CONFIG, **DELTA)
+    with pytest.raises(UserError, match="mesh.context=2: gated delta rules take whole rows; write mesh.context=1"):
+        decoder_of(defaults("dpo"), shape, make_mesh({"fsdp": 4, "context": 2}))
 
 
 def test_parameters_are_born_in_parts():

@@ -244,6 +244,11 @@ SHAPES: dict[str, Fields] = {
         exaone_4_0_32b={"sliding_window": 4096, "max_position_embeddings": 131072},
     ),
     **_shapes(
+        _QWEN_35,
+        {"qwen3.5-9b": (4096, 12288, 32, 16, 4), "qwen3.5-27b": (5120, 17408, 64, 24, 4)},
+        qwen3_5_27b={"linear_num_value_heads": 48},
+    ),
+    **_shapes(
         {"model_type": "cohere2", "vocab_size": 256000, "rope_theta": 50000.0, "logit_scale": 0.25},
         {"command-r7b": (4096, 14336, 32, 32, 8), "command-a": (12288, 36864, 64, 96, 8)},
         command_r7b={"max_position_embeddings": 132096},

@@ -29,6 +29,7 @@ NAMES = {
     "qwen2": ("Qwen 2 and 2.5", "biases of q, k, v; windows in some layers"),
     "qwen3": ("Qwen 3", "norms of q and k"),
     "qwen3_moe": ("Qwen 3 MoE", "mixture of experts, norms of q and k"),
+    "qwen3_5_text": ("Qwen 3.5, dense", "a gated delta rule in three layers of four, gated attention in the fourth"),
     "gpt_oss": (
         "gpt-oss",
         "mixture of experts with biases and a clamped gate, attention sinks, windows in every other layer",
