@@ -69,6 +69,26 @@ def test_the_text_model_is_read_and_what_is_left_out_is_told(model_type, names, 
     assert out.keys() == tensors.keys()
 
 
+def test_layers_that_predict_ahead_are_left_out_and_told_where_a_family_has_them(tmp_path, monkeypatch):
+    ahead = draw({"mtp.fc.weight": (4, 3), "mtp.norm.weight": (4,)})
+    hf, tensors = text_model(tmp_path / "text", "qwen3_5_text")
+    write(tmp_path / "ahead", hf, tensors | ahead)
+    notes = []
+    monkeypatch.setattr(loading, "note", notes.append)
+    _, params = loading.load_decoder(tmp_path / "ahead")
+    assert notes == [f"{tmp_path / 'ahead'}: only the text model is read; 2 other tensors are left out"]
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        params,
+        hf_io.load_params(tmp_path / "text", hf_io.load_config(tmp_path / "text")),
+    )
+
+    hf, tensors = text_model(tmp_path / "llama", "llama llama3")
+    write(tmp_path / "strange", hf, tensors | ahead)
+    with pytest.raises(UserError, match="tensor mtp.fc.weight has no place in a llama model"):
+        loading.load_decoder(tmp_path / "strange")
+
+
 def test_a_tied_head_that_is_stored_twice_stays_tied(tmp_path):
     hf, tensors = text_model(tmp_path / "text", "gemma3_text")
     table = tensors["model.embed_tokens.weight"]

@@ -20,7 +20,7 @@ from prefalign_jax.models.hf_io import load_config, load_params
 from prefalign_jax.models.lora import Lora, init_adapters, join, merge
 from prefalign_jax.models.peft_io import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapters, save_adapters
 from prefalign_jax.types import UserError
-from small import CONFIG, decoder, hidden_of
+from small import CONFIG, DELTA, decoder, hidden_of
 from test_families_parity import load_theirs, write_theirs
 
 LORA = Lora(rank=4, alpha=8.0)
@@ -73,6 +73,19 @@ def test_adapters_survive_their_files(family, lora, tmp_path):
     assert dataclasses.replace(read, targets=lora.targets) == lora
     base = make_decoder(config).init(jax.random.key(0))
     assert jax.tree.structure(init_adapters(jax.random.key(0), base, read)) == jax.tree.structure(adapters)
+
+
+@pytest.mark.everything
+def test_dora_of_layers_of_two_kinds_survives_its_files(tmp_path):
+    """All layers of a kind have adapters, which are fewer than all layers."""
+    constant = families.FAMILIES["qwen3_5_text"].constant
+    config = dataclasses.replace(CONFIG, family="qwen3_5_text", **{**constant, **DELTA})
+    adapters = drawn(config, LORAS["DoRA"])
+    save_adapters(adapters, config, LORAS["DoRA"], tmp_path, base="x")
+    again, _ = load_adapters(tmp_path, config)
+    assert set(again["layers"]) == {"attention", "delta", "mlp"}
+    assert jax.tree.structure(again) == jax.tree.structure(adapters)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), again, adapters)
 
 
 def test_a_shared_tensors_adapter_is_the_sum_of_its_parts(tmp_path):

@@ -439,10 +439,20 @@ def _is_of_images(hf: Any) -> bool:
 
 
 def left_out(directory: str | pathlib.Path) -> int:
-    """How many tensors a model of images and text has beside its text model's."""
-    if gguf_file(directory) or not sees(directory):
+    """How many tensors a checkpoint has beside its text model's: of images, or of layers that predict ahead."""
+    if gguf_file(directory):
         return 0
-    return sum(multimodal.name_of(name) is None for name in _stored(pathlib.Path(directory)))
+    name_of = _name_of(pathlib.Path(directory))
+    return sum(name_of(name) is None for name in _stored(pathlib.Path(directory)))
+
+
+def _name_of(directory: pathlib.Path) -> Callable[[str], str | None]:
+    """(a stored tensor's name) -> its name in the text model, None if it is no part of that."""
+    hf = read_json(directory / "config.json", missing={})
+    if _is_of_images(hf):
+        return multimodal.name_of
+    ahead = isinstance(hf, dict) and hf.get("model_type") in multimodal.PREDICT_AHEAD
+    return lambda name: None if ahead and name.startswith(multimodal.AHEAD) else name
 
 
 def _text_of(directory: pathlib.Path, whole: dict[str, Any]) -> dict[str, Any]:
@@ -523,13 +533,11 @@ def _tensors(file: pathlib.Path) -> dict[str, _Tensor]:
 
 
 def _open(directory: pathlib.Path) -> dict[str, _Tensor | gguf_io.Tensor | mxfp4.Tensor]:
-    """Name -> lazily read tensor; of a model of images and text those of the text model."""
+    """Name -> lazily read tensor, of the text model alone."""
     if gguf_file(directory):
         return gguf_io.open_tensors(directory)
-    stored = _stored(directory)
-    if not sees(directory):
-        return stored
-    return {name: tensor for old, tensor in stored.items() if (name := multimodal.name_of(old)) is not None}
+    name_of = _name_of(directory)
+    return {name: tensor for old, tensor in _stored(directory).items() if (name := name_of(old)) is not None}
 
 
 def _stored(directory: pathlib.Path) -> dict[str, _Tensor | mxfp4.Tensor]:

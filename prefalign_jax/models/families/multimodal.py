@@ -31,8 +31,11 @@ SHARED = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings",
 # How tensors begin -> how the text model's own do: transformers 4 wrote the first two, and 5 has the third in memory.
 _TEXT = {"language_model.model.": "model.", "language_model.lm_head.": "lm_head.", "model.language_model.": "model."}
 _IMAGES = ("vision_tower", "multi_modal_projector", "visual")
-# What is no part of the text model: images, and layers that predict several tokens at once.
-_OTHERS = ("mtp.", *(f"{prefix}{name}." for prefix in ("", "model.") for name in _IMAGES))
+AHEAD = "mtp."  # of layers that predict several tokens at once
+# Text models whose checkpoints may hold such layers.
+PREDICT_AHEAD = ("qwen3_5_text",)
+# What is no part of the text model.
+_OTHERS = (AHEAD, *(f"{prefix}{name}." for prefix in ("", "model.") for name in _IMAGES))
 
 
 def name_of(name: str) -> str | None:
