@@ -10,14 +10,18 @@
 
 Gorbatovski et al., arXiv 2502.01237, compare direct alignment algorithms so. Here the policy is a pretrained model of
 stories for children, the reward is known ("kindness", judges/rewards.py) and so are its noisy labels; SFT is on the
-chosen responses, of all pairs or of a share of them. With data=HH-RLHF in place of pairs=, held-out accuracy is what is
-measured, and nothing is sampled.
+chosen responses, of all pairs or of a share of them. With data=HH-RLHF in place of pairs=, held-out pairs are what is
+measured, and nothing is sampled. Accuracies of losses with a reference and without one are of two kinds, so
+
+    python scripts/direct_alignment.py runs/direct_hh --since=TinyStories-656K
+
+measures all of them by what the responses have gained since that model.
 
 ORPO and ASFT have their SFT term in one stage and none after SFT, as there. KTO is the form for pairs, so that all
 methods take as many steps over the same pairs. The strengths are three each, the same for the methods that share a
 scale.
 
-Time: an hour and a half for all 320 runs on two cores. Result (docs/results.md): SFT first helps every method,
+Time: an hour and a half for all 320 runs on two cores, of either kind. Result (docs/results.md): SFT first helps every method,
 ORPO most; pairwise or pointwise makes no difference in one stage and 0.003 after SFT; after SFT DPO and ORPO are alike.
 """
 
