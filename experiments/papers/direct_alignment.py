@@ -21,9 +21,9 @@ ORPO and ASFT have their SFT term in one stage and none after SFT, as there. KTO
 methods take as many steps over the same pairs. The strengths are three each, the same for the methods that share a
 scale.
 
-Time: an hour and a half for all 320 runs on two cores, of either kind. Results (docs/results.md): with the known reward
-SFT first helps every method, ORPO most, and after it DPO and ORPO are alike; on HH-RLHF it helps none, and whether DPO or
-ORPO lies higher depends on whether gains are summed over a response or taken per token.
+Time: an hour and a half for all 320 runs on two cores, of either kind. Results (docs/results.md): with the known
+reward SFT first helps every method, ORPO most, and after it DPO and ORPO are alike. On HH-RLHF it helps none, and
+whether DPO or ORPO lies higher depends on whether gains are summed over a response or taken per token.
 """
 
 from pathlib import Path
