@@ -113,9 +113,8 @@ def defaults(loss: str = "dpo") -> ConfigDict:
     c.lora = ConfigDict()
     c.lora.rank = maybe(int)  # Rank of new adapters; None trains the weights themselves.
     c.lora.alpha = maybe(float)  # The adapters' update is alpha / rank times their product; None is 32.
-    c.lora.targets = maybe(
-        str
-    )  # Regex over paths of the layers that get adapters; None is layers/(attention|delta|mlp)/.*.
+    # Regex over paths of the layers that get adapters; None is layers/(attention|delta|mlp)/.*.
+    c.lora.targets = maybe(str)
     c.lora.path = maybe(str)  # Directory of adapters in PEFT's format to go on from, instead of a rank.
     c.lora.rank_stabilised = maybe(bool)  # Scale the update by alpha / sqrt(rank) instead.
     c.lora.dora = maybe(bool)  # Train the length of every kernel column apart from its direction (DoRA).

@@ -134,7 +134,7 @@ CASES |= {
 # One of each way to store, turn, normalise and route; the others are compared with torch where --everything is.
 CORE = ("llama llama3", "gemma2", "gpt_neox", "mixtral")
 # What each of these has, another case has too.
-REPEATED = ("llama biases", "glm", "granitemoehybrid", "ministral", "seed_oss", "olmo3", "exaone4")
+REPEATED = ("llama biases", "glm", "granitemoehybrid", "ministral", "seed_oss", "olmo3", "exaone4", "qwen3_5_text")
 WITH_TORCH = [case if case in CORE else longer(case) for case in CASES]
 REWARDS = [case for case in CASES if families.FAMILIES[case.split()[0]].reward_architecture]
 BETA = 0.5

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from conftest import longer
 from prefalign_jax.models.gated_delta import causal_convolution, gated_delta_rule, gated_delta_steps
 
 RNG = np.random.default_rng(0)
@@ -67,7 +68,7 @@ def text_by_text(*inputs):
     return out
 
 
-@pytest.mark.parametrize("chunk", [16, 50, 64, 128, 999])
+@pytest.mark.parametrize("chunk", [50, 64, *map(longer, (16, 128, 999))])
 def test_a_tree_is_every_text_by_itself(chunk):
     found = gated_delta_rule(*map(jnp.asarray, (*INPUTS, SEGMENTS, BRANCHES)), chunk)
     np.testing.assert_allclose(found, text_by_text(*INPUTS), atol=5e-6)
