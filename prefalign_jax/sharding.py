@@ -19,24 +19,21 @@ from prefalign_jax.types import Params, PreferenceBatch, TrainState, UserError
 AXES = ("data", "fsdp", "context", "tensor")
 ROWS = ("data", "fsdp")  # the axes that rows of a batch are dealt over
 
+# Linear maps of a layer whose outputs are dealt over tensor, and those whose inputs are.
+_IN = r"layers/(attention/([qkv]|gate)|delta/(qkv|z|a|b)|mlp/(gate|up))"
+_OUT = r"layers/((attention|delta)/o|mlp/down)"
 # First match wins; a parameter that matches none is an error. Layers are stacked, so axis 0 of a layer's kernel is
 # depth.
 RULES: tuple[tuple[str, P], ...] = (
     (r"embed/embedding|head/kernel", P("tensor", "fsdp")),
-    (r"layers/(attention/([qkv]|gate)|delta/(qkv|z|a|b))/kernel", P(None, "fsdp", "tensor")),
-    (r"layers/(attention/([qkv]|gate)|delta/(qkv|z|a|b)|mlp/(gate|up))/(int8|nf4|scales)", P(None, "fsdp", "tensor")),
-    (r"layers/((attention|delta)/o|mlp/down)/(int8|nf4|scales)", P(None, "tensor", "fsdp")),
-    (r"layers/(attention/([qkv]|gate)|delta/(qkv|z|a|b)|mlp/(gate|up))/lora_a", P(None, "fsdp")),
-    (r"layers/(attention/([qkv]|gate)|delta/(qkv|z|a|b)|mlp/(gate|up))/lora_b", P(None, "fsdp", "tensor")),
-    (r"layers/(attention/([qkv]|gate)|delta/(qkv|z|a|b)|mlp/(gate|up))/lora_magnitude", P(None, "tensor")),
-    (r"layers/((attention|delta)/o|mlp/down)/lora_magnitude", P()),
-    (r"layers/((attention|delta)/o|mlp/down)/lora_a", P(None, "tensor", "fsdp")),
-    (r"layers/((attention|delta)/o|mlp/down)/lora_b", P(None, None, "fsdp")),
-    (r"layers/attention/([qkv]|gate)/bias", P(None, "tensor")),
-    (r"layers/(attention|delta)/o/kernel", P(None, "tensor", "fsdp")),
-    (r"layers/mlp/(gate|up)/kernel", P(None, "fsdp", "tensor")),
-    (r"layers/mlp/(gate|up)/bias", P(None, "tensor")),
-    (r"layers/mlp/down/kernel", P(None, "tensor", "fsdp")),
+    (_IN + "/(kernel|int8|nf4|scales)", P(None, "fsdp", "tensor")),
+    (_OUT + "/(kernel|int8|nf4|scales)", P(None, "tensor", "fsdp")),
+    (_IN + "/(bias|lora_magnitude)", P(None, "tensor")),
+    (_OUT + "/(bias|lora_magnitude)", P()),
+    (_IN + "/lora_a", P(None, "fsdp")),
+    (_IN + "/lora_b", P(None, "fsdp", "tensor")),
+    (_OUT + "/lora_a", P(None, "tensor", "fsdp")),
+    (_OUT + "/lora_b", P(None, None, "fsdp")),
     (r"layers/attention/sinks", P(None, "tensor")),
     (r"layers/delta/(taps|a_log|dt_bias)", P(None, "tensor")),
     (r"layers/experts/router/kernel", P(None, "fsdp")),
@@ -44,7 +41,6 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"layers/experts/(gate|up|down)/bias", P(None, "tensor")),
     (r"layers/experts/(gate|up)/kernel", P(None, "tensor", "fsdp")),
     (r"layers/experts/down/kernel", P(None, "tensor", None, "fsdp")),
-    (r"layers/((attention|delta)/o|mlp/down)/bias", P()),
     (r"position/embedding", P(None, "fsdp")),
     (r"head/bias", P("tensor")),
     (r"score/kernel", P(None, "fsdp")),

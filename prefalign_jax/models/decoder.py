@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from prefalign_jax.models import moe, quantize, rope
@@ -255,14 +256,13 @@ class GatedDelta(nnx.Module):
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, param_dtype):
         c, std = config, config.init_std
-        values = c.delta_value_heads * c.delta_value_dim
-        self.widths = (c.delta_key_heads * c.delta_key_dim,) * 2 + (values,)
-        self.qkv = Linear(c.hidden_size, sum(self.widths), std, rngs, param_dtype)
+        width, (_, _, values) = sum(c.delta_widths), c.delta_widths
+        self.qkv = Linear(c.hidden_size, width, std, rngs, param_dtype)
         self.z = Linear(c.hidden_size, values, std, rngs, param_dtype)
         self.a = Linear(c.hidden_size, c.delta_value_heads, std, rngs, param_dtype)
         self.b = Linear(c.hidden_size, c.delta_value_heads, std, rngs, param_dtype)
         self.o = Linear(values, c.hidden_size, std, rngs, param_dtype)
-        self.taps = nnx.Param(std * jax.random.normal(rngs.params(), (sum(self.widths), 1, c.delta_taps), param_dtype))
+        self.taps = nnx.Param(std * jax.random.normal(rngs.params(), (width, 1, c.delta_taps), param_dtype))
         fade = jax.random.uniform(rngs.params(), (c.delta_value_heads,), param_dtype, 0.01, 16.0)
         self.a_log = nnx.Param(jnp.log(fade))
         self.dt_bias = nnx.Param(jnp.ones((c.delta_value_heads,), param_dtype))
@@ -287,7 +287,7 @@ class GatedDelta(nnx.Module):
             read = jnp.concatenate([before, jnp.where(layer.segments[..., None] > 0, mixed, 0)], axis=1)
             ends = (read[:, len(taps) - 1 - n : read.shape[1] - n] for n in range(len(taps)))
             mixed = sum(_broadcast(tap, one) * one for tap, one in zip(taps, ends, strict=True))
-        parts = jnp.split(nnx.silu(mixed), (self.widths[0], 2 * self.widths[0]), axis=-1)
+        parts = jnp.split(nnx.silu(mixed), np.cumsum(c.delta_widths)[:-1], axis=-1)
         dims = (c.delta_key_dim, c.delta_key_dim, c.delta_value_dim)
         q, k, v = (y.reshape(*y.shape[:2], -1, dim) for y, dim in zip(parts, dims, strict=True))
         q, k = (jnp.repeat(_unit(y), c.delta_value_heads // c.delta_key_heads, axis=2) for y in (q, k))
@@ -770,10 +770,9 @@ def make_decoder(
     def init_cache(rows: int, length: int) -> tuple[tuple[jax.Array, jax.Array], ...]:
         c = config
         shape = (rows, length, c.num_kv_heads, c.head_dim)
-        width = 2 * c.delta_key_heads * c.delta_key_dim + c.delta_value_heads * c.delta_value_dim
         state = (rows, c.delta_value_heads, c.delta_key_dim, c.delta_value_dim)
         return tuple(
-            (jnp.zeros(state, jnp.float32), jnp.zeros((rows, c.delta_taps - 1, width), dtype))
+            (jnp.zeros(state, jnp.float32), jnp.zeros((rows, c.delta_taps - 1, sum(c.delta_widths)), dtype))
             if delta
             else (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
             for delta in c.delta_layers or (False,) * c.num_layers

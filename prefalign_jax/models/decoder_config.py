@@ -114,6 +114,12 @@ class DecoderConfig:
         return " ".join(f"{field.name}={value!r}" for field, value in fields if value != field.default)
 
     @property
+    def delta_widths(self) -> tuple[int, int, int]:
+        """Over all heads of the gated delta rule, how many numbers queries, keys and values have."""
+        keys = self.delta_key_heads * self.delta_key_dim
+        return keys, keys, self.delta_value_heads * self.delta_value_dim
+
+    @property
     def head_path(self) -> str:
         """Path of the parameter that `LanguageModel.head` gives."""
         if self.reward:

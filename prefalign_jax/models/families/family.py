@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from prefalign_jax.files import Shape, shaped
@@ -176,6 +176,21 @@ def unsupported(name: str, value: Any, supported: str) -> UserError:
     return UserError(f"config.json: {name}={value!r} is not supported; supported: {supported}")
 
 
+def layer_kinds(hf: Mapping[str, Any], known: Collection[str]) -> list[str] | None:
+    """`layer_types`, the kind of every layer, where config.json has it.
+
+    Raises:
+      UserError: it names a kind that is not known, or does not name one for each layer.
+    """
+    kinds, layers = hf.get("layer_types") or None, hf["num_hidden_layers"]
+    for kind in kinds or ():
+        if kind not in known:
+            raise unsupported("layer_types", kind, ", ".join(known))
+    if kinds and len(kinds) != layers:
+        raise unsupported("layer_types", f"{len(kinds)} of them", f"one for each of the {layers} layers")
+    return kinds
+
+
 def windows(hf: Mapping[str, Any], sliding: Callable[[int], bool] = lambda layer: True) -> tuple[int, ...]:
     """The window of every layer from `sliding_window`, () if none hides anything.
 
@@ -186,12 +201,7 @@ def windows(hf: Mapping[str, Any], sliding: Callable[[int], bool] = lambda layer
     Raises:
       UserError: `layer_types` names another kind of layer, or does not name one for each.
     """
-    layers, kinds = range(hf["num_hidden_layers"]), hf.get("layer_types")
-    for kind in kinds or ():
-        if kind not in LAYER_TYPES:
-            raise unsupported("layer_types", kind, ", ".join(LAYER_TYPES))
-    if kinds and len(kinds) != len(layers):
-        raise unsupported("layer_types", f"{len(kinds)} of them", f"one for each of the {len(layers)} layers")
+    layers, kinds = range(hf["num_hidden_layers"]), layer_kinds(hf, LAYER_TYPES)
     window = hf.get("sliding_window")
     if window is None or window >= hf["max_position_embeddings"]:
         return ()

@@ -11,6 +11,7 @@ from prefalign_jax.models.families.family import (
     FIELDS,
     Family,
     Weight,
+    layer_kinds,
     rope_from_hf,
     rope_to_hf,
     unsupported,
@@ -43,12 +44,8 @@ _DELTA = (
 def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
     every = hf.get("full_attention_interval") or 4
     layers = range(hf["num_hidden_layers"])
-    kinds = hf.get("layer_types") or ["linear_attention" if (n + 1) % every else "full_attention" for n in layers]
-    for kind in kinds:
-        if kind not in _KINDS:
-            raise unsupported("layer_types", kind, ", ".join(_KINDS))
-    if len(kinds) != len(layers):
-        raise unsupported("layer_types", f"{len(kinds)} of them", f"one for each of the {len(layers)} layers")
+    kinds = layer_kinds(hf, _KINDS)
+    kinds = kinds or ["linear_attention" if (n + 1) % every else "full_attention" for n in layers]
     if len(set(kinds)) < len(_KINDS):
         raise unsupported("layer_types", f"nothing but {kinds[0]}", " and ".join(_KINDS))
     keys, values = (hf[f"linear_num_{x}_heads"] for x in ("key", "value"))
