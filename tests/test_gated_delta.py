@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from conftest import longer
-from prefalign_jax.models.gated_delta import causal_convolution, gated_delta_rule, gated_delta_steps
+from prefalign_jax.models.gated_delta import causal_convolution, earlier, gated_delta_rule, gated_delta_steps
 
 RNG = np.random.default_rng(0)
 HEADS, DK, DV = 3, 8, 5
@@ -101,7 +101,7 @@ def test_its_gradients_too():
 def test_the_convolution_reads_a_texts_own_tokens():
     x = RNG.normal(size=(*SHAPE, 6)).astype(np.float32)
     kernel = RNG.normal(size=(4, 6)).astype(np.float32)
-    found = np.asarray(causal_convolution(*map(jnp.asarray, (x, kernel, SEGMENTS, BRANCHES))))
+    found = np.asarray(causal_convolution(x, kernel, earlier(jnp.asarray(SEGMENTS), jnp.asarray(BRANCHES), 4)))
     for r, at in texts():
         padded = np.pad(x[r, at], ((3, 0), (0, 0)))
         wanted = sum(kernel[i] * padded[3 - i : len(padded) - i] for i in range(4))

@@ -26,7 +26,7 @@ from prefalign_jax.models.attention import (
 )
 from prefalign_jax.models.decoder_config import DecoderConfig
 from prefalign_jax.models.dropout import Dropout, drop, fork
-from prefalign_jax.models.gated_delta import causal_convolution, gated_delta_rule, gated_delta_steps
+from prefalign_jax.models.gated_delta import causal_convolution, earlier, gated_delta_rule, gated_delta_steps
 from prefalign_jax.models.lora import Lora, adapter_shapes, delta, join, stretch
 from prefalign_jax.options import choose
 from prefalign_jax.types import Cached, LanguageModel, Params, Sequences, UserError
@@ -157,6 +157,7 @@ class Layer(NamedTuple):
       positions, segments, branches: [R, L] int32; with a cache a token's segment is 0 or 1, and nothing branches.
       cos, sin: [R, L, rotated / 2] float32; 1 and 0 in a layer that does not rotate.
       window: [] int32; 0 for none.
+      earlier: [taps, R, L] int32 of `gated_delta.earlier`, for a `GatedDelta` without a cache.
       dropout: how much is dropped.
       key: of this layer's draws; None drops nothing.
       cache: (keys, values), each [R, S, kv_heads, head_dim], of which those of the tokens at hand are to be written at
@@ -174,6 +175,7 @@ class Layer(NamedTuple):
     cos: jax.Array
     sin: jax.Array
     window: jax.Array
+    earlier: jax.Array | None = None
     dropout: Dropout = Dropout()
     key: jax.Array | None = None
     cache: tuple[jax.Array, jax.Array] | None = None
@@ -281,7 +283,7 @@ class GatedDelta(nnx.Module):
         mixed, tree = self.qkv(x, of_qkv), (layer.segments, layer.branches)
         taps = self.taps[...][:, 0, ::-1].T.astype(x.dtype)
         if layer.cache is None:
-            mixed = causal_convolution(mixed, taps, *tree)
+            mixed = causal_convolution(mixed, taps, layer.earlier)
         else:
             state, before = layer.cache
             read = jnp.concatenate([before, jnp.where(layer.segments[..., None] > 0, mixed, 0)], axis=1)
@@ -508,10 +510,12 @@ class Decoder(nnx.Module):
         else:
             mask = tree_mask(segments, branches)
 
+        places = earlier(segments, branches, c.delta_taps) if c.delta_layers else None
+
         def layer(x, block_and_kind):
             block, kind, window, key = block_and_kind
             cos, sin = (turn[kind] for turn in turns)
-            of_layer = Layer(mask, positions, segments, branches, cos, sin, window, dropout, key)
+            of_layer = Layer(mask, positions, segments, branches, cos, sin, window, places, dropout, key)
             return block(x, of_layer._replace(kernel=kernel, experts=placement.experts))[:2]
 
         if REMAT[remat] is not None:

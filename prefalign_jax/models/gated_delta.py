@@ -118,12 +118,20 @@ def parents(segments, branches) -> jax.Array:
     return jnp.where(segments == 0, -1, jnp.where(follows, order - 1, jnp.where(shared, end, -1)))
 
 
-def causal_convolution(x, kernel, segments, branches) -> jax.Array:
-    """sum_i kernel[i] x[the i-th token before], [R, L, D] and [taps, D]; Hugging Face stores the taps backwards."""
-    parent, at = parents(segments, branches), jnp.broadcast_to(jnp.arange(x.shape[1]), segments.shape)
+def earlier(segments, branches, taps: int) -> jax.Array:
+    """[taps, R, L] index of the n-th token before each in its text, itself for n = 0, -1 for none."""
+    parent, at = parents(segments, branches), jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
+    places = [at]
+    for _ in range(taps - 1):
+        at = jnp.where(at >= 0, jnp.take_along_axis(parent, jnp.maximum(at, 0), axis=1), -1)
+        places.append(at)
+    return jnp.stack(places)
+
+
+def causal_convolution(x, kernel, places) -> jax.Array:
+    """sum_n kernel[n] x[the n-th token before], [R, L, D], [taps, D] and `earlier`; Hugging Face has taps backwards."""
     out = 0.0
-    for tap in kernel:
+    for tap, at in zip(kernel, places, strict=True):
         seen = jnp.take_along_axis(x, jnp.maximum(at, 0)[..., None], axis=1)
         out = out + jnp.where((at >= 0)[..., None], seen, 0.0) * tap[None, None]
-        at = jnp.where(at >= 0, jnp.take_along_axis(parent, jnp.maximum(at, 0), axis=1), -1)
     return out
